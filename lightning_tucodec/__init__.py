@@ -1,0 +1,1 @@
+"""The Tucodec image codecs of CLIC 2019, rebuilt and trainable."""

@@ -1,0 +1,40 @@
+"""Errors that a user can cause. Each message is one line: which file, what is wrong, what to do.
+
+`tucodec` prints such an error without a traceback and exits with status 1.
+"""
+
+
+class TucodecError(Exception):
+    """Base of every error that the input, the command or the environment is at fault for."""
+
+
+class ImageInputError(TucodecError):
+    """A file is not an image that can be read, or its size is outside what is supported."""
+
+
+class CorruptStreamError(TucodecError):
+    """A `.tuc` stream is truncated, altered or claims something impossible."""
+
+
+class UnsupportedVersionError(CorruptStreamError):
+    """A `.tuc` stream was written by a format version that this program does not know."""
+
+
+class UnknownModelError(TucodecError):
+    """A stream or a command names a model that is neither shipped nor in the model folder."""
+
+
+class ModelFileError(TucodecError):
+    """An exported model file is damaged or does not describe a model of this package."""
+
+
+class ConfigError(TucodecError):
+    """A configuration cannot work; said before any time is spent on it."""
+
+
+class ExternalToolError(TucodecError):
+    """A program that this package calls is missing, failed or did not end in time."""
+
+
+class DatasetError(TucodecError):
+    """Shards, an index or an image folder cannot be used as they are."""
