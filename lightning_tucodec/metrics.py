@@ -1,0 +1,180 @@
+"""Quality and rate of coded images, one value an image.
+
+Set-level values, as CLIC defines them, are `lightning_tucodec.training.set_metrics`; both are built
+from the functions here. The functions on tensors (`ms_ssim`, `psnr`) are differentiable and serve
+as training losses; those on uint8 arrays (`sse`, `psnr_from_sse`) are exact integers until the
+logarithm.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Exponents of the five scales, finest first (Wang, Simoncelli and Bovik, 2003)."""
+
+_WINDOW = 11
+_SIGMA = 1.5
+_K1, _K2 = 0.01, 0.03
+
+
+def sse(x: np.ndarray, y: np.ndarray) -> int:
+    """Sum of squared differences over all values of two uint8 arrays, exact.
+
+    Args:
+        x: uint8 array of any shape.
+        y: uint8 array of the same shape.
+
+    Raises:
+        ValueError: the shapes differ or an array is not uint8.
+    """
+    if x.dtype != np.uint8 or y.dtype != np.uint8:
+        raise ValueError(f"sse needs uint8 arrays, not {x.dtype} and {y.dtype}")
+    if x.shape != y.shape:
+        raise ValueError(f"shapes differ: {x.shape} and {y.shape}")
+    difference = x.astype(np.int32) - y.astype(np.int32)
+    return int(np.einsum("i,i->", difference.ravel(), difference.ravel(), dtype=np.int64))
+
+
+def psnr_from_sse(total: int | float, values: int, peak: float = 255.0) -> float:
+    """PSNR in dB of a summed squared error over `values` values; infinite for no error.
+
+    With the sums of a whole set this is CLIC's pooled PSNR.
+
+    Args:
+        total: summed squared error.
+        values: how many values (3 · height · width an RGB image) were summed.
+        peak: the largest value of the scale the error was measured on.
+    """
+    if values <= 0:
+        raise ValueError("PSNR of nothing")
+    return math.inf if total == 0 else 10.0 * math.log10(peak * peak * values / total)
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """PSNR in dB of each image over all its values.
+
+    Args:
+        x: N×C×H×W in [0, 1].
+        y: the same shape.
+
+    Returns:
+        N values; infinite where the images are equal.
+    """
+    x, y = _pair(x, y)
+    return -10.0 * torch.log10((x - y).square().flatten(1).mean(1))
+
+
+def ms_ssim_scales(height: int, width: int) -> int:
+    """How many of the five scales an image of this size has: its coarsest side must hold a window.
+
+    161 pixels on the shorter side give five, 81 four, 41 three, 21 two and 11 one; none below.
+    """
+    side, scales = min(height, width), 0
+    while side >= _WINDOW and scales < len(MS_SSIM_WEIGHTS):
+        side, scales = (side + 1) // 2, scales + 1
+    return scales
+
+
+def ms_ssim(x: Tensor, y: Tensor, weights: Sequence[float] = MS_SSIM_WEIGHTS) -> Tensor:
+    """Multi-scale structural similarity of each image.
+
+    An 11×11 Gaussian window of σ 1.5 without padding, K = (0.01, 0.03), on each colour channel; the
+    channels' values are averaged. Between scales 2×2 means; an odd side first repeats its last row
+    or column, as TensorFlow's and CLIC's code does. Negative contrast-structure terms count as zero
+    (and pass no gradient). Images with a side below 161 pixels use the scales that fit
+    (`ms_ssim_scales`), with their exponents scaled up to the same sum. Computed in fp32 under any
+    autocast; float64 stays float64.
+
+    Args:
+        x: N×C×H×W in [0, 1].
+        y: the same shape.
+        weights: exponents of the scales, finest first.
+
+    Returns:
+        N values in [0, 1], 1 for equal images; differentiable.
+
+    Raises:
+        ValueError: the shapes differ or a side is below 11 pixels.
+    """
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        x, y = _pair(x, y)
+        scales = min(ms_ssim_scales(*x.shape[-2:]), len(weights))
+        if scales == 0:
+            raise ValueError(f"MS-SSIM needs sides of {_WINDOW} pixels, not {tuple(x.shape[-2:])}")
+        # The published exponents sum to 1.0001; fewer scales keep whatever the sum is.
+        share = math.fsum(weights) / math.fsum(weights[:scales])
+        # Sum and difference of the images say the same as the images and need four filtered maps
+        # instead of five. Depthwise convolution on the CPU is several times faster channels-last.
+        pair = torch.cat((x + y, x - y), 1).contiguous(memory_format=torch.channels_last)
+        similarity = torch.ones((), dtype=pair.dtype, device=pair.device)
+        for scale in range(scales):
+            luminance, contrast = _ssim_terms(pair)
+            last = scale == scales - 1
+            term = (luminance * contrast if last else contrast).mean((2, 3))
+            similarity = similarity * _power(term, weights[scale] * share)
+            if not last:
+                pair = _halve(pair)
+        return similarity.mean(1)
+
+
+def ms_ssim_db(value: float) -> float:
+    """MS-SSIM on a logarithmic scale, −10·log10(1 − MS-SSIM); infinite for 1."""
+    return math.inf if value >= 1.0 else -10.0 * math.log10(1.0 - value)
+
+
+def bits_per_pixel(size: int, pixels: int) -> float:
+    """Bits a pixel of `size` bytes for `pixels` pixels of the original size."""
+    return 8.0 * size / pixels
+
+
+def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both images in at least fp32, after checking the shapes."""
+    if x.shape != y.shape or x.ndim != 4:
+        raise ValueError(f"two N×C×H×W images are needed, not {tuple(x.shape)}, {tuple(y.shape)}")
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return x.to(dtype), y.to(dtype)
+
+
+def _ssim_terms(pair: Tensor) -> tuple[Tensor, Tensor]:
+    """Luminance and contrast-structure maps (N×C×H−10×W−10) from x + y and x − y (N×2C×H×W)."""
+    c1, c2 = _K1**2, _K2**2
+    moments = _blur(torch.cat((pair, pair.square()), 1))
+    mean, second = moments.chunk(2, 1)
+    variance = second - mean.square()
+    mean_sum, mean_difference = mean.square().chunk(2, 1)
+    variance_sum, variance_difference = variance.chunk(2, 1)
+    # (s² − d²)/2 = 2xy and (s² + d²)/2 = x² + y² for s = x + y, d = x − y.
+    luminance = (mean_sum - mean_difference + 2 * c1) / (mean_sum + mean_difference + 2 * c1)
+    contrast = (variance_sum - variance_difference + 2 * c2) / (
+        variance_sum + variance_difference + 2 * c2
+    )
+    return luminance, contrast
+
+
+def _blur(maps: Tensor) -> Tensor:
+    """Separable Gaussian window on every channel, no padding."""
+    offsets = torch.arange(_WINDOW, dtype=maps.dtype, device=maps.device) - _WINDOW // 2
+    window = torch.exp(-offsets.square() / (2 * _SIGMA**2))
+    window = window / window.sum()
+    channels = maps.shape[1]
+    maps = F.conv2d(maps, window.expand(channels, 1, 1, _WINDOW), groups=channels)
+    return F.conv2d(maps, window.view(-1, 1).expand(channels, 1, _WINDOW, 1), groups=channels)
+
+
+def _halve(maps: Tensor) -> Tensor:
+    """2×2 means; an odd side first repeats its last row or column."""
+    height, width = maps.shape[-2:]
+    if height % 2 or width % 2:
+        maps = F.pad(maps, (0, width % 2, 0, height % 2), mode="replicate")
+    return F.avg_pool2d(maps, 2)
+
+
+def _power(base: Tensor, exponent: float) -> Tensor:
+    """`relu(base) ** exponent` whose gradient at and below zero is zero, not NaN."""
+    positive = base > 0
+    return torch.where(positive, torch.where(positive, base, 1.0) ** exponent, 0.0)
