@@ -1,0 +1,198 @@
+"""TucodecVAE: transforms, quantiser, hyperprior, context and priors put together (Z19 Figs 1–2).
+
+::
+
+    x ─ g_a ─ y ─ Q ─ ŷ ──────────────┬─────────── g_s ─ x̂
+              │       └─ context ─ Υ ─┐
+              └─ h_a ─ z ─ Q ─ ẑ ─ h_s ─ Γ ─ entropy parameters ─ (μ, log b) ─ P(ŷ)
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_tucodec.nn.context import CausalContext, ContextConfig
+from lightning_tucodec.nn.hyperprior import (
+    EntropyParameters,
+    HyperAnalysis,
+    HyperConfig,
+    HyperSynthesis,
+    LaplaceParameters,
+)
+from lightning_tucodec.nn.priors import FactorizedPrior, LaplacePrior
+from lightning_tucodec.nn.quantizer import QuantizerKind, make_quantizer
+from lightning_tucodec.nn.transforms import (
+    STRIDE,
+    AnalysisTransform,
+    SynthesisTransform,
+    TransformConfig,
+)
+
+RateProxy = Literal["straight_through", "noise"]
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Everything that shapes the network; stored in every exported model.
+
+    Attributes:
+        transform, hyper, context: sizes of the parts.
+        quantizer: "centres" (learned), "round" or "noise" (baselines).
+        centres: M.
+        hardness: see ClusterQuantizer.
+        rate_proxy: where the training rate is taken, −log2[F(v + δ⁺) − F(v − δ⁻)]:
+            "straight_through" at v = ŷ with the gradient of the soft assignment, "noise" at
+            v = y + u, u uniform in the cell (additive noise when the spacing is one).
+    """
+
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    hyper: HyperConfig = field(default_factory=HyperConfig)
+    context: ContextConfig = field(default_factory=ContextConfig)
+    quantizer: QuantizerKind = "centres"
+    centres: int = 200
+    hardness: float = 2.0
+    rate_proxy: RateProxy = "noise"
+
+
+PRESETS: dict[str, CodecConfig] = {
+    "paper": CodecConfig(),
+    "fast": CodecConfig(
+        transform=TransformConfig(widths=(96, 128, 160, 192), attention_quarter=False),
+        hyper=HyperConfig(channels=128, latent_channels=128, entropy_widths=(384, 320)),
+        context=ContextConfig(channels=64, levels=1),
+    ),
+    "tiny": CodecConfig(
+        transform=TransformConfig(
+            widths=(0, 64, 96, 112),
+            latent_channels=96,
+            blocks=(0, 1, 2, 0),
+            head_blocks=1,
+            gdn=False,
+            pyramid=False,
+            attention_quarter=False,
+            attention_trunk=1,
+            attention_mask=1,
+            attention_mask_channels=48,
+            upsampling="pixel_shuffle",
+        ),
+        hyper=HyperConfig(
+            channels=64, latent_channels=48, out_channels=128, entropy_widths=(192, 192)
+        ),
+        context=ContextConfig(channels=40, levels=1, out_channels=128),
+    ),
+}
+"""`paper`: as drawn. `fast`: the same family without the quarter-resolution attention and with widths
+that follow the resolution. `tiny`: trains on a CPU."""
+
+
+class CodecOutput(NamedTuple):
+    """What `TucodecVAE.forward` returns; N images of H×W pixels, latents of h×w positions.
+
+    Attributes:
+        x_hat: N×3×H×W, not clamped.
+        y_likelihoods: N×M×h×w; hard cells' masses in eval mode, the proxy's in training.
+        z_likelihoods: N×Z×⌈h/4⌉×⌈w/4⌉.
+        y: the unquantised latent.
+        index: assigned centres, int64.
+    """
+
+    x_hat: Tensor
+    y_likelihoods: Tensor
+    z_likelihoods: Tensor
+    y: Tensor
+    index: Tensor
+
+    def bits(self) -> tuple[Tensor, Tensor]:
+        """Estimated bits of y and of z for every image, each of shape (N,), float32."""
+        return (
+            -self.y_likelihoods.float().log2().flatten(1).sum(1),
+            -self.z_likelihoods.float().log2().flatten(1).sum(1),
+        )
+
+    def as_dict(self) -> dict[str, Tensor | dict[str, Tensor]]:
+        """CompressAI's form, `{"x_hat", "likelihoods": {"y", "z"}}`."""
+        likelihoods = {"y": self.y_likelihoods, "z": self.z_likelihoods}
+        return {"x_hat": self.x_hat, "likelihoods": likelihoods}
+
+
+class TucodecVAE(nn.Module):
+    """The learned codec in floating point; `coding` turns it into bytes."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        latent = config.transform.latent_channels
+        self.g_a = AnalysisTransform(config.transform)
+        self.g_s = SynthesisTransform(config.transform)
+        self.h_a = HyperAnalysis(latent, config.hyper)
+        self.h_s = HyperSynthesis(config.hyper)
+        has_context = config.context.channels > 0
+        self.context = CausalContext(latent, config.context) if has_context else None
+        self.entropy_parameters = EntropyParameters(
+            latent, config.hyper, config.context.out_channels if has_context else 0
+        )
+        self.quantizer = make_quantizer(config.quantizer, config.centres, config.hardness)
+        self.prior = LaplacePrior()
+        self.factorized_prior = FactorizedPrior(config.hyper.latent_channels)
+
+    @staticmethod
+    def pad(x: Tensor) -> Tensor:
+        """Repeat the right and bottom border until both sides are multiples of 16."""
+        height, width = x.shape[-2:]
+        return F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+
+    def parameters_of(self, z_hat: Tensor, y_hat: Tensor) -> LaplaceParameters:
+        """(μ, log b) of every element of ŷ from ẑ and from earlier positions of ŷ."""
+        gamma = self.h_s(z_hat, (y_hat.shape[-2], y_hat.shape[-1]))
+        upsilon = None if self.context is None else self.context(y_hat)
+        return self.entropy_parameters(gamma, upsilon)
+
+    def forward(self, x: Tensor) -> CodecOutput:
+        """Code images in floating point: N×3×H×W in [0, 1], any H, W ≥ 1."""
+        height, width = x.shape[-2:]
+        y = self.g_a(self.pad(x))
+        quantized = self.quantizer(y)
+        hyper_input = quantized.y_hat.abs() if self.config.hyper.as_drawn else y
+        z_hat, z_likelihoods = self.factorized_prior(self.h_a(hyper_input))
+        mu, log_scale = self.parameters_of(z_hat, quantized.y_hat)
+        value = quantized.y_hat
+        if self.training and self.config.rate_proxy == "noise":
+            value = self._noisy(y.float(), quantized.below, quantized.above)
+        y_likelihoods = self.prior(value, quantized.below, quantized.above, mu, log_scale)
+        x_hat = self.g_s(quantized.y_hat)[..., :height, :width]
+        return CodecOutput(x_hat, y_likelihoods, z_likelihoods, y, quantized.index)
+
+    @staticmethod
+    def _noisy(y: Tensor, below: Tensor, above: Tensor) -> Tensor:
+        """y + u with u ~ U(−δ⁺, δ⁻); an end cell's open side counts as wide as its closed one."""
+        below, above = (
+            torch.where(below.isinf(), above, below),
+            torch.where(above.isinf(), below, above),
+        )
+        return y + torch.rand_like(y) * (above + below) - above
+
+
+def config_to_dict(config: CodecConfig) -> dict[str, object]:
+    """Plain nested dictionary of a configuration, for model files and checkpoints."""
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(values: dict[str, object]) -> CodecConfig:
+    """The inverse of `config_to_dict`, also after a trip through JSON (lists become tuples)."""
+
+    def build(kind: type, entries: object) -> object:
+        assert isinstance(entries, dict)
+        known = {f.name for f in dataclasses.fields(kind)}
+        if unknown := set(entries) - known:
+            raise ValueError(f"unknown fields {sorted(unknown)} for {kind.__name__}")
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()})
+
+    parts = {"transform": TransformConfig, "hyper": HyperConfig, "context": ContextConfig}
+    nested = {k: build(parts[k], v) if k in parts else v for k, v in values.items()}
+    config = build(CodecConfig, nested)
+    assert isinstance(config, CodecConfig)
+    return config

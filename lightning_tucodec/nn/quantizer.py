@@ -1,0 +1,174 @@
+"""Quantisers of the latent y.
+
+`ClusterQuantizer` is Z19 section 2.2 (eqs 1–3): hard assignment to learned scalar centres forward, the
+soft assignment's gradient backward. `RoundQuantizer` and `NoiseQuantizer` are the baselines it is
+compared with; they use the integers as centres, so priors and coder treat all three alike.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+QuantizerKind = Literal["centres", "round", "noise"]
+
+
+class Quantized(NamedTuple):
+    """A quantised latent; all tensors have the shape of y.
+
+    Attributes:
+        y_hat: what g_s and the context see.
+        index: hard assignment, int64 in [0, M).
+        below: distance from the assigned centre to its cell's lower edge (+inf in the first cell).
+        above: distance to the upper edge (+inf in the last cell).
+    """
+
+    y_hat: Tensor
+    index: Tensor
+    below: Tensor
+    above: Tensor
+
+
+def cell_edges(centres: Tensor) -> Tensor:
+    """Inner Voronoi edges of sorted centres: M values to M − 1 midpoints."""
+    return (centres[1:] + centres[:-1]) / 2
+
+
+class Quantizer(nn.Module):
+    """What the quantisers share: assignment to sorted centres and the cells around them."""
+
+    def centres(self) -> Tensor:
+        """The M centres in increasing order, float32."""
+        raise NotImplementedError
+
+    def assign(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Index of the nearest centre, that centre, and the distances to its cell's edges."""
+        centres = self.centres().float()
+        edges = cell_edges(centres)
+        index = torch.bucketize(y.detach().float().contiguous(), edges.detach())
+        infinity = centres.new_full((1,), torch.inf)
+        below = centres - torch.cat([-infinity, edges])
+        above = torch.cat([edges, infinity]) - centres
+        return index, centres[index], below[index], above[index]
+
+
+class ClusterQuantizer(Quantizer):
+    """Quantisation to M learned centres, hard forward and soft backward (Z19 eqs 1–3).
+
+    ŷ = c_j*, j* = argmin_j |y − c_j|; the gradient is that of
+    ỹ = Σ_j c_j·exp(−σ|y − c_j|) / Σ_l exp(−σ|y − c_l|). The sum runs over a window of centres around j*
+    outside of which the weights are below exp(−16). Beyond the end centres, where ỹ is flat, the gradient
+    of y is passed straight through so that such values find back.
+
+    The centres are parametrised by their gaps, which are positive with a minimum and are cumulated
+    outward from the middle centre: one gap that grows moves the outer centres, not the busy middle ones.
+
+    Args:
+        count: M.
+        hardness: σ times the mean gap. From 5 on the gradient vanishes on most of a cell.
+        min_gap: lower bound of the gaps.
+    """
+
+    def __init__(self, count: int = 200, hardness: float = 2.0, min_gap: float = 0.1) -> None:
+        super().__init__()
+        if count < 3:
+            raise ValueError(f"at least 3 centres are needed, got {count}")
+        self.count = count
+        self.hardness = hardness
+        self.min_gap = min_gap
+        self.middle = nn.Parameter(torch.zeros(()))
+        # softplus(raw) + min_gap = 1: the centres start on the integers −M/2 … M/2 − 1.
+        self.raw_gaps = nn.Parameter(torch.full((count - 1,), math.log(math.expm1(1 - min_gap))))
+
+    def centres(self) -> Tensor:
+        """The M centres in increasing order, float32."""
+        gaps = F.softplus(self.raw_gaps.float()) + self.min_gap
+        half = self.count // 2
+        lower = -torch.cumsum(gaps[:half].flip(0), 0).flip(0)
+        upper = torch.cumsum(gaps[half:], 0)
+        return self.middle.float() + torch.cat([lower, gaps.new_zeros(1), upper])
+
+    def sigma(self, centres: Tensor) -> Tensor:
+        """σ of the soft assignment, a constant for the gradient."""
+        mean_gap = (centres[-1] - centres[0]).detach() / (self.count - 1)
+        return self.hardness / mean_gap
+
+    @torch.no_grad()
+    def window(self) -> int:
+        """Neighbours on either side that the soft sum needs to drop only weights below exp(−16).
+
+        y lies within half a gap of its centre, so a centre at distance D from that one has at most
+        the weight exp(−σ(D − gap)) relative to it.
+        """
+        centres = self.centres()
+        reach = float(16 / self.sigma(centres) + centres.diff().max())
+        for neighbours in range(1, self.count - 1):
+            if float((centres[neighbours + 1 :] - centres[: -neighbours - 1]).min()) >= reach:
+                return neighbours
+        return self.count - 1
+
+    def soft(self, y: Tensor, index: Tensor, neighbours: int) -> Tensor:
+        """ỹ of eq. 2 over `neighbours` centres on either side of `index`; float32."""
+        centres = self.centres()
+        offsets = torch.arange(-neighbours, neighbours + 1, device=y.device)
+        candidates = index[..., None] + offsets
+        inside = (candidates >= 0) & (candidates < self.count)
+        near = centres[candidates.clamp(0, self.count - 1)]
+        distance = (y.float()[..., None] - near).abs()
+        weights = (-self.sigma(centres) * distance).masked_fill(~inside, -torch.inf).softmax(-1)
+        return (weights * near).sum(-1)
+
+    def forward(self, y: Tensor) -> Quantized:
+        """Quantise; float32 whatever autocast says."""
+        with torch.autocast(y.device.type, enabled=False):
+            y = y.float()
+            index, hard, below, above = self.assign(y)
+            if not (self.training and torch.is_grad_enabled()):
+                return Quantized(hard, index, below, above)
+            centres = self.centres().detach()
+            beyond = y - y.clamp(float(centres[0]), float(centres[-1]))
+            soft = self.soft(y, index, self.window()) + beyond
+            return Quantized(soft + (hard - soft).detach(), index, below, above)
+
+
+class RoundQuantizer(Quantizer):
+    """Rounding to the integers −M/2 … M/2 − 1 with the straight-through gradient."""
+
+    def __init__(self, count: int = 200) -> None:
+        super().__init__()
+        self.count = count
+        integers = torch.arange(count, dtype=torch.float32) - count // 2
+        self.register_buffer("integers", integers, persistent=False)
+
+    def centres(self) -> Tensor:
+        """The integers, float32."""
+        assert isinstance(self.integers, Tensor)
+        return self.integers
+
+    def forward(self, y: Tensor) -> Quantized:
+        """Quantise; the gradient of ŷ is that of y."""
+        with torch.autocast(y.device.type, enabled=False):
+            y = y.float()
+            index, hard, below, above = self.assign(y)
+            return Quantized(y + (hard - y).detach(), index, below, above)
+
+
+class NoiseQuantizer(RoundQuantizer):
+    """Uniform noise in training (Ballé et al. 2017), rounding otherwise."""
+
+    def forward(self, y: Tensor) -> Quantized:
+        """y + U(−½, ½) in training."""
+        quantized = super().forward(y)
+        if not self.training:
+            return quantized
+        noisy = y.float() + torch.rand_like(y, dtype=torch.float32) - 0.5
+        return quantized._replace(y_hat=noisy)
+
+
+def make_quantizer(kind: QuantizerKind, count: int, hardness: float) -> Quantizer:
+    """The quantiser that a recipe names."""
+    if kind == "centres":
+        return ClusterQuantizer(count, hardness)
+    return RoundQuantizer(count) if kind == "round" else NoiseQuantizer(count)

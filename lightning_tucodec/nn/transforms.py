@@ -1,0 +1,161 @@
+"""Analysis transform g_a and synthesis transform g_s (Z19 Fig. 1 and section 2.1).
+
+The figure's networks are one point of a family: widths per resolution, residual blocks per stage,
+where the attention stands, whether the first stage halves (as drawn) or quarters the resolution.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tucodec.nn.blocks import (
+    GDN,
+    PixelShuffle,
+    PixelUnshuffle,
+    ResidualAttentionBlock,
+    Upsampling,
+    conv3x3,
+    residual_blocks,
+    upsample,
+)
+
+STRIDE = 16
+"""Pixels of the image per position of the latent y, along each side."""
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """Shape of g_a and g_s; the defaults are the paper's.
+
+    Attributes:
+        widths: channels at 1/2, 1/4, 1/8 and 1/16 of the image's resolution. A zero at 1/2 skips
+            that stage: pixels are folded 4×4 instead, which is much cheaper.
+        latent_channels: channels of y.
+        blocks: residual blocks after each stage, at 1/2, 1/4, 1/8, 1/16 (none drawn).
+        head_blocks: residual blocks at the head of g_s (2 as drawn).
+        gdn: (I)GDN between the stages; without it the residual blocks are the nonlinearity.
+        pyramid: g_a's strided branches from each stage to the latent (as drawn).
+        attention_quarter: RNAB at 1/4 resolution; 84 % of the paper's cost.
+        attention_latent: RNAB at 1/16 resolution.
+        attention_trunk, attention_mask, attention_mask_channels: see ResidualAttentionBlock.
+        non_local: a windowed non-local block inside each RNAB.
+        upsampling: how g_s enlarges.
+    """
+
+    widths: tuple[int, int, int, int] = (192, 192, 192, 192)
+    latent_channels: int = 192
+    blocks: tuple[int, int, int, int] = (0, 0, 0, 0)
+    head_blocks: int = 2
+    gdn: bool = True
+    pyramid: bool = True
+    attention_quarter: bool = True
+    attention_latent: bool = True
+    attention_trunk: int = 3
+    attention_mask: int = 2
+    attention_mask_channels: int | None = None
+    non_local: bool = False
+    upsampling: Upsampling = "transposed"
+
+    def attention(self, channels: int) -> ResidualAttentionBlock:
+        """One RNAB of this family."""
+        return ResidualAttentionBlock(
+            channels,
+            trunk=self.attention_trunk,
+            mask=self.attention_mask,
+            mask_channels=self.attention_mask_channels,
+            non_local=self.non_local,
+            upsampling=self.upsampling,
+        )
+
+
+class AnalysisTransform(nn.Module):
+    """g_a: image x, N×3×H×W in [0, 1], to latent y, N×M×H/16×W/16 (H, W multiples of 16).
+
+    ::
+
+        x ─ Conv/2 ─ GDN ─┬─ Conv/2 ─ GDN ─┬─ RNAB ─ Conv/2 ─ GDN ─┬─ Conv/2 ─ RNAB ─┐
+                          A                B                       C                cat ─ Conv1×1 ─ y
+                          └─ Conv/8 ─┐     └─ Conv/4 ─┐            └─ Conv/2 ─────── ┘
+    """
+
+    def __init__(self, config: TransformConfig) -> None:
+        super().__init__()
+        w2, w4, w8, w16 = config.widths
+        stages: list[nn.Module] = []
+        for level, (width_in, width) in enumerate([(3, w2), (w2, w4), (w4, w8), (w8, w16)]):
+            if width == 0:
+                continue
+            layers: list[nn.Module]
+            if width_in == 0:
+                layers = [PixelUnshuffle(4), conv3x3(3 * 16, width)]
+            else:
+                layers = [conv3x3(width_in, width, stride=2)]
+            if config.gdn and level < 3:
+                layers.append(GDN(width))
+            layers.append(residual_blocks(width, config.blocks[level]))
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.ModuleList(stages)
+        self.attention_quarter = config.attention(w4) if config.attention_quarter else nn.Identity()
+        self.attention_latent = config.attention(w16) if config.attention_latent else nn.Identity()
+        taps = [(w, s) for w, s in zip(config.widths[:3], (8, 4, 2), strict=True) if w]
+        self.branches = nn.ModuleList(
+            conv3x3(width, w16, stride=stride) for width, stride in taps if config.pyramid
+        )
+        self.to_latent = nn.Conv2d(w16 * (1 + len(self.branches)), config.latent_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform; raises ValueError when a side is not a multiple of 16."""
+        if x.shape[-1] % STRIDE or x.shape[-2] % STRIDE:
+            raise ValueError(f"image sides must be multiples of {STRIDE}, got {tuple(x.shape)}")
+        taps = []
+        quarter = len(self.stages) - 3  # index of the stage that ends at 1/4 resolution
+        for index, stage in enumerate(self.stages):
+            x = stage(x)
+            taps.append(x)
+            if index == quarter:
+                x = self.attention_quarter(x)
+        x = self.attention_latent(x)
+        features = [x, *(branch(tap) for branch, tap in zip(self.branches, taps, strict=False))]
+        return self.to_latent(torch.cat(features, dim=1) if len(features) > 1 else x)
+
+
+class SynthesisTransform(nn.Module):
+    """g_s: quantised latent ŷ, N×M×h×w, to image x̂, N×3×16h×16w, not clamped.
+
+    ::
+
+        ŷ ─ RB ─ RB ─ RNAB ─ Conv×2 ─ IGDN ─ Conv×2 ─ RNAB ─ IGDN ─ Conv×2 ─ IGDN ─ Conv×2 ─ x̂
+
+    The decoder has no pyramid ("unbalanced", Z19 2.1), and its quarter-resolution RNAB stands
+    before the IGDN, as in the figure.
+    """
+
+    def __init__(self, config: TransformConfig) -> None:
+        super().__init__()
+        w2, w4, w8, w16 = config.widths
+        layers: list[nn.Module] = []
+        if config.latent_channels != w16:
+            layers.append(nn.Conv2d(config.latent_channels, w16, 1))
+        layers.append(residual_blocks(w16, config.head_blocks))
+        if config.attention_latent:
+            layers.append(config.attention(w16))
+        layers.append(residual_blocks(w16, config.blocks[3]))
+        for level, (width_in, width) in ((2, (w16, w8)), (1, (w8, w4)), (0, (w4, w2))):
+            if width == 0:
+                continue
+            layers.append(upsample(width_in, width, config.upsampling))
+            if level == 1 and config.attention_quarter:
+                layers.append(config.attention(width))
+            if config.gdn:
+                layers.append(GDN(width, inverse=True))
+            layers.append(residual_blocks(width, config.blocks[level]))
+        if w2:
+            layers.append(upsample(w2, 3, config.upsampling))
+        else:
+            layers += [conv3x3(w4, 3 * 16), PixelShuffle(4)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, y_hat: Tensor) -> Tensor:
+        """Synthesise the image."""
+        return self.layers(y_hat)
