@@ -146,9 +146,7 @@ class NonLocalBlock(nn.Module):
         pad = (0, -width % w, 0, -height % w)
 
         def windows(t: Tensor) -> Tensor:
-            return rearrange(
-                F.pad(t, pad), "n c (h wh) (v wv) -> (n h v) (wh wv) c", wh=w, wv=w
-            )
+            return rearrange(F.pad(t, pad), "n c (h wh) (v wv) -> (n h v) (wh wv) c", wh=w, wv=w)
 
         valid = windows(torch.ones_like(x[:1, :1]))[..., 0] > 0  # windows × keys
         valid = valid.repeat(x.shape[0], 1)[:, None, :]

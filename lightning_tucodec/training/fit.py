@@ -1,0 +1,168 @@
+"""`tucodec fit | validate | test`: LightningCLI with run folders, resume and preemption."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from lightning_tucodec.training.data import PatchDataModule
+from lightning_tucodec.training.preemption import PREEMPTED, Preemption
+from lightning_tucodec.training.runs import Checkpointing, RunFolder, run_id
+from lightning_tucodec.training.tracking import JsonlLogger, WandbView
+from lightning_tucodec.training.vae import VAE
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and how it starts.
+
+    Attributes:
+        name: first part of the folder's name.
+        runs_dir: parent of all run folders.
+        init_from: checkpoint or exported model whose weights a fresh run starts with; a run that can
+            be resumed ignores it.
+        checkpoint_minutes: time between two saves.
+        wandb: mirror metrics to W&B (offline unless WANDB_API_KEY is set).
+        project: W&B project.
+        threads: CPU threads; None leaves PyTorch's choice.
+    """
+
+    name: str = "vae"
+    runs_dir: str = "runs"
+    init_from: str | None = None
+    checkpoint_minutes: float = 5.0
+    wandb: bool = False
+    project: str = "lightning-tucodec"
+    threads: int | None = None
+
+
+class _Counters(pl.Callback):
+    """Gives the loggers our own counters."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, JsonlLogger | WandbView):
+                logger.counters["opt_step"] = pl_module.opt_step
+                logger.counters["images_seen"] = pl_module.images_seen
+
+
+class _PlainProgress(pl.Callback):
+    """Progress as lines, for logs that are not a terminal."""
+
+    def __init__(self, every_seconds: float = 30.0) -> None:
+        self.every = every_seconds
+        self._last = 0.0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        now = time.monotonic()
+        if trainer.is_global_zero and now - self._last >= self.every:
+            self._last = now
+            shown = {k: f"{float(v):.4g}" for k, v in trainer.progress_bar_metrics.items()}
+            words = " ".join(f"{k}={v}" for k, v in shown.items())
+            print(f"step {pl_module.opt_step}/{trainer.max_steps} {words}", file=sys.stderr)
+
+
+def load_weights(network: torch.nn.Module, path: str) -> None:
+    """Warm start: weights of a checkpoint into `network`; nothing else is taken over."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    prefix = "network."
+    weights = {
+        k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)
+    }
+    network.load_state_dict(weights)
+
+
+class TucodecCLI(LightningCLI):
+    """Adds the `run` group; finds the run's folder and goes on from its newest checkpoint."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run's own options."""
+        parser.add_argument("--run", type=RunConfig, default=RunConfig())
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Loggers and callbacks of the run folder."""
+        if self.subcommand != "fit":
+            return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+        config = self._plain_config()
+        run = config["run"]
+        if run["threads"]:
+            torch.set_num_threads(run["threads"])
+        self.folder = RunFolder.of(config)
+        self.resume = self.folder.latest()
+        step = 0 if self.resume is None else int(self.resume[1]["tucodec"]["opt_step"])
+        loggers: list[Any] = [JsonlLogger(self.folder.path / "metrics.jsonl", step)]
+        if run["wandb"]:
+            identifier = run_id(config)
+            loggers.append(WandbView(self.folder.path, identifier, run["project"], config))
+        self.preemption = Preemption()
+        interactive = sys.stderr.isatty()
+        callbacks: list[pl.Callback] = [
+            _Counters(),
+            self.preemption,
+            Checkpointing(self.folder, run["checkpoint_minutes"]),
+        ]
+        if not interactive:
+            callbacks.append(_PlainProgress())
+        trainer: pl.Trainer = super().instantiate_trainer(
+            logger=loggers,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=interactive,
+            default_root_dir=str(self.folder.path),
+            **kwargs,
+        )
+        if trainer.is_global_zero:
+            self.folder.write_config(config)
+        return trainer
+
+    def fit(self, model: VAE, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+        """Start, or go on from the newest checkpoint."""
+        del kwargs  # ckpt_path: the resolver decides
+        where = self.folder.path
+        path: Path | None = None
+        init_from = self._get(self.config, "run")["init_from"]
+        if self.resume is not None:
+            path = self.resume[0]
+            print(f"run {where}: goes on at step {self.resume[1]['tucodec']['opt_step']}",
+                  file=sys.stderr)  # fmt: skip
+        else:
+            print(f"run {where}: starts", file=sys.stderr)
+            if init_from:
+                load_weights(model.network, init_from)
+        self.trainer.fit(model, datamodule, ckpt_path=path, weights_only=True)
+
+    def _plain_config(self) -> dict[str, Any]:
+        """The resolved config of the subcommand as plain types."""
+        config = self.config[self.subcommand].clone()
+        config.pop("config", None)
+        text = self._parser(self.subcommand).dump(config, skip_none=False)
+        import yaml
+
+        plain: dict[str, Any] = yaml.safe_load(text)
+        return plain
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a LightningCLI subcommand.
+
+    Args:
+        arguments: words from the subcommand on, as in ["fit", "--config", "recipe.yaml"].
+
+    Returns:
+        Exit status: 0, or 75 when a signal stopped the run after it had saved itself.
+    """
+    cli = TucodecCLI(
+        VAE,
+        PatchDataModule,
+        save_config_callback=None,
+        seed_everything_default=0,
+        args=list(arguments),
+    )
+    preemption = getattr(cli, "preemption", None)
+    return PREEMPTED if preemption is not None and preemption.received else 0

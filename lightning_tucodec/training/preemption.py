@@ -1,0 +1,58 @@
+"""One owner of signals: USR1, TERM and INT set a flag, and the run saves at the end of the batch.
+
+Saving inside a signal handler hangs or corrupts now and then (lessons 34), so the handler only
+remembers. Loader workers inherit handlers; the process id tells them apart.
+"""
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+PREEMPTED = 75
+"""Exit status of a run that saved itself and wants to be started again (sysexits' EX_TEMPFAIL)."""
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+class Preemption(pl.Callback):
+    """Stops the trainer after the batch in which a signal came; all ranks agree on the batch."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+        self._owner = os.getpid()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            os._exit(0)  # a loader worker; its parent decides
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice at the keyboard: now
+        self.received = signal.Signals(number)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Install the handlers."""
+        self._owner = os.getpid()
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Stop when any rank was told to."""
+        told = self.received is not None
+        if trainer.world_size > 1:
+            flag = torch.tensor(float(told), device=pl_module.device)
+            told = bool(trainer.strategy.reduce(flag, reduce_op="sum") > 0)
+        if told:
+            self.received = self.received or signal.SIGUSR1
+            trainer.should_stop = True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()

@@ -1,0 +1,233 @@
+"""TucodecVAE as a LightningModule: the MSE and the MS-SSIM recipe."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.losses import make_loss
+from lightning_tucodec.metrics import ms_ssim, psnr
+from lightning_tucodec.nn.codec import (
+    PRESETS,
+    CodecConfig,
+    TucodecVAE,
+    config_from_dict,
+    config_to_dict,
+)
+from lightning_tucodec.training.runs import NonFiniteLossError
+
+
+def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> CodecConfig:
+    """A preset with some fields replaced.
+
+    Args:
+        preset: "paper", "fast" or "tiny".
+        overrides: field name to value; a dot reaches into a part, as in {"context.channels": 0}.
+
+    Raises:
+        ConfigError: unknown preset or field.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} is unknown; choose one of {sorted(PRESETS)}")
+    values: dict[str, Any] = config_to_dict(PRESETS[preset])
+    for name, value in (overrides or {}).items():
+        *path, last = name.split(".")
+        target = values
+        for part in path:
+            target = target.get(part, {})
+        if last not in target:
+            raise ConfigError(f"codec has no field {name!r}")
+        target[last] = value
+    return config_from_dict(values)
+
+
+class VAE(pl.LightningModule):
+    """Trains a TucodecVAE for rate and distortion.
+
+    The learning rate is a pure function of the number of optimiser steps done: a linear warm-up, a
+    plateau, then half a cosine down to `final_lr`. The quantisers' noise of a step is a function of the
+    seed and of the step's first sample, so that a resumed run draws what the straight run drew.
+
+    Args:
+        recipe: "transparent" (λ·MSE + bpp) or "ssim" (0.2·MSE + 0.8·(1 − MS-SSIM) + λ·bpp).
+        lmbda: λ in that recipe's convention.
+        preset: size of the network.
+        codec: replaced fields of the preset, see `resolve_codec`.
+        lr: learning rate on the plateau (Adam).
+        final_lr: learning rate at the end.
+        warmup_steps: length of the warm-up.
+        decay_start: fraction of `max_steps` at which the cosine begins.
+        clip_norm: gradients are scaled down to this norm.
+        seed: of the quantisers' noise.
+    """
+
+    def __init__(
+        self,
+        recipe: str = "transparent",
+        lmbda: float = 512.0,
+        preset: str = "tiny",
+        codec: dict[str, Any] | None = None,
+        lr: float = 1e-4,
+        final_lr: float = 1e-6,
+        warmup_steps: int = 100,
+        decay_start: float = 0.5,
+        clip_norm: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.loss = make_loss(recipe, lmbda)
+        self.network = TucodecVAE(resolve_codec(preset, codec))
+        self.preset = preset
+        self.lr, self.final_lr = lr, final_lr
+        self.warmup_steps, self.decay_start = warmup_steps, decay_start
+        self.clip_norm = clip_norm
+        self.seed = seed
+        self.opt_step = 0
+        self.images_seen = 0
+        self.used_centres = torch.zeros(self.network.config.centres, dtype=torch.int64)
+        self.network.to(memory_format=torch.channels_last)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One Adam for everything: the prior of z needs no auxiliary loss."""
+        return torch.optim.Adam(self.network.parameters(), lr=self.lr, fused=True)
+
+    def learning_rate(self, step: int, max_steps: int) -> float:
+        """Learning rate of the optimiser step that follows `step` steps."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        start = self.decay_start * max_steps
+        if step < start:
+            return self.lr
+        progress = min(1.0, (step - start) / max(1.0, max_steps - start))
+        return self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def on_fit_start(self) -> None:
+        """Check what can be known before any time is spent."""
+        crop = getattr(self.trainer.datamodule, "crop", None)  # type: ignore[attr-defined]
+        if crop is not None and crop < self.loss.min_crop:
+            raise ConfigError(
+                f"recipe {self.recipe!r} needs crops of at least {self.loss.min_crop} pixels, "
+                f"got {crop}: MS-SSIM halves the image four times and its window has 11 pixels"
+            )
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Set the step's learning rate and its noise."""
+        rate = self.learning_rate(self.opt_step, self.trainer.max_steps)
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        first = int(batch["index"][0])
+        torch.manual_seed((self.seed * 1_000_003 + first * 7_919 + 1) % 2**63)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Rate and distortion of one batch of crops."""
+        x = batch["image"].contiguous(memory_format=torch.channels_last)
+        output = self.network(x)
+        terms = self.loss(output, x)
+        if not torch.isfinite(terms.loss):
+            raise NonFiniteLossError(self.opt_step)
+        self.images_seen += x.shape[0] * self.trainer.world_size
+        self.log_dict(
+            {
+                "train/loss": terms.loss.detach(),
+                "train/bpp": (terms.bpp_y + terms.bpp_z).detach(),
+                "train/bpp_z": terms.bpp_z.detach(),
+                "train/psnr": -10 * terms.mse.detach().log10(),
+            }
+        )
+        self.log("bpp", (terms.bpp_y + terms.bpp_z).detach(), prog_bar=True, logger=False)
+        self.log("dB", -10 * terms.mse.detach().log10(), prog_bar=True, logger=False)
+        return terms.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip, and log what came in."""
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        self.log("train/grad_norm", norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Count our own steps; schedules and logs use this count alone."""
+        super().optimizer_step(*args, **kwargs)
+        self.opt_step += 1
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation's centre usage and images."""
+        self.used_centres.zero_()
+        self.beyond_ends = 0.0
+        self.validation_rows: list[dict[str, float]] = []
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Rate of the hard symbols, distortion of the 8-bit image; whole images, one a batch."""
+        x = batch["image"]
+        output = self.network(x)
+        pixels = x.shape[-1] * x.shape[-2]
+        bits_y, bits_z = output.bits()
+        x_hat = (output.x_hat.clamp(0, 1) * 255).round() / 255
+        centres = self.network.quantizer.centres()
+        outside = (output.y < centres[0]) | (output.y > centres[-1])
+        self.used_centres += torch.bincount(
+            output.index.flatten().cpu(), minlength=len(self.used_centres)
+        )
+        row = {
+            "index": float(batch["index"][0]),
+            "bpp_y": float(bits_y.mean()) / pixels,
+            "bpp_z": float(bits_z.mean()) / pixels,
+            "psnr": float(psnr(x_hat, x).mean()),
+            "ms_ssim": float(ms_ssim(x_hat, x).mean()),
+            "beyond_ends": float(outside.float().mean()),
+            "loss": float(self.loss(output, x).loss),
+        }
+        self.validation_rows.append(row)
+
+    def on_validation_epoch_end(self) -> None:
+        """Means over the validation images, each image once whatever the number of ranks."""
+        rows = self._rows_of_all_ranks()
+        names = [name for name in rows[0] if name != "index"]
+        means = {f"val/{name}": sum(row[name] for row in rows) / len(rows) for name in names}
+        means["val/bpp"] = means["val/bpp_y"] + means["val/bpp_z"]
+        used = self.used_centres.to(self.device)
+        if self.trainer.world_size > 1:
+            used = self.all_gather(used).sum(0)
+        means["val/centres_used"] = float((used > 0).sum())
+        means["val/centres_dead"] = float((used == 0).sum())
+        self.log_dict(means, rank_zero_only=True)
+
+    def _rows_of_all_ranks(self) -> list[dict[str, float]]:
+        """Rows by image; ranks are padded with repeats, which the index removes again."""
+        gathered: list[list[dict[str, float]]] = [self.validation_rows]
+        if self.trainer.world_size > 1:
+            gathered = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, self.validation_rows)
+        by_index = {row["index"]: row for rows in gathered for row in rows}
+        return [by_index[index] for index in sorted(by_index)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Our own counters and what is needed to rebuild the network, as plain types."""
+        checkpoint["tucodec"] = {
+            "opt_step": self.opt_step,
+            "images_seen": self.images_seen,
+            "codec": _plain(config_to_dict(self.network.config)),
+            "recipe": self.recipe,
+            "lmbda": self.loss.lmbda,
+            "convention": self.loss.convention,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue our own counters."""
+        self.opt_step = checkpoint["tucodec"]["opt_step"]
+        self.images_seen = checkpoint["tucodec"]["images_seen"]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples to lists, so that a checkpoint reads like JSON."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if dataclasses.is_dataclass(value):
+        raise TypeError(f"{value!r} is not a plain value")
+    return value
