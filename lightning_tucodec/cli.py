@@ -25,17 +25,63 @@ def _command(subparsers: Any, name: str, run: Command, summary: str) -> argparse
     return parser
 
 
+_LIGHTNING_COMMANDS = {
+    "fit": "train; options come from --config FILE and the command line (LightningCLI)",
+    "validate": "evaluate a checkpoint on the validation images (LightningCLI)",
+    "test": "evaluate a checkpoint on the test images (LightningCLI)",
+}
+"""Subcommands whose options LightningCLI parses."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands with their options."""
     parser = argparse.ArgumentParser(prog="tucodec", description="Learned image compression.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in _LIGHTNING_COMMANDS.items():
+        subparsers.add_parser(name, help=summary)
     for register in _REGISTER:
         register(subparsers)
     return parser
 
 
+def _register_shards(subparsers: Any) -> None:
+    family = subparsers.add_parser("shards", help="photographs -> patches -> WebDataset shards")
+    commands = family.add_subparsers(dest="shards_command", metavar="COMMAND", required=True)
+
+    def run_build(arguments: argparse.Namespace) -> int:
+        from pathlib import Path
+
+        from data_pipelines.shards import BuildOptions, build
+
+        options = BuildOptions(
+            patch=arguments.patch,
+            count=arguments.count,
+            shard_size=arguments.shard_size,
+            seed=arguments.seed,
+            format=arguments.format,
+            max_overlap=arguments.max_overlap,
+            scales=tuple(float(scale) for scale in arguments.scales.split(",")),
+        )
+        index = build(arguments.sources, Path(arguments.out), options)
+        print(f"{index['samples']} patches in {len(index['shards'])} shards")
+        return 0
+
+    build_command = _command(commands, "build", run_build, "cut photographs into shards of patches")
+    build_command.add_argument("sources", nargs="+", metavar="SRC")
+    build_command.add_argument("--out", required=True, metavar="DIR")
+    build_command.add_argument("--patch", type=int, default=256)
+    build_command.add_argument("--count", type=int)
+    build_command.add_argument("--shard-size", type=int, default=1024)
+    build_command.add_argument("--seed", type=int, default=0)
+    build_command.add_argument("--format", choices=("webp", "png", "raw"), default="webp")
+    build_command.add_argument("--max-overlap", type=float, default=0.25)
+    build_command.add_argument("--scales", default="1")
+
+
 # One line a subcommand family; each function adds its parser(s) and names what runs.
-_REGISTER: list[Callable[[Any], None]] = []
+_REGISTER: list[Callable[[Any], None]] = [
+    _register_shards,
+]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,8 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    arguments = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if words and words[0] in _LIGHTNING_COMMANDS:
+            from lightning_tucodec.training.fit import main as lightning_main
+
+            return lightning_main(words)
+        arguments = build_parser().parse_args(words)
         return int(arguments.run(arguments))
     except TucodecError as error:
         print(f"tucodec: {error}", file=sys.stderr)

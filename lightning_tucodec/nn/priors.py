@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from lightning_tucodec.nn.blocks import lower_bound
 from lightning_tucodec.nn.quantizer import cell_edges
 
-MIN_SCALE = 0.02
-"""Least scale b of the Laplacian, in latent units: well below 0.04 of the centres' spacing, so that a
-certain symbol costs next to nothing."""
+MIN_SCALE = 2.0**-6
+"""Least scale b of the Laplacian, in latent units: at most 0.04 of any two centres' distance, so that
+a certain symbol costs next to nothing."""
 
-MAX_SCALE = 256.0
-"""Largest scale b; beyond the span of 200 unit-spaced centres the prior is flat anyway."""
+MAX_SCALE = 64.0
+"""Largest scale b; a Laplacian as wide as 200 unit-spaced centres is flat enough."""
 
 MIN_LIKELIHOOD = 2.0**-28
 """Least probability of a symbol; the coder's frequencies have 28 bits."""

@@ -68,10 +68,10 @@ class ClusterQuantizer(Quantizer):
     Args:
         count: M.
         hardness: σ times the mean gap. From 5 on the gradient vanishes on most of a cell.
-        min_gap: lower bound of the gaps.
+        min_gap: lower bound of the gaps; the prior's least scale is 0.04 of it.
     """
 
-    def __init__(self, count: int = 200, hardness: float = 2.0, min_gap: float = 0.1) -> None:
+    def __init__(self, count: int = 200, hardness: float = 2.0, min_gap: float = 0.4) -> None:
         super().__init__()
         if count < 3:
             raise ValueError(f"at least 3 centres are needed, got {count}")
