@@ -1,0 +1,206 @@
+"""Exported models: one safetensors file with weights, integer tables and the model card.
+
+    network.*      g_a, g_s, h_a (convolution weights in half precision by default), the quantiser and the
+                   prior of z in single precision
+    entropy.*      the entropy networks as integers (`coding.fixed_point`); held once, in this form
+    laplace.*      the centres' tables of y; categorical.*, medians: those of z
+
+The metadata field `tucodec` is JSON: format, name, config, card. A model's id is the first 8 bytes of the
+SHA-256 of its config and tensors; the name and the card can be edited without changing it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_tucodec.coding.categorical import CategoricalTables, build_cdf
+from lightning_tucodec.coding.container import MODEL_ID_BYTES
+from lightning_tucodec.coding.fixed_point import (
+    FRACTION_BITS,
+    IntegerEntropyModel,
+    quantise_network,
+    restore_network,
+)
+from lightning_tucodec.coding.laplace import LaplaceTables, build_tables
+from lightning_tucodec.coding.wavefront import Z_LIMIT, EntropyModel
+from lightning_tucodec.errors import ModelFileError
+from lightning_tucodec.files import atomic_write
+from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict, config_to_dict
+
+FORMAT = 1
+"""Version of the layout described above."""
+
+_TAIL = 2.0**-20
+"""The table of z covers each channel up to this probability; the rest is escaped."""
+
+_INTEGER_PARTS = ("h_s.", "context.", "entropy_parameters.")
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """An exported model in memory.
+
+    Attributes:
+        name: how commands call it.
+        config: of the network, as plain types.
+        tensors: by the names described above.
+        card: data and their terms, steps, λ and its convention, expected rate and distortion, ….
+        id: 8 bytes, computed from config and tensors.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    card: dict[str, Any]
+    id: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Compute the id."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
+        object.__setattr__(self, "id", digest.digest()[:MODEL_ID_BYTES])
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        description = {
+            "format": FORMAT, "name": self.name, "config": self.config, "card": self.card,
+        }  # fmt: skip
+        metadata = {"tucodec": json.dumps(description, ensure_ascii=False)}
+        with atomic_write(path) as stream:
+            stream.write(save({k: v.contiguous() for k, v in self.tensors.items()}, metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> "ModelFile":
+        """Read a file.
+
+        Raises:
+            ModelFileError: it is missing, damaged, or of another kind or format.
+        """
+        try:
+            with safe_open(path, framework="pt") as content:
+                description = json.loads((content.metadata() or {})["tucodec"])
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            if description["format"] != FORMAT:
+                raise ModelFileError(
+                    f"{path}: model format {description['format']} is unknown "
+                    f"(this program reads {FORMAT}): update lightning-tucodec"
+                )
+            return cls(description["name"], description["config"], tensors, description["card"])
+        except FileNotFoundError:
+            raise ModelFileError(f"{path}: no such model file") from None
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise ModelFileError(f"{path}: not an exported model ({error})") from None
+
+    def network(self) -> TucodecVAE:
+        """The floating-point network, in eval mode."""
+        try:
+            network = TucodecVAE(config_from_dict(self.config))
+            weights = _part(self.tensors, "network")
+            missing, unexpected = network.load_state_dict(
+                {name: tensor.float() for name, tensor in weights.items()}, strict=False
+            )
+            absent = [name for name in missing if not name.startswith(_INTEGER_PARTS)]
+            if absent or unexpected:
+                raise ValueError(f"weights do not fit: {(absent + unexpected)[:3]}")
+            restore_network(network, _part(self.tensors, "entropy"))
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ModelFileError(
+                f"model {self.name}: its content is inconsistent ({error})"
+            ) from None
+        return network.eval()
+
+    def entropy_model(self) -> EntropyModel:
+        """The integers that decide bits."""
+        try:
+            laplace = {k: v.numpy() for k, v in _part(self.tensors, "laplace").items()}
+            table = _part(self.tensors, "categorical")
+            return EntropyModel(
+                IntegerEntropyModel(_part(self.tensors, "entropy")),
+                LaplaceTables(**laplace),
+                CategoricalTables(
+                    table["cumulative"].numpy().astype(np.uint32), table["offset"].numpy()
+                ),
+                self.tensors["medians"].numpy(),
+            )
+        except (KeyError, TypeError) as error:
+            raise ModelFileError(f"model {self.name}: a table is missing ({error})") from None
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Tensors below a prefix, without it."""
+    start = f"{prefix}."
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
+@torch.no_grad()
+def _hyperlatent_tables(network: TucodecVAE) -> dict[str, Tensor]:
+    """Tables of z around the medians: cells until the tail is below _TAIL, then the escape."""
+    prior = network.factorized_prior
+    medians = prior.medians()
+    values = torch.arange(-Z_LIMIT, Z_LIMIT + 1, dtype=torch.float32)
+    points = (medians[:, None] + values).T[:, :, None, None]
+    mass = prior.likelihood(points)[:, :, 0, 0].T.double()
+    outside = 1 - torch.stack(
+        [mass[:, Z_LIMIT - r : Z_LIMIT + r + 1].sum(1) for r in range(Z_LIMIT)], dim=1
+    )
+    reach = int((outside > _TAIL).sum(1).max().clamp(1, Z_LIMIT - 1))
+    inside = mass[:, Z_LIMIT - reach : Z_LIMIT + reach + 1]
+    escape = (1 - inside.sum(1, keepdim=True)).clamp(min=_TAIL)
+    cumulative = build_cdf(torch.cat([inside, escape], dim=1).numpy())
+    return {
+        "categorical.cumulative": torch.from_numpy(cumulative.astype(np.int32)),
+        "categorical.offset": torch.full((prior.channels,), -reach, dtype=torch.int32),
+        "medians": torch.round(medians.double() * 2**FRACTION_BITS).to(torch.int32),
+    }
+
+
+@torch.no_grad()
+def freeze(
+    network: TucodecVAE,
+    name: str,
+    card: dict[str, Any],
+    weight_dtype: torch.dtype = torch.float16,
+) -> ModelFile:
+    """Turn a network into an exported model: weights, integer tables, card.
+
+    Args:
+        network: trained or not; left as it is.
+        name: how commands will call the model.
+        card: plain types.
+        weight_dtype: of the convolution weights of g_a, g_s and h_a.
+
+    Raises:
+        ModelFileError: a layer's sums would not be exact, or the centres cannot be held.
+    """
+    network = network.cpu()
+    tensors: dict[str, Tensor] = {}
+    for key, value in network.state_dict().items():
+        if not key.startswith(_INTEGER_PARTS):
+            halved = value.ndim == 4 and key.startswith(("g_a.", "g_s.", "h_a."))
+            tensors[f"network.{key}"] = value.detach().to(
+                weight_dtype if halved else torch.float32, copy=True
+            )
+    integers = quantise_network(network)
+    tensors.update({f"entropy.{key}": value for key, value in integers.items()})
+    try:
+        laplace = build_tables(network.quantizer.centres().double().numpy())
+    except ValueError as error:
+        raise ModelFileError(f"model {name}: {error}") from None
+    for key, table in laplace.items():
+        tensors[f"laplace.{key}"] = torch.from_numpy(np.ascontiguousarray(table))
+    tensors.update(_hyperlatent_tables(network))
+    config = json.loads(json.dumps(config_to_dict(network.config)))
+    model = ModelFile(name, config, tensors, card)
+    model.entropy_model()  # proves the bounds now rather than at the first use
+    return model

@@ -1,0 +1,117 @@
+"""Where models are found: shipped with the package, in the model folder, or by path."""
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lightning_tucodec.codecs.model_file import ModelFile, freeze
+from lightning_tucodec.codecs.tuc import TucModel
+from lightning_tucodec.errors import ModelFileError, UnknownModelError
+
+SHIPPED = Path(__file__).parent.parent / "weights"
+"""Models that come with the package."""
+
+SUFFIX = ".safetensors"
+
+
+def model_folder() -> Path:
+    """The user's own models: $TUCODEC_MODELS, or `tucodec/models` below $XDG_DATA_HOME."""
+    if named := os.environ.get("TUCODEC_MODELS"):
+        return Path(named)
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "tucodec" / "models"
+
+
+def model_files() -> list[Path]:
+    """Files of all models known by name, the user's before the shipped ones."""
+    return [
+        path
+        for folder in (model_folder(), SHIPPED)
+        if folder.is_dir()
+        for path in sorted(folder.glob(f"*{SUFFIX}"))
+    ]
+
+
+@cache
+def _load(path: Path, modified_ns: int) -> TucModel:
+    return TucModel(ModelFile.load(path))
+
+
+def _cached(path: Path) -> TucModel:
+    """One load a file and version of it."""
+    try:
+        modified = path.stat().st_mtime_ns
+    except OSError as error:
+        raise ModelFileError(f"{path}: {error.strerror}") from None
+    return _load(path.resolve(), modified)
+
+
+def load(name: str | Path) -> TucModel:
+    """A model by name, or from a path to an exported file.
+
+    Raises:
+        UnknownModelError: no model has this name.
+        ModelFileError: the file is missing or damaged.
+    """
+    text = str(name)
+    if text.endswith(SUFFIX) or os.sep in text:
+        return _cached(Path(text))
+    for path in model_files():
+        if path.name == text + SUFFIX:
+            return _cached(path)
+    known = ", ".join(sorted({path.stem for path in model_files()})) or "none"
+    raise UnknownModelError(f"no model is called {text!r} (known: {known}; or give a path)")
+
+
+def _loadable() -> Iterator[TucModel]:
+    for path in model_files():
+        try:
+            yield _cached(path)
+        except ModelFileError:
+            continue  # `tucodec models` names it; a damaged neighbour must not stop a decode
+
+
+def load_by_id(identity: bytes) -> TucModel:
+    """The model that wrote a stream.
+
+    Raises:
+        UnknownModelError: no known model has this id.
+    """
+    for model in _loadable():
+        if model.id == identity:
+            return model
+    raise UnknownModelError(
+        f"the file needs model {identity.hex()}, which is neither shipped nor in {model_folder()}; "
+        "name its file with --model, or copy it there"
+    )
+
+
+def models() -> dict[str, dict[str, Any]]:
+    """Model cards by name, of what is shipped and what lies in the model folder."""
+    return {model.name: {"id": model.id.hex(), **model.card} for model in _loadable()}
+
+
+def untrained(preset: str, seed: int = 0) -> TucModel:
+    """A model of a preset's size with random weights, for timing and tests."""
+    import torch
+
+    from lightning_tucodec.nn.codec import PRESETS, TucodecVAE
+
+    if preset not in PRESETS:
+        raise UnknownModelError(f"no preset is called {preset!r} (known: {', '.join(PRESETS)})")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = TucodecVAE(PRESETS[preset])
+    return TucModel(freeze(network, f"untrained-{preset}", {"note": "random weights"}))
+
+
+def decompress(data: bytes) -> Any:
+    """The image (PIL.Image) of a `.tuc` file, whatever known model wrote it."""
+    from lightning_tucodec.coding.container import unpack
+
+    container = unpack(data)
+    from PIL import Image
+
+    return Image.fromarray(load_by_id(container.model_id).decode_pixels(container))

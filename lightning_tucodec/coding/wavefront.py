@@ -1,0 +1,208 @@
+"""Latents to a stream and back, diagonal by diagonal.
+
+Positions with equal d = j + 3·i do not depend on one another (`nn.context`), so the decoder takes them
+together: h×w latents need w + 3·(h − 1) steps. The encoder knows all of ŷ and runs the same integer
+network over the whole plane at once; integers make both agree to the last bit.
+
+A stream holds the hyperlatent's symbols, channel by channel, then y's symbols, diagonal by diagonal, from
+top to bottom inside a diagonal, all channels of a position together.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_tucodec.coding import rans
+from lightning_tucodec.coding.categorical import CategoricalTables, decode_table, encode_table
+from lightning_tucodec.coding.fixed_point import FRACTION_BITS, IntegerEntropyModel, WholePlane
+from lightning_tucodec.coding.laplace import LaplaceTables, decode_laplace, encode_laplace
+from lightning_tucodec.nn.context import DIAGONAL_SLOPE, Tap
+from lightning_tucodec.nn.hyperprior import HYPER_STRIDE
+
+Z_LIMIT = 127
+"""Hyperlatent symbols are clamped to ±Z_LIMIT around their medians."""
+
+_BACK = 8
+"""Diagonals that a tap reaches back at most: Δj + 3·Δi ≥ −8 for all taps of `nn.context`."""
+
+
+@dataclass(frozen=True)
+class EntropyModel:
+    """Everything that decides bits, in integers.
+
+    Attributes:
+        network: h_s, context and entropy parameters.
+        laplace: centres and the Laplacian's tables, for y.
+        categorical: one table a channel, for z.
+        medians: int32[Z], FRACTION_BITS fractional bits.
+    """
+
+    network: IntegerEntropyModel
+    laplace: LaplaceTables
+    categorical: CategoricalTables
+    medians: NDArray[np.int32]
+
+
+class Diagonal(NamedTuple):
+    """Positions (i, d − 3·i) with top ≤ i < bottom; none on some diagonals of narrow planes."""
+
+    number: int
+    top: int
+    bottom: int
+
+
+def diagonals(height: int, width: int) -> Iterator[Diagonal]:
+    """All diagonals of an h×w plane in decoding order."""
+    for d in range(width + DIAGONAL_SLOPE * (height - 1)):
+        top = max(0, -(-(d - width + 1) // DIAGONAL_SLOPE))
+        yield Diagonal(d, top, min(height - 1, d // DIAGONAL_SLOPE) + 1)
+
+
+def _rows(diagonal: Diagonal, width: int) -> slice:
+    """The diagonal's positions in a plane flattened row by row: an arithmetic sequence."""
+    first = diagonal.top * width + diagonal.number - DIAGONAL_SLOPE * diagonal.top
+    step = width - DIAGONAL_SLOPE
+    count = diagonal.bottom - diagonal.top
+    return slice(first, first + step * count, step) if count > 1 else slice(first, first + count)
+
+
+def _scan(height: int, width: int, has_context: bool) -> NDArray[np.int64]:
+    """Flat positions of an h×w plane in decoding order."""
+    positions = np.arange(height * width)
+    if not has_context:
+        return positions
+    return np.concatenate([positions[_rows(d, width)] for d in diagonals(height, width)])
+
+
+class _Ring:
+    """Planes whose current points are one diagonal: the last diagonals, sheared.
+
+    Slot d mod 9 holds diagonal d as rows of the plane, so that every tap of every point of a diagonal is
+    one contiguous slice. Rows outside the plane stay zero.
+    """
+
+    _ABOVE = 2
+
+    def __init__(self, height: int, channels: dict[str, int]) -> None:
+        rows = height + self._ABOVE
+        self._slots = {
+            name: torch.zeros(_BACK + 1, rows, count, dtype=torch.float64)
+            for name, count in channels.items()
+        }
+        self._now = Diagonal(0, 0, 0)
+
+    def move(self, diagonal: Diagonal) -> None:
+        """Make `diagonal` the current points; the slot it takes over is cleared."""
+        self._now = diagonal
+        slot = diagonal.number % (_BACK + 1)
+        for plane in self._slots.values():
+            plane[slot].zero_()
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Keep the current diagonal's activations."""
+        d, top, bottom = self._now
+        self._slots[name][d % (_BACK + 1), top + self._ABOVE : bottom + self._ABOVE] = values
+
+    def taps(self, name: str, taps: Sequence[Tap]) -> Tensor:
+        """Gather around the current diagonal."""
+        d, top, bottom = self._now
+        plane = self._slots[name]
+        around = [
+            plane[
+                (d + dj + DIAGONAL_SLOPE * di) % (_BACK + 1),
+                top + self._ABOVE + di : bottom + self._ABOVE + di,
+            ]
+            for di, dj in taps
+        ]
+        return torch.cat(around, dim=1)
+
+
+def _hyper(model: EntropyModel, z: NDArray[np.int32], height: int, width: int) -> Tensor:
+    """Γ's part of the first entropy-parameter layer from z's symbols, Z×⌈h/4⌉×⌈w/4⌉."""
+    fixed = z.astype(np.float64) * 2.0**FRACTION_BITS + model.medians[:, None, None]
+    plane = torch.from_numpy(np.ascontiguousarray(fixed.transpose(1, 2, 0)))
+    return model.network.hyper(plane, height, width)
+
+
+@torch.inference_mode()
+def encode(model: EntropyModel, z: NDArray[np.int32], y: NDArray[np.int32]) -> bytes:
+    """Code one strip of latents.
+
+    Args:
+        model: decides the bits.
+        z: int32 Z×⌈h/4⌉×⌈w/4⌉, distances from the medians, within ±Z_LIMIT.
+        y: int32 h×w×M, indices of centres.
+
+    Returns:
+        The stream.
+    """
+    height, width, channels = y.shape
+    plane = WholePlane(height, width)
+    y_hat = torch.from_numpy(model.laplace.centres.astype(np.float64)[y]).flatten(0, 1)
+    plane.put("y", y_hat)
+    mu, scale = model.network.parameters(_hyper(model, z, height, width), plane)
+    order = torch.from_numpy(_scan(height, width, model.network.has_context))
+    z_start, z_frequency = encode_table(z.reshape(z.shape[0], -1), model.categorical)
+    y_start, y_frequency = encode_laplace(
+        y.reshape(-1, channels)[order.numpy()].reshape(-1),
+        mu[order].to(torch.int32).numpy().reshape(-1),
+        scale[order].to(torch.int32).numpy().reshape(-1),
+        model.laplace,
+    )
+    return rans.encode(
+        np.concatenate([z_start, y_start]), np.concatenate([z_frequency, y_frequency])
+    )
+
+
+@torch.inference_mode()
+def decode(model: EntropyModel, stream: bytes, height: int, width: int) -> NDArray[np.int32]:
+    """Decode one strip of latents.
+
+    Args:
+        model: the encoder's.
+        stream: what `encode` returned.
+        height, width: of y.
+
+    Returns:
+        int32 h×w×M, indices of centres.
+
+    Raises:
+        CorruptStreamError: the stream is not one that the encoder writes.
+    """
+    decoder = rans.RansDecoder(stream)
+    z_size = (-(-height // HYPER_STRIDE), -(-width // HYPER_STRIDE))
+    z = decode_table(decoder, z_size[0] * z_size[1], model.categorical)
+    z = z.clip(-Z_LIMIT, Z_LIMIT).reshape(-1, *z_size)
+    gamma = _hyper(model, z, height, width)
+    channels = model.network.latent_channels
+    y = np.empty((height * width, channels), np.int32)
+
+    def take(mu: Tensor, scale: Tensor) -> NDArray[np.int32]:
+        symbols = decode_laplace(
+            decoder,
+            mu.to(torch.int32).numpy().reshape(-1),
+            scale.to(torch.int32).numpy().reshape(-1),
+            model.laplace,
+        )
+        return symbols.reshape(-1, channels)
+
+    if not model.network.has_context:
+        y[:] = take(*model.network.parameters(gamma, WholePlane(height, width)))
+    else:
+        centres = torch.from_numpy(model.laplace.centres.astype(np.float64))
+        ring = _Ring(height, model.network.plane_channels())
+        for diagonal in diagonals(height, width):
+            rows = _rows(diagonal, width)
+            ring.move(diagonal)
+            if diagonal.top == diagonal.bottom:
+                continue
+            symbols = take(*model.network.parameters(gamma[rows].clone(), ring))
+            ring.put("y", centres[torch.from_numpy(symbols).long()])
+            y[rows] = symbols
+    decoder.finish()
+    return y.reshape(height, width, channels)
