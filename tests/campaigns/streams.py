@@ -1,0 +1,377 @@
+"""Hostile streams: mutated `.tuc` files must end in a named error or a valid image.
+
+    python -m tests.campaigns.streams --count 20000 --seed 1
+
+Case i of a seed is always the same bytes, so a campaign that was interrupted goes on where it
+stopped, and a finding is reproduced by its number (`--only I`). The decoder runs in a child
+process; each case must end within LIMIT_SECONDS and must not raise the peak of the resident
+memory by more than LIMIT_MEMORY × what the costliest honest decode of the corpus raises it by,
+both counted from the loaded, idle decoder. Counts go to docs/campaigns.json under the key
+"streams"; the exit status is 1 when any case broke a rule.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import importlib
+import json
+import multiprocessing
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lightning_tucodec.coding.container import CodecKind, Container, pack, unpack
+from lightning_tucodec.errors import TucodecError
+from lightning_tucodec.files import atomic_write
+
+RESULTS = Path(__file__).parents[2] / "docs" / "campaigns.json"
+LIMIT_SECONDS = 1.0
+LIMIT_MEMORY = 1.5
+HANG_SECONDS = 30.0  # then the child is ended and the case counts as a hang
+SAVE_EVERY = 500
+
+Decode = Callable[[bytes], Any]
+Mutation = Callable[[np.random.Generator, Sequence[bytes]], bytes]
+
+
+# --- Mutations: without the checksums repaired -----------------------------------------------
+
+
+def _pick(rng: np.random.Generator, corpus: Sequence[bytes]) -> bytes:
+    return corpus[rng.integers(len(corpus))]
+
+
+def _cut(rng: np.random.Generator, data: bytes | bytearray) -> int:
+    """A position in `data`; every other time within the first 64 bytes, where the header is."""
+    end = min(64, len(data)) if rng.random() < 0.5 else len(data)
+    return int(rng.integers(end + 1))
+
+
+def bit_flips(rng: np.random.Generator, corpus: Sequence[bytes]) -> bytes:
+    """One to eight flipped bits."""
+    data = bytearray(_pick(rng, corpus))
+    for _ in range(int(rng.integers(1, 9))):
+        data[_cut(rng, data[:-1])] ^= 1 << int(rng.integers(8))
+    return bytes(data)
+
+
+def truncation(rng: np.random.Generator, corpus: Sequence[bytes]) -> bytes:
+    """A file cut off anywhere."""
+    data = _pick(rng, corpus)
+    return data[: _cut(rng, data)]
+
+
+def splice(rng: np.random.Generator, corpus: Sequence[bytes]) -> bytes:
+    """The beginning of one file and the end of another, or of the same."""
+    first, second = _pick(rng, corpus), _pick(rng, corpus)
+    return first[: _cut(rng, first)] + second[_cut(rng, second) :]
+
+
+def insertion(rng: np.random.Generator, corpus: Sequence[bytes]) -> bytes:
+    """Random bytes put in somewhere, the end included."""
+    data = _pick(rng, corpus)
+    at = _cut(rng, data)
+    return data[:at] + rng.bytes(int(rng.integers(1, 40))) + data[at:]
+
+
+def raw_header(rng: np.random.Generator, corpus: Sequence[bytes]) -> bytes:
+    """Header bytes overwritten as they stand."""
+    data = bytearray(_pick(rng, corpus))
+    for _ in range(int(rng.integers(1, 5))):
+        data[int(rng.integers(min(len(data), 24)))] = int(rng.choice([0, 1, 127, 128, 255]))
+    return bytes(data)
+
+
+# --- Mutations: every checksum valid ---------------------------------------------------------
+
+
+def _strips(container: Container) -> list[bytes]:
+    return [strip for strip in container.strips if strip is not None]
+
+
+def header_edit(rng: np.random.Generator, corpus: Sequence[bytes]) -> bytes:
+    """Another size, kind, model, flag or number of strips over an honest payload."""
+    container = unpack(_pick(rng, corpus))
+    strips = _strips(container)
+    field = rng.choice(["size", "near size", "huge", "kind", "model", "flags", "strips"])
+    if field == "size":
+        change: dict[str, Any] = {
+            "width": int(rng.integers(1, 2048)),
+            "height": int(rng.integers(len(strips), 2048)),
+        }
+    elif field == "near size":
+        change = {
+            "width": max(1, container.width + int(rng.integers(-20, 21))),
+            "height": max(len(strips), container.height + int(rng.integers(-20, 21))),
+        }
+    elif field == "huge":
+        long, short = int(rng.integers(2048, 65_536)), int(rng.integers(len(strips), 4096))
+        change = (
+            {"width": long, "height": short}
+            if rng.random() < 0.5
+            else {"width": short, "height": long}
+        )
+    elif field == "kind":
+        change = {"kind": CodecKind(int(rng.integers(len(CodecKind))))}
+    elif field == "model":
+        change = {"model_id": rng.bytes(8)}
+    elif field == "flags":
+        change = {"flags": int(rng.integers(16))}
+    else:
+        cut = int(rng.integers(len(strips[0]) + 1))
+        change = {"strips": (strips[0][:cut], strips[0][cut:], *strips[1:])}
+    return pack(dataclasses.replace(container, **change))
+
+
+def wrong_payload(rng: np.random.Generator, corpus: Sequence[bytes]) -> bytes:
+    """Strips that no encoder wrote under checksums that say all is well."""
+    container = unpack(_pick(rng, corpus))
+    strips = _strips(container)
+    at = int(rng.integers(len(strips)))
+    strip = strips[at]
+    way = rng.choice(["random", "zeros", "ones", "flips", "cut", "longer", "foreign", "empty"])
+    if way == "random":
+        strip = rng.bytes(int(rng.integers(2 * len(strip) + 8)))
+    elif way in ("zeros", "ones"):
+        strip = (b"\0" if way == "zeros" else b"\xff") * int(rng.integers(2 * len(strip) + 8))
+    elif way == "flips":
+        flipped = bytearray(strip or b"\0")
+        for _ in range(int(rng.integers(1, 9))):
+            flipped[int(rng.integers(len(flipped)))] ^= 1 << int(rng.integers(8))
+        strip = bytes(flipped)
+    elif way == "cut":
+        strip = strip[: int(rng.integers(len(strip) + 1))]
+    elif way == "longer":
+        strip += rng.bytes(int(rng.integers(1, 200)))
+    elif way == "foreign":
+        strip = _strips(unpack(_pick(rng, corpus)))[0]
+    else:
+        strip = b""
+    strips[at] = strip
+    return pack(dataclasses.replace(container, strips=tuple(strips)))
+
+
+MUTATIONS: dict[str, Mutation] = {
+    function.__name__: function
+    for function in (
+        bit_flips,
+        truncation,
+        splice,
+        insertion,
+        raw_header,
+        header_edit,
+        wrong_payload,
+    )
+}
+CHECKSUMS_VALID = {"header_edit", "wrong_payload"}
+
+
+def mutated(seed: int, case: int, corpus: Sequence[bytes]) -> tuple[str, bytes]:
+    """Case number `case` of a campaign: the name of its mutation and its bytes."""
+    rng = np.random.default_rng([seed, case])
+    name = list(MUTATIONS)[case % len(MUTATIONS)]
+    return name, MUTATIONS[name](rng, corpus)
+
+
+# --- One case --------------------------------------------------------------------------------
+
+
+def outcome(decode: Decode, name: str, data: bytes, corpus: Sequence[bytes]) -> str:
+    """What a decoder made of a mutated stream.
+
+    Returns:
+        "image" or the class of the named error; a broken rule begins with "!".
+    """
+    try:
+        image = decode(data)
+    except TucodecError as error:
+        if "\n" in str(error):
+            return f"!{type(error).__name__} of several lines"
+        return type(error).__name__
+    except Exception as error:  # any other kind is the finding
+        return f"!{type(error).__name__}: {error}"[:200].replace("\n", " ")
+    if data not in corpus and name not in CHECKSUMS_VALID:
+        return "!a damaged file was accepted"
+    container = unpack(data)
+    size = getattr(image, "size", None)
+    if size is not None and size != (container.width, container.height):
+        return f"!an image of {size} for {container.width}×{container.height}"
+    return "image"
+
+
+def _memory(field: str) -> int:
+    """VmRSS or VmHWM (the peak of VmRSS since `_reset_peak`), in bytes."""
+    status = Path("/proc/self/status").read_text()
+    match = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    assert match
+    return 1024 * int(match[1])
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _load(target: str) -> Decode:
+    module, _, name = target.partition(":")
+    decode: Decode = getattr(importlib.import_module(module), name)
+    return decode
+
+
+def _child(pipe: Connection, target: str, corpus: list[bytes], seed: int, cases: range) -> None:
+    """Decode the corpus for the limits, then send (outcome, seconds, memory ratio) of each case."""
+    decode = _load(target)
+    decode(min(corpus, key=len))  # models loaded, kernels compiled
+    idle = _memory("VmRSS")
+    honest = 0
+    for data in corpus:
+        _reset_peak()
+        decode(data)
+        honest = max(honest, _memory("VmHWM") - idle)
+    pipe.send(None)
+    for case in cases:
+        name, data = mutated(seed, case, corpus)
+        _reset_peak()
+        start = time.perf_counter()
+        result = outcome(decode, name, data, corpus)
+        seconds = time.perf_counter() - start
+        pipe.send((result, seconds, (_memory("VmHWM") - idle) / max(honest, 1 << 20)))
+
+
+def run(
+    target: str, corpus: list[bytes], seed: int, cases: range
+) -> Iterator[tuple[str, float, float]]:
+    """(outcome, seconds, peak memory over the honest peak) of each case; survives any child."""
+    context = multiprocessing.get_context("spawn")
+    while cases:
+        ours, theirs = context.Pipe()
+        child = context.Process(target=_child, args=(theirs, target, corpus, seed, cases))
+        child.start()
+        theirs.close()
+        try:
+            ours.recv()  # the corpus is decoded; EOFError: the child has said why not
+            while cases:
+                finding = None
+                if not ours.poll(HANG_SECONDS):
+                    finding = ("!hang", HANG_SECONDS, 0.0)
+                else:
+                    try:
+                        result = ours.recv()
+                    except EOFError:
+                        child.join()
+                        finding = (f"!the process ended with status {child.exitcode}", 0.0, 0.0)
+                cases = cases[1:]
+                yield finding or result
+                if finding:
+                    break  # and go on in a new child
+        finally:
+            child.kill()
+            child.join()
+            ours.close()
+
+
+# --- The campaign ----------------------------------------------------------------------------
+
+
+def make_corpus() -> list[bytes]:
+    """Honest files of a shipped model: small photographs' worth of structure, odd sizes, noise."""
+    import lightning_tucodec
+
+    model = lightning_tucodec.load(next(iter(lightning_tucodec.models())))
+    rng = np.random.default_rng(0)
+    corpus = []
+    for width, height in [(16, 16), (97, 61), (128, 192), (256, 256), (320, 200)]:
+        rows, columns = np.mgrid[:height, :width].astype(np.float64)
+        image = np.stack(
+            [
+                128 + 100 * np.sin(columns / rng.uniform(5, 40) + rows / rng.uniform(5, 40))
+                for _ in range(3)
+            ],
+            axis=-1,
+        )
+        image += rng.normal(0, rng.uniform(0, 25), image.shape)
+        corpus.append(model.compress(image.clip(0, 255).astype(np.uint8)))
+    return corpus
+
+
+def merge(path: Path, key: str, value: dict[str, Any]) -> None:
+    """Set one key of a JSON object file, atomically, and keep the others."""
+    document = json.loads(path.read_text()) if path.exists() else {}
+    document[key] = value
+    with atomic_write(path, "w") as stream:
+        json.dump(document, stream, indent=2, sort_keys=True)
+        stream.write("\n")
+
+
+def campaign(target: str, corpus: list[bytes], seed: int, count: int, results: Path) -> int:
+    """Run what is left of a campaign; returns the number of broken rules."""
+    identity = {
+        "decoder": target,
+        "seed": seed,
+        "corpus": hashlib.sha256(b"".join(corpus)).hexdigest()[:16],
+    }
+    fresh: dict[str, Any] = {
+        **identity,
+        "cases": 0,
+        "outcomes": {},
+        "by_mutation": {},
+        "broken": [],
+        "slowest_seconds": 0.0,
+        "largest_memory_ratio": 0.0,
+        "limits": {"seconds": LIMIT_SECONDS, "memory_ratio": LIMIT_MEMORY},
+    }
+    before = json.loads(results.read_text()).get("streams", {}) if results.exists() else {}
+    state = before if {k: before.get(k) for k in identity} == identity else fresh
+    outcomes = collections.Counter(state["outcomes"])
+    by_mutation = collections.Counter(state["by_mutation"])
+    cases = range(state["cases"], count)
+    names = list(MUTATIONS)
+    progress = tqdm(cases, initial=cases.start, total=count, unit="stream", file=sys.stderr)
+    for case, (result, seconds, memory) in zip(
+        progress, run(target, corpus, seed, cases), strict=True
+    ):
+        if not result.startswith("!") and seconds > LIMIT_SECONDS:
+            result = f"!{result} after {seconds:.1f} s"
+        if not result.startswith("!") and memory > LIMIT_MEMORY:
+            result = f"!{result} with {memory:.1f} × the memory"
+        outcomes["broken" if result.startswith("!") else result] += 1
+        by_mutation[names[case % len(names)]] += 1
+        if result.startswith("!"):
+            state["broken"].append([case, names[case % len(names)], result[1:]])
+        state["slowest_seconds"] = round(max(state["slowest_seconds"], seconds), 3)
+        state["largest_memory_ratio"] = round(max(state["largest_memory_ratio"], memory), 2)
+        state.update(cases=case + 1, outcomes=dict(outcomes), by_mutation=dict(by_mutation))
+        if (case + 1) % SAVE_EVERY == 0 or case + 1 == count:
+            merge(results, "streams", state)
+    return len(state["broken"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=20_000, help="cases in all")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--decoder", default="lightning_tucodec:decompress", help="module:name")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--only", type=int, help="run this case alone, here, and print it")
+    arguments = parser.parse_args(argv)
+    corpus = make_corpus()
+    if arguments.only is not None:
+        name, data = mutated(arguments.seed, arguments.only, corpus)
+        result = outcome(_load(arguments.decoder), name, data, corpus)
+        print(f"case {arguments.only}, {name}, {len(data)} bytes: {result}")
+        return int(result.startswith("!"))
+    broken = campaign(arguments.decoder, corpus, arguments.seed, arguments.count, arguments.results)
+    print(f"{arguments.count} streams, {broken} broken rules; {arguments.results.name} updated")
+    return int(broken > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
