@@ -281,7 +281,7 @@ def run(
 
 
 def make_corpus() -> list[bytes]:
-    """Honest files of a shipped model: small photographs' worth of structure, odd sizes, noise."""
+    """Honest files of the first known model: waves and noise of several strengths, odd sizes."""
     import lightning_tucodec
 
     model = lightning_tucodec.load(next(iter(lightning_tucodec.models())))

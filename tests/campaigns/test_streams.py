@@ -63,12 +63,12 @@ def test_crashes_hangs_and_wrong_errors_are_counted(
 ) -> None:
     monkeypatch.setattr(streams, "HANG_SECONDS", 1.0)
     results = tmp_path / "results.json"
-    streams.campaign("test_streams:dies_on_damage", CORPUS, 3, 12, results)
+    streams.campaign("test_streams:dies_on_damage", CORPUS, 11, 7, results)
     state = json.loads(results.read_text())["streams"]
     found = {case: message for case, _, message in state["broken"]}
     expected = {}
-    for case in range(12):
-        _, data = streams.mutated(3, case, CORPUS)
+    for case in range(7):
+        _, data = streams.mutated(11, case, CORPUS)
         fault = sum(data) % 4
         if data not in CORPUS and fault < 3:
             expected[case] = [
