@@ -1,0 +1,50 @@
+"""What every image codec of this package can do."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@runtime_checkable
+class ImageCodec(Protocol):
+    """One codec at one setting: an 8-bit RGB image to real bytes and back.
+
+    `encode` and `decode` are pure functions of their arguments and the setting; a codec may be
+    used from several threads and processes at once.
+    """
+
+    @property
+    def name(self) -> str:
+        """The specification that builds this codec again, such as `jpeg:q=30`."""
+        ...
+
+    def encode(self, image: NDArray[np.uint8]) -> bytes:
+        """Code an H×W×3 image.
+
+        Returns:
+            Everything the decoder needs; its length is the rate that counts.
+
+        Raises:
+            ImageInputError: the size is outside what the codec supports.
+            ExternalToolError: a program this codec calls is missing, failed or did not end.
+        """
+        ...
+
+    def decode(self, data: bytes) -> NDArray[np.uint8]:
+        """The H×W×3 image of what `encode` returned.
+
+        Raises:
+            CorruptStreamError: the bytes are not what `encode` returned.
+            ExternalToolError: a program this codec calls is missing or did not end.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader needs to repeat the numbers.
+
+        Returns:
+            `codec` and `version` (of the encoder), `options` or `command` in full, and `colour`,
+            the path from RGB to what is coded and back.
+        """
+        ...

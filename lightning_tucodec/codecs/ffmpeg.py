@@ -1,0 +1,139 @@
+"""The ffmpeg binary of the imageio-ffmpeg wheel: bytes in, bytes out, errors in words."""
+
+import contextlib
+import functools
+import os
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+
+from lightning_tucodec.errors import CorruptStreamError, ExternalToolError
+
+
+def executable() -> str:
+    """Path of the binary: `IMAGEIO_FFMPEG_EXE` if set, else the one inside the wheel.
+
+    Raises:
+        ExternalToolError: there is none.
+    """
+    import imageio_ffmpeg
+
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:
+        raise ExternalToolError(
+            "no ffmpeg found: reinstall imageio-ffmpeg, or point IMAGEIO_FFMPEG_EXE to a binary"
+        ) from None
+
+
+def encode(
+    source: Sequence[str], coder: Sequence[str], data: bytes, *, encoder: str, timeout: float
+) -> bytes:
+    """Run one encoder over one raw picture.
+
+    Args:
+        source: options of the input.
+        coder: options of the output, `-c:v` aside.
+        data: the raw picture.
+        encoder: ffmpeg's name of the encoder.
+        timeout: seconds until the process is killed.
+
+    Raises:
+        ExternalToolError: the binary is missing or lacks the encoder, or the process failed or did
+            not end in time.
+    """
+    arguments = [*source, "-i", "pipe:0", "-frames:v", "1", "-c:v", encoder, *coder]
+    status, output, complaint = _run(arguments, data, timeout, encoder)
+    if "Unknown encoder" in complaint:
+        raise ExternalToolError(
+            f"{executable()} has no encoder {encoder}: use the binary of imageio-ffmpeg >= 0.6 "
+            "(unset IMAGEIO_FFMPEG_EXE)"
+        )
+    if status or not output:
+        raise ExternalToolError(f"{encoder} failed with status {status}: {_reason(complaint)}")
+    return output
+
+
+def decode(
+    source: Sequence[str], sink: Sequence[str], data: bytes, *, decoder: str, timeout: float
+) -> bytes:
+    """Run one decoder over one coded picture; the raw picture comes back.
+
+    Args:
+        source: options of the input, `-c:v` aside.
+        sink: options of the raw output.
+        data: the coded picture.
+        decoder: ffmpeg's name of the decoder.
+        timeout: seconds until the process is killed.
+
+    Raises:
+        CorruptStreamError: the decoder refused the stream or made no picture of it.
+        ExternalToolError: the binary is missing or lacks the decoder, or did not end in time.
+    """
+    # -xerror: a picture with a damaged part is not a picture.
+    arguments = ["-xerror", *source, "-c:v", decoder, "-i", "pipe:0", "-frames:v", "1"]
+    arguments += list(sink)
+    status, output, complaint = _run(arguments, data, timeout, decoder)
+    if "Unknown decoder" in complaint:
+        raise ExternalToolError(
+            f"{executable()} has no decoder {decoder}: use the binary of imageio-ffmpeg >= 0.6 "
+            "(unset IMAGEIO_FFMPEG_EXE)"
+        )
+    if status or not output:
+        raise CorruptStreamError(f"the {decoder} decoder refused the stream: {_reason(complaint)}")
+    return output
+
+
+@functools.cache
+def version(encoder: str) -> str:
+    """What coded a picture: ffmpeg's version, the encoder and, where it tells, its own version."""
+    import imageio_ffmpeg
+
+    executable()
+    ffmpeg = f"ffmpeg {imageio_ffmpeg.get_ffmpeg_version().lstrip('n')}"
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "64x64", "-r", "1", "-i", "pipe:0"]
+    arguments = [*source, "-frames:v", "1", "-c:v", encoder, "-f", "rawvideo"]
+    messages = _run(arguments, bytes(64 * 64 * 3), 60.0, encoder, level="verbose")[2]
+    own = re.search(r"(?i)(?:version\W*\s(?:.*\sv)?|\] v)(\d\S*)", messages)
+    return f"{encoder} {own.group(1)} in {ffmpeg}" if own else f"{encoder} in {ffmpeg}"
+
+
+def _run(
+    arguments: list[str], data: bytes, timeout: float, what: str, level: str = "error"
+) -> tuple[int, bytes, str]:
+    """Exit status, output and messages of one process that ends before we return, come what may."""
+    binary = executable()
+    # Coders print to stdout (libvvenc its warnings), so the result goes to a descriptor of its own.
+    with tempfile.TemporaryFile() as result:
+        command = [binary, "-hide_banner", "-nostdin", "-v", level, *arguments]
+        try:
+            process = subprocess.Popen(
+                [*command, f"pipe:{result.fileno()}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=(result.fileno(),),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ExternalToolError(f"cannot start {binary}: {error.strerror}") from None
+        with process:
+            try:
+                _, complaint = process.communicate(data, timeout)
+            except BaseException as error:
+                # The whole session, so that nothing a wrapper script has started lives on.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    raise ExternalToolError(f"{what} did not end within {timeout:g} s") from None
+                raise
+        result.seek(0)
+        return process.returncode, result.read(), complaint.decode(errors="replace")
+
+
+def _reason(complaint: str) -> str:
+    """The first line of the messages, which names the cause; the later ones follow from it."""
+    lines = [re.sub(r"^\[[^]]*\]\s*", "", line) for line in complaint.splitlines() if line.strip()]
+    return lines[0] if lines else "it said nothing"

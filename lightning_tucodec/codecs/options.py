@@ -1,0 +1,72 @@
+"""A codec's setting as text: `NAME` or `NAME:KEY=VALUE[,KEY=VALUE…]`."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from lightning_tucodec.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of codecs whose setting is the fields of a frozen dataclass.
+
+    The keys of a specification are the names of the fields; a field without default must be given.
+    Subclasses check ranges in `__post_init__` through `check_range` and `check_choice`.
+    """
+
+    codec_name: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """The shortest specification of this setting, without what does not change the bytes."""
+        given = [
+            f"{field.name}={getattr(self, field.name):{'g' if field.type is float else ''}}"
+            for field in dataclasses.fields(self)
+            if field.compare and getattr(self, field.name) != field.default
+        ]
+        return ":".join([self.codec_name, *filter(None, [",".join(given)])])
+
+    @classmethod
+    def parse(cls, options: dict[str, str]) -> Self:
+        """Build the codec from texts.
+
+        Raises:
+            ConfigError: an unknown key, a missing one, or a value of the wrong kind or range.
+        """
+        types = typing.get_type_hints(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - set(fields))
+        if unknown:
+            raise ConfigError(
+                f"{cls.codec_name}: no option {unknown[0]}; there are {', '.join(sorted(fields))}"
+            )
+        for key, field in fields.items():
+            if field.default is dataclasses.MISSING and key not in options:
+                raise ConfigError(f"{cls.codec_name} needs {key}, as in {cls.codec_name}:{key}=…")
+        values = {}
+        for key, text in options.items():
+            kind = next(kind for kind in (int, float, str) if kind in _alternatives(types[key]))
+            try:
+                values[key] = kind(text)
+            except ValueError:
+                raise ConfigError(f"{cls.codec_name}: {key}={text} is not a number") from None
+        return cls(**values)
+
+    def check_range(self, key: str, low: float, high: float) -> None:
+        """Raise `ConfigError` unless low ≤ the field ≤ high."""
+        value = getattr(self, key)
+        if not low <= value <= high:
+            raise ConfigError(f"{self.codec_name}: {key}={value} is not within {low} … {high}")
+
+    def check_choice(self, key: str, *choices: str) -> None:
+        """Raise `ConfigError` unless the field is one of the choices."""
+        value = getattr(self, key)
+        if value not in choices:
+            raise ConfigError(f"{self.codec_name}: {key}={value} is none of {', '.join(choices)}")
+
+
+def _alternatives(hint: object) -> tuple[object, ...]:
+    """The members of a union, or the type itself."""
+    return typing.get_args(hint) or (hint,)
