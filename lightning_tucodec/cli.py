@@ -45,37 +45,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _register_shards(subparsers: Any) -> None:
+    from data_pipelines.cli import add_build_arguments, run_build, run_stats, run_verify
+
     family = subparsers.add_parser("shards", help="photographs -> patches -> WebDataset shards")
     commands = family.add_subparsers(dest="shards_command", metavar="COMMAND", required=True)
-
-    def run_build(arguments: argparse.Namespace) -> int:
-        from pathlib import Path
-
-        from data_pipelines.shards import BuildOptions, build
-
-        options = BuildOptions(
-            patch=arguments.patch,
-            count=arguments.count,
-            shard_size=arguments.shard_size,
-            seed=arguments.seed,
-            format=arguments.format,
-            max_overlap=arguments.max_overlap,
-            scales=tuple(float(scale) for scale in arguments.scales.split(",")),
-        )
-        index = build(arguments.sources, Path(arguments.out), options)
-        print(f"{index['samples']} patches in {len(index['shards'])} shards")
-        return 0
-
-    build_command = _command(commands, "build", run_build, "cut photographs into shards of patches")
-    build_command.add_argument("sources", nargs="+", metavar="SRC")
-    build_command.add_argument("--out", required=True, metavar="DIR")
-    build_command.add_argument("--patch", type=int, default=256)
-    build_command.add_argument("--count", type=int)
-    build_command.add_argument("--shard-size", type=int, default=1024)
-    build_command.add_argument("--seed", type=int, default=0)
-    build_command.add_argument("--format", choices=("webp", "png", "raw"), default="webp")
-    build_command.add_argument("--max-overlap", type=float, default=0.25)
-    build_command.add_argument("--scales", default="1")
+    add_build_arguments(
+        _command(commands, "build", run_build, "cut photographs into shards of patches")
+    )
+    verify = _command(commands, "verify", run_verify, "read all shards back and name what is wrong")
+    stats = _command(commands, "stats", run_stats, "draw a contact sheet and histograms")
+    stats.add_argument("-o", "--out", default="stats.png", metavar="PNG")
+    for command in (verify, stats):
+        command.add_argument("shards", metavar="DIR|URL")
+        command.add_argument("--json", action="store_true")
 
 
 # One line a subcommand family; each function adds its parser(s) and names what runs.

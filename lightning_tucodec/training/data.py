@@ -29,7 +29,7 @@ class ShardReader:
         except FileNotFoundError:
             raise DatasetError(f"{folder}: no index.json; build it with `tucodec shards build`") from None
         self.patch = int(index["patch"])
-        self.format = str(index["format"])
+        self.format = str(index["encoding"])
         self.names = [shard["name"] for shard in index["shards"]]
         counts = [shard["samples"] for shard in index["shards"]]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
