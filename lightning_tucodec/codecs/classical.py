@@ -61,9 +61,10 @@ class PillowCodec(Options, ABC):
         """See `ImageCodec.describe`."""
         import PIL
 
+        library = f"{self.feature} {features.version(self.feature)}"
         return {
             "codec": self.name,
-            "version": f"{self.feature} {features.version(self.feature)} in Pillow {PIL.__version__}",
+            "version": f"{library} in Pillow {PIL.__version__}",
             "options": self.save_options(),
             "colour": self.colour,
         }
