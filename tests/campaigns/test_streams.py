@@ -48,9 +48,9 @@ def test_a_campaign_resumes_where_it_stopped(tmp_path: Path) -> None:
     target = "lightning_tucodec.coding.container:unpack"
     whole, halves = tmp_path / "whole.json", tmp_path / "halves.json"
     halves.write_text('{"resume": {"kills": 3}}')
-    assert streams.campaign(target, CORPUS, 1, 60, whole) == 0
+    assert streams.campaign(target, "none", CORPUS, 1, 60, whole) == 0
     for count in (25, 60):
-        assert streams.campaign(target, CORPUS, 1, count, halves) == 0
+        assert streams.campaign(target, "none", CORPUS, 1, count, halves) == 0
     document = json.loads(halves.read_text())
     assert document["resume"] == {"kills": 3}
     for key in ("cases", "outcomes", "by_mutation", "broken"):
@@ -63,7 +63,7 @@ def test_crashes_hangs_and_wrong_errors_are_counted(
 ) -> None:
     monkeypatch.setattr(streams, "HANG_SECONDS", 1.0)
     results = tmp_path / "results.json"
-    streams.campaign("test_streams:dies_on_damage", CORPUS, 11, 7, results)
+    streams.campaign("test_streams:dies_on_damage", "none", CORPUS, 11, 7, results)
     state = json.loads(results.read_text())["streams"]
     found = {case: message for case, _, message in state["broken"]}
     expected = {}

@@ -20,6 +20,7 @@ from lightning_tucodec.coding.laplace import (
 )
 from lightning_tucodec.coding.rans import TOTAL, RansDecoder, encode
 from lightning_tucodec.errors import CorruptStreamError, ModelFileError
+from lightning_tucodec.nn.priors import MAX_SCALE, MIN_SCALE
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "laplace.rans"
 UNIT = np.arange(-100.0, 100.0)
@@ -135,6 +136,10 @@ def test_rate_loss(name: str, low: float, high: float, bits: float) -> None:
     loss = -np.sum(p * np.log2(frequency / TOTAL)) / b.size - entropy
     assert -1e-9 < loss < bits
     assert loss < 1e-4 * entropy
+
+
+def test_scales_are_those_of_training() -> None:
+    assert (SCALE_MIN, SCALE_MIN * 2 ** ((SCALE_COUNT - 1) / SCALE_STEPS)) == (MIN_SCALE, MAX_SCALE)
 
 
 def test_certain_symbols_cost_nothing() -> None:
