@@ -1,0 +1,211 @@
+import io
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.ndimage import convolve
+from scipy.signal import fftconvolve
+from skimage.data import astronaut
+
+from lightning_tucodec.metrics import (
+    MS_SSIM_WEIGHTS,
+    bits_per_pixel,
+    ms_ssim,
+    ms_ssim_db,
+    ms_ssim_scales,
+    psnr,
+    psnr_from_sse,
+    sse,
+)
+from lightning_tucodec.training.set_metrics import MeanPSNR, PooledPSNR, SetMSSSIM, SetRate
+
+
+def photo(height: int, width: int, quality: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A photograph and its JPEG, 1×3×H×W."""
+    image = Image.fromarray(astronaut()[:height, :width])
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    pair = [np.array(image), np.array(Image.open(buffer))]
+    x, y = (torch.from_numpy(array).permute(2, 0, 1)[None] / 255.0 for array in pair)
+    return x, y
+
+
+def clic_ms_ssim(x: torch.Tensor, y: torch.Tensor) -> float:
+    """CLIC's definition from its parts: 2-D windows by FFT, reflecting 2×2 means, float64."""
+    a, b = (image[0].permute(1, 2, 0).double().numpy() * 255 for image in (x, y))
+    window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = (np.outer(window, window) / window.sum() ** 2)[:, :, None]
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    value = np.ones(3)
+    for scale, weight in enumerate(MS_SSIM_WEIGHTS):
+        mean_a, mean_b, aa, bb, ab = (
+            fftconvolve(m, window, mode="valid", axes=(0, 1)) for m in (a, b, a * a, b * b, a * b)
+        )
+        term = (2 * (ab - mean_a * mean_b) + c2) / (aa + bb - mean_a**2 - mean_b**2 + c2)
+        if scale == 4:
+            term = term * (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+        value = value * term.mean((0, 1)) ** weight
+        a, b = (convolve(m, np.full((2, 2, 1), 0.25), mode="reflect")[::2, ::2] for m in (a, b))
+    return float(value.mean())
+
+
+@pytest.mark.parametrize("quality", [5, 30, 90])
+@pytest.mark.parametrize("size", [(512, 512), (176, 256), (301, 511), (161, 165)])
+def test_ms_ssim_is_clics(size: tuple[int, int], quality: int) -> None:
+    x, y = photo(*size, quality)
+    assert float(ms_ssim(x, y)) == pytest.approx(clic_ms_ssim(x, y), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (176, 256)])
+def test_ms_ssim_equals_pytorch_msssim_on_even_sizes(size: tuple[int, int]) -> None:
+    from pytorch_msssim import ms_ssim as independent
+
+    x, y = photo(*size, 20)
+    assert float(ms_ssim(x, y)) == pytest.approx(float(independent(x, y, data_range=1.0)), abs=1e-5)
+
+
+def test_ms_ssim_gradient_and_precision() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(2, 1, 22, 21, dtype=torch.float64)
+    y = (x + 0.1 * torch.rand_like(x)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda image: ms_ssim(x, image), (y,))
+    with torch.autocast("cpu", torch.bfloat16):
+        value = ms_ssim(x.float(), y.float())
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, ms_ssim(x, y).float(), atol=1e-5, rtol=0)
+
+
+def test_ms_ssim_of_a_negative_has_a_finite_gradient() -> None:
+    x = torch.rand(1, 3, 176, 176)
+    y = (1 - x).requires_grad_()
+    value = ms_ssim(x, y)
+    value.sum().backward()
+    assert value.item() == 0.0
+    assert torch.isfinite(y.grad).all()
+    assert float(ms_ssim(x, x)) == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("side", "scales"), [(10, 0), (11, 1), (20, 1), (21, 2), (41, 3), (81, 4), (160, 4), (161, 5)]
+)
+def test_small_images_have_fewer_scales(side: int, scales: int) -> None:
+    assert ms_ssim_scales(side, 500) == scales
+    x = torch.rand(1, 3, side, 200)
+    if scales:
+        assert float(ms_ssim(x, x)) == pytest.approx(1.0, abs=1e-6)
+    else:
+        with pytest.raises(ValueError, match="11 pixels"):
+            ms_ssim(x, x)
+
+
+def test_one_scale_is_ssim() -> None:
+    from skimage.metrics import structural_similarity
+
+    x, y = photo(20, 20, 10)
+    a, b = (image[0].permute(1, 2, 0).double().numpy() for image in (x, y))
+    expected = structural_similarity(
+        *(a, b),
+        channel_axis=2,
+        data_range=1.0,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+    # scikit-image cuts the same border of five pixels off.
+    assert float(ms_ssim(x, y)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_psnr_by_hand() -> None:
+    x = torch.zeros(2, 3, 4, 4)
+    y = x.clone()
+    y[0] += 0.1
+    torch.testing.assert_close(psnr(x, y), torch.tensor([20.0, math.inf]))
+    assert psnr_from_sse(65025 * 12, 12) == 0.0
+    assert psnr_from_sse(0, 12) == math.inf
+    assert ms_ssim_db(0.9) == pytest.approx(10.0)
+    assert bits_per_pixel(100, 800) == 1.0
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=25, deadline=None)
+def test_sse_is_exact(seed: int) -> None:
+    x, y = np.random.default_rng(seed).integers(0, 256, (2, 9, 7, 3), dtype=np.uint8)
+    assert sse(x, y) == sum((int(a) - int(b)) ** 2 for a, b in zip(x.flat, y.flat, strict=True))
+
+
+def test_sse_of_a_large_difference_does_not_overflow() -> None:
+    x = np.zeros((400, 400, 3), np.uint8)
+    assert sse(x, x + np.uint8(255)) == 400 * 400 * 3 * 65025
+
+
+def test_sse_refuses_other_types_and_shapes() -> None:
+    x = np.zeros((2, 2), np.uint8)
+    with pytest.raises(ValueError, match="uint8"):
+        sse(x, x.astype(float))
+    with pytest.raises(ValueError, match="shapes"):
+        sse(x, x[:1])
+
+
+def images() -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Three batches of different sizes with bytes."""
+    batches = []
+    for size, quality, coded in (((176, 180), 10, 900), ((200, 161), 50, 2500), ((11, 12), 90, 40)):
+        x, y = photo(*size, quality)
+        batches.append((x, y, coded))
+    return batches
+
+
+def expected() -> list[float]:
+    """Pooled PSNR, mean PSNR, weighted and plain MS-SSIM, bpp, from per-image values."""
+    error, values, psnrs, similarity, pixels, coded = 0, 0, [], [], [], 0
+    for x, y, size in images():
+        a, b = ((image[0] * 255).round().byte().numpy() for image in (x, y))
+        error, values = error + sse(a, b), values + a.size
+        psnrs.append(psnr_from_sse(sse(a, b), a.size))
+        similarity.append(float(ms_ssim(x, y)))
+        pixels.append(a.size // 3)
+        coded += size
+    return [
+        psnr_from_sse(error, values),
+        float(np.mean(psnrs)),
+        float(np.average(similarity, weights=pixels)),
+        float(np.mean(similarity)),
+        bits_per_pixel(coded, sum(pixels)),
+    ]
+
+
+def measure(batches: list[tuple[torch.Tensor, torch.Tensor, int]]) -> list[float]:
+    quality = [PooledPSNR(), MeanPSNR(), SetMSSSIM(), SetMSSSIM(weighted=False)]
+    rate = SetRate()
+    for x, y, size in batches:
+        for metric in quality:
+            metric.update(y, x)
+        rate.update(torch.tensor(8.0 * size), x[:, 0].numel())
+    return [float(metric.compute()) for metric in [*quality, rate]]
+
+
+def test_set_metrics_in_one_process() -> None:
+    assert measure(images()) == pytest.approx(expected(), abs=1e-6)
+
+
+def _rank(rank: int, rendezvous: str, results: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
+    )
+    # Two images on one process, one on the other.
+    values = measure(images()[rank::2])
+    torch.save(values, f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_set_metrics_under_ddp(tmp_path: os.PathLike[str]) -> None:
+    torch.multiprocessing.spawn(_rank, (f"{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        assert torch.load(f"{tmp_path}/{rank}.pt") == pytest.approx(expected(), abs=1e-6)
