@@ -16,7 +16,7 @@
     4       CRC-32 of the strip, little-endian
 
 A strip is a run of latent rows with its own entropy-coder state; to this layer, bytes that the
-codec understands. A small image is one strip, and costs 26 to 32 bytes beside it. (Sides up to
+codec understands. A small image is one strip, and costs 25 to 32 bytes beside it. (Sides up to
 127 pixels take one byte each, up to 16383 two.) The CRC of strip i starts from the header's CRC
 plus i instead of from zero, so strips that are exchanged, or come from another file, do not pass.
 Any single changed byte is found, and damage to a strip costs only that strip.
