@@ -60,8 +60,37 @@ def _register_shards(subparsers: Any) -> None:
         command.add_argument("--json", action="store_true")
 
 
+def _register_coding(subparsers: Any) -> None:
+    from lightning_tucodec.codecs import cli
+
+    compress = _command(subparsers, "compress", cli.run_compress, "images to .tuc files")
+    cli.add_compress_arguments(compress)
+    decompress = _command(subparsers, "decompress", cli.run_decompress, ".tuc files to PNG")
+    cli.add_decompress_arguments(decompress)
+    info = _command(subparsers, "info", cli.run_info, "say what stands in a .tuc file")
+    info.add_argument("file", metavar="TUC")
+    models = _command(subparsers, "models", cli.run_models, "list shipped and local models")
+    for command in (info, models):
+        command.add_argument("--json", action="store_true")
+
+
+def _register_export(subparsers: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from lightning_tucodec.training.export import run_export
+
+        return run_export(arguments)
+
+    parser = _command(subparsers, "export", run, "a run's weights and integer tables to one file")
+    parser.add_argument("run_folder", metavar="RUN", help="a run folder or a checkpoint file")
+    parser.add_argument("-o", "--out", required=True, metavar="MODEL.safetensors")
+    parser.add_argument("--name", help="the model's name; the file's stem when left out")
+    parser.add_argument("--card", metavar="YAML", help="file with more entries of the card")
+
+
 # One line a subcommand family; each function adds its parser(s) and names what runs.
 _REGISTER: list[Callable[[Any], None]] = [
+    _register_coding,
+    _register_export,
     _register_shards,
 ]
 

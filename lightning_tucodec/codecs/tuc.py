@@ -204,8 +204,8 @@ class TucModel:
     def estimated_bits(self, pixels: NDArray[np.uint8]) -> float:
         """Bits of the floating-point likelihoods of `forward()`, for an H×W×3 image."""
         x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div_(255)
-        y, z = self.network(x).bits()
-        return float(y.sum() + z.sum())
+        _, y, z = self.network.rate(self.network.g_a(self.network.pad(x)))
+        return float(-(y.log2().sum(dtype=torch.float64) + z.log2().sum(dtype=torch.float64)))
 
     # The ImageCodec protocol, so that evaluation and allocation treat this like any other codec.
 

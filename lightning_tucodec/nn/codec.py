@@ -24,7 +24,7 @@ from lightning_tucodec.nn.hyperprior import (
     LaplaceParameters,
 )
 from lightning_tucodec.nn.priors import FactorizedPrior, LaplacePrior
-from lightning_tucodec.nn.quantizer import QuantizerKind, make_quantizer
+from lightning_tucodec.nn.quantizer import Quantized, QuantizerKind, make_quantizer
 from lightning_tucodec.nn.transforms import (
     STRIDE,
     AnalysisTransform,
@@ -151,10 +151,12 @@ class TucodecVAE(nn.Module):
         upsilon = None if self.context is None else self.context(y_hat)
         return self.entropy_parameters(gamma, upsilon)
 
-    def forward(self, x: Tensor) -> CodecOutput:
-        """Code images in floating point: N×3×H×W in [0, 1], any H, W ≥ 1."""
-        height, width = x.shape[-2:]
-        y = self.g_a(self.pad(x))
+    def rate(self, y: Tensor) -> tuple[Quantized, Tensor, Tensor]:
+        """Quantise y and find the likelihoods of ŷ and ẑ; N×M×h×w.
+
+        Returns:
+            The quantised latent, and the likelihoods of y and of z as in CodecOutput.
+        """
         quantized = self.quantizer(y)
         hyper_input = quantized.y_hat.abs() if self.config.hyper.as_drawn else y
         z_hat, z_likelihoods = self.factorized_prior(self.h_a(hyper_input))
@@ -163,6 +165,13 @@ class TucodecVAE(nn.Module):
         if self.training and self.config.rate_proxy == "noise":
             value = self._noisy(y.float(), quantized.below, quantized.above)
         y_likelihoods = self.prior(value, quantized.below, quantized.above, mu, log_scale)
+        return quantized, y_likelihoods, z_likelihoods
+
+    def forward(self, x: Tensor) -> CodecOutput:
+        """Code images in floating point: N×3×H×W in [0, 1], any H, W ≥ 1."""
+        height, width = x.shape[-2:]
+        y = self.g_a(self.pad(x))
+        quantized, y_likelihoods, z_likelihoods = self.rate(y)
         x_hat = self.g_s(quantized.y_hat)[..., :height, :width]
         return CodecOutput(x_hat, y_likelihoods, z_likelihoods, y, quantized.index)
 

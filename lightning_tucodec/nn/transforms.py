@@ -16,12 +16,16 @@ from lightning_tucodec.nn.blocks import (
     ResidualAttentionBlock,
     Upsampling,
     conv3x3,
+    preserving,
     residual_blocks,
     upsample,
 )
 
 STRIDE = 16
 """Pixels of the image per position of the latent y, along each side."""
+
+_LATENT_GAIN = 8.0
+"""Initial gain of the last layer of g_a; pixels have a standard deviation near 0.25."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,17 @@ class AnalysisTransform(nn.Module):
         self.branches = nn.ModuleList(
             conv3x3(width, w16, stride=stride) for width, stride in taps if config.pyramid
         )
-        self.to_latent = nn.Conv2d(w16 * (1 + len(self.branches)), config.latent_channels, 1)
+        fused = w16 * (1 + len(self.branches))
+        self.to_latent = preserving(nn.Conv2d(fused, config.latent_channels, 1))
+        with torch.no_grad():
+            # A photograph's y should span a few centres from the first step on.
+            self.to_latent.weight.mul_(_LATENT_GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform; raises ValueError when a side is not a multiple of 16."""
         if x.shape[-1] % STRIDE or x.shape[-2] % STRIDE:
             raise ValueError(f"image sides must be multiples of {STRIDE}, got {tuple(x.shape)}")
+        x = x - 0.5
         taps = []
         quarter = len(self.stages) - 3  # index of the stage that ends at 1/4 resolution
         for index, stage in enumerate(self.stages):
@@ -136,7 +145,7 @@ class SynthesisTransform(nn.Module):
         w2, w4, w8, w16 = config.widths
         layers: list[nn.Module] = []
         if config.latent_channels != w16:
-            layers.append(nn.Conv2d(config.latent_channels, w16, 1))
+            layers.append(preserving(nn.Conv2d(config.latent_channels, w16, 1)))
         layers.append(residual_blocks(w16, config.head_blocks))
         if config.attention_latent:
             layers.append(config.attention(w16))
@@ -153,9 +162,12 @@ class SynthesisTransform(nn.Module):
         if w2:
             layers.append(upsample(w2, 3, config.upsampling))
         else:
-            layers += [conv3x3(w4, 3 * 16), PixelShuffle(4)]
+            last = conv3x3(w4, 3 * 16)
+            with torch.no_grad():
+                last.weight.mul_(0.1)  # the first reconstructions are gray, not noise
+            layers += [last, PixelShuffle(4)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, y_hat: Tensor) -> Tensor:
         """Synthesise the image."""
-        return self.layers(y_hat)
+        return self.layers(y_hat) + 0.5
