@@ -22,14 +22,14 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     add("--long-edge", type=int, default=2000, metavar="N", help="scale down to this first (2000)")
     add("--scales", type=_scales, default=(1.0,), metavar="S,...", help="also cut at these scales")
     add("--max-overlap", type=float, default=0.0, metavar="F",
-        help="share of its side that a patch may have in common with a neighbour (default 0)")  # fmt: skip
+        help="share of its side that a patch has in common with a neighbour (0)")  # fmt: skip
     add("--min-contrast", type=float, default=3.0, metavar="C",
-        help="skip patches whose luma deviates less, in gray levels of 255 (default 3)")  # fmt: skip
+        help="skip patches whose luma deviates less, in gray levels of 255 (3)")  # fmt: skip
     add("--duplicate-bits", type=int, default=4, metavar="B",
         help="photographs whose 64-bit perceptual hashes differ in at most B bits are the same "
         "(default 4; -1: only identical files)")  # fmt: skip
     add("--licence", action="append", default=[], metavar="NOTE",
-        help="one for all sources, or one for each in order (default: its LICENSE file)")  # fmt: skip
+        help="one for all sources, or one each (default: its LICENSE file)")  # fmt: skip
     add("--json", action="store_true", help="summary as JSON")
 
 
@@ -57,9 +57,11 @@ def run_build(arguments: argparse.Namespace) -> int:
         part=Part(*arguments.part) if arguments.part else None,
         licences=arguments.licence,
     )
-    index = summary.index
+    index = summary.contents
     if index is None:
-        done = "is done" if not summary.missing else f"has done its share for now: {summary.missing}"
+        done = (
+            "is done" if not summary.missing else f"has done its share for now: {summary.missing}"
+        )
         report = {"out": arguments.out, "part": "/".join(map(str, arguments.part)),
                   "complete": False, "missing": summary.missing}  # fmt: skip
         text = f"part {report['part']} {done}; the same command without --part completes the build"
@@ -91,7 +93,9 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
     report = verify(arguments.shards)
     if arguments.json:
-        print(json.dumps({"samples": report.samples, "shards": report.shards, "wrong": report.wrong}))
+        print(
+            json.dumps({"samples": report.samples, "shards": report.shards, "wrong": report.wrong})
+        )
     else:
         for line in report.wrong:
             print(line)

@@ -1,6 +1,7 @@
 """Near duplicates among many images, by the Hamming distance of their perceptual hashes."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +47,8 @@ def _close_pairs(hashes: NDArray[np.uint64], max_bits: int) -> set[tuple[int, in
     values, place, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     pairs = {(int(place[u]), n) for n, u in enumerate(inverse.tolist()) if place[u] != n}
     edges = np.linspace(0, 64, max_bits + 2).astype(int)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        mask = np.uint64((1 << int(high - low)) - 1)
+    for low, high in pairwise(edges.tolist()):
+        mask = np.uint64((1 << high - low) - 1)
         band = (values >> np.uint64(low)) & mask
         order = np.argsort(band, kind="stable")
         bounds = np.flatnonzero(np.diff(band[order], prepend=band[order[:1]] ^ np.uint64(1)))

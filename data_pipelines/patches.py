@@ -33,7 +33,9 @@ def scaled(image: NDArray[np.uint8], long_edge: int, scale: float) -> NDArray[np
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
 
-def grid(width: int, height: int, patch: int, max_overlap: float, key: int) -> list[tuple[int, int]]:
+def grid(
+    width: int, height: int, patch: int, max_overlap: float, key: int
+) -> list[tuple[int, int]]:
     """Left and top corners of a grid of patches that is placed at random in the image.
 
     Args:
@@ -61,9 +63,7 @@ def perceptual_hash(image: NDArray[np.uint8]) -> int:
     """64 bits that stay nearly the same under scaling and recompression (`imagehash.phash`)."""
     import imagehash
 
-
-    small = Image.fromarray(image).convert("L")
-    return int(str(imagehash.phash(small)), 16)
+    return int(str(imagehash.phash(Image.fromarray(image))), 16)
 
 
 def encode_patch(pixels: NDArray[np.uint8], encoding: str) -> bytes:

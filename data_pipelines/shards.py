@@ -4,7 +4,7 @@ A build goes through three steps, each cut into tasks whose results are files, s
 killed anywhere and shared out to any number of processes and machines:
 
 1. inspect: chunks of images are decoded; hash, size and worthwhile patches of each are noted;
-2. plan: from all notes, in memory: near duplicates fall out, patches are chosen and dealt to shards;
+2. plan: from all notes: near duplicates fall out, patches are chosen and dealt to shards;
 3. write: each shard is a function of the plan and the photographs alone.
 
 The notes lie in `.build/` of the output and vanish when `index.json` is written, which is last.
@@ -14,7 +14,6 @@ import errno
 import hashlib
 import io
 import json
-import os
 import tarfile
 import tempfile
 from collections import Counter
@@ -116,12 +115,12 @@ class Summary(NamedTuple):
     """What a call of `build` has come to.
 
     Attributes:
-        index: contents of `index.json`; None when this part did its share but others are missing.
+        contents: of `index.json`; None when this part did its share but others are missing.
         missing: what the other parts still have to do, in words.
         wanted: `--count` where there were fewer patches than that, else None.
     """
 
-    index: dict[str, Any] | None
+    contents: dict[str, Any] | None
     missing: str = ""
     wanted: int | None = None
 
@@ -266,7 +265,7 @@ class _Build:
             "samples": sum(shard["samples"] for shard in shards),
             "bytes": sum(shard["bytes"] for shard in shards),
             "patch": self.options.patch,
-            "encoding": self.options.encoding,
+            "format": self.options.encoding,
             "options": asdict(self.options),
             "sources": [
                 {
@@ -392,7 +391,9 @@ class _Plan:
         for (image, scale, x, y), row in zip(block.tolist(), rows.tolist(), strict=True):
             patch = Patch(self._scales[scale], x, y)
             images.setdefault(image, []).append(_Row(row, patch))
-        return [(self.entries[image], self.digests[image], found) for image, found in images.items()]
+        return [
+            (self.entries[image], self.digests[image], found) for image, found in images.items()
+        ]
 
 
 def _even_shares(available: NDArray[np.int64], count: int | None) -> NDArray[np.int64]:
@@ -402,7 +403,9 @@ def _even_shares(available: NDArray[np.int64], count: int | None) -> NDArray[np.
     low, high = 0, int(available.max())
     while low < high:  # the largest level whose sum does not exceed `count`
         level = (low + high + 1) // 2
-        low, high = (level, high) if np.minimum(available, level).sum() <= count else (low, level - 1)
+        low, high = (
+            (level, high) if np.minimum(available, level).sum() <= count else (low, level - 1)
+        )
     shares = np.minimum(available, low)
     more = np.flatnonzero(available > low)[: count - int(shares.sum())]
     shares[more] += 1
@@ -455,8 +458,7 @@ def _write_shard(
     samples: dict[int, tuple[bytes, dict[str, Any]]] = {}
     for entry, digest, rows in images:
         source = Source(locations[entry.source])
-        for row, sample in _cut(source, entry, digest, rows, options):
-            samples[row] = sample
+        samples.update(_cut(source, entry, digest, rows, options))
     storage, name = Storage(out), _shard_name(number)
     first = number * options.shard_size
     if storage.remote:
@@ -535,9 +537,12 @@ def _named(data: bytes, name: str) -> io.BytesIO:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(
-        "utf-8", "surrogateescape"
-    ) + b"\n"
+    return (
+        json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(
+            "utf-8", "surrogateescape"
+        )
+        + b"\n"
+    )
 
 
 def _notes_name(chunk: int) -> str:

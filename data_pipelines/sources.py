@@ -53,9 +53,7 @@ class Source:
         if self.single:
             return [Entry(number, self.name, 0, os.stat(self.location).st_size)]
         return [
-            Entry(number, name, 0, size)
-            for name, size in self.storage.files()
-            if _is_image(name)
+            Entry(number, name, 0, size) for name, size in self.storage.files() if _is_image(name)
         ]
 
     def read(self, entry: Entry) -> bytes:
@@ -75,7 +73,7 @@ class Source:
 
     def _tar_entries(self, number: int) -> list[Entry]:
         try:
-            with tarfile.open(fileobj=_RangeReader(self.storage, self.name), mode="r:") as tar:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=_RangeReader(self.storage, self.name), mode="r:") as tar:
                 found = [
                     Entry(number, member.name, member.offset_data, member.size)
                     for member in tar
@@ -109,7 +107,9 @@ def fingerprint(sources: Sequence[Source], entries: Sequence[Entry], settings: s
     for source in sources:
         digest.update(f"\n{source.name}".encode())
     for entry in entries:
-        digest.update(f"\n{entry.source} {entry.size} {entry.name}".encode("utf-8", "surrogateescape"))
+        digest.update(
+            f"\n{entry.source} {entry.size} {entry.name}".encode("utf-8", "surrogateescape")
+        )
     return digest.hexdigest()
 
 
@@ -146,7 +146,9 @@ class _RangeReader(io.RawIOBase):
         if not self._start <= self._position <= end <= self._start + len(self._piece):
             self._start = self._position
             stop = min(self._size, max(end, self._position + (1 << 20)))
-            self._piece = self._storage.read(self._name, self._start, stop) if stop > self._start else b""
+            self._piece = (
+                self._storage.read(self._name, self._start, stop) if stop > self._start else b""
+            )
         data = self._piece[self._position - self._start : max(end, self._position) - self._start]
         self._position += len(data)
         return data

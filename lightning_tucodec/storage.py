@@ -1,5 +1,6 @@
 """Folders, local or at any fsspec URL, with retries and hashes; a bounded local cache of them."""
 
+import fcntl
 import hashlib
 import os
 import random
@@ -173,9 +174,10 @@ class ShardCache:
     """Local copies of remote shards, shared by all processes of a node and bounded in size.
 
     A copy appears under its final name only when size and SHA-256 are right, so a reader never sees
-    half of one and processes need no locks: at worst two of them fetch the same shard. The name is
-    the shard's own hash, so shards of equal names in different folders do not meet. The copies used
-    least recently go first; on POSIX a reader that still has one mapped keeps its data.
+    half of one. The name is the shard's own hash, so shards of equal names in different folders do
+    not meet. A lock, which the kernel drops when its holder dies, keeps the processes of a node
+    from fetching the same shard twice. The copies used least recently go first; on POSIX a reader
+    that still has one mapped keeps its data.
 
     Args:
         storage: where the shards lie.
@@ -189,28 +191,36 @@ class ShardCache:
     def get(self, name: str, size: int, sha256: str) -> Path:
         """Path of a verified local copy."""
         path = self.folder / f"{sha256}{PurePosixPath(name).suffix}"
-        try:
-            if path.stat().st_size == size:
-                os.utime(path)
-                return path
-        except FileNotFoundError:
-            pass
-        self._make_room(size)
-        self.storage.download(name, path, size, sha256)
+        if not self._has(path, size):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / f".{sha256}.lock", "wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not self._has(path, size):
+                    self._make_room(size)
+                    self.storage.download(name, path, size, sha256)
         return path
 
+    @staticmethod
+    def _has(path: Path, size: int) -> bool:
+        try:
+            if path.stat().st_size != size:
+                return False
+            os.utime(path)  # the time of last use
+        except FileNotFoundError:
+            return False
+        return True
+
     def _make_room(self, size: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         copies = []
         for path in self.folder.iterdir():
             try:
                 status = path.stat()
             except FileNotFoundError:  # another process made room
                 continue
-            # Dotted names are downloads under way, or left by a killed process.
             if not path.name.startswith("."):
                 copies.append((status.st_mtime_ns, status.st_size, path))
-            elif time.time() - status.st_mtime > _ABANDONED_SECONDS:
+            # A download under way, unless its process was killed.
+            elif path.suffix == ".tmp" and time.time() - status.st_mtime > _ABANDONED_SECONDS:
                 path.unlink(missing_ok=True)
         total = sum(entry[1] for entry in copies) + size
         for _, length, path in sorted(copies):

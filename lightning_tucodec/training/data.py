@@ -1,158 +1,225 @@
-"""Shards to training batches: exact, elastic, resumable."""
+"""Shards to training batches: exact, elastic, resumable; docs/data.md lists the guarantees."""
 
-import io
-import json
-import mmap
+import itertools
+import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from pytorch_lightning.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from lightning_tucodec.errors import ConfigError, DatasetError
+from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError
 from lightning_tucodec.images import IMAGE_SUFFIXES, read_image
 from lightning_tucodec.training.plan import DataPlan, derive, hash_positions
+from lightning_tucodec.training.shards import ShardReader
+
+Batch = dict[str, torch.Tensor]
+
+MIXED_SAMPLES = 16384
+"""Samples that a batch is drawn from: the plan's window is as many shards as hold these."""
+
+_AUGMENT = 0x617567  # separates the augmentation's random bits from those of the order
 
 
-class ShardReader:
-    """Samples of local shards by number, through memory maps that are opened when first used."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-        try:
-            index = json.loads((self.folder / "index.json").read_text())
-        except FileNotFoundError:
-            raise DatasetError(f"{folder}: no index.json; build it with `tucodec shards build`") from None
-        self.patch = int(index["patch"])
-        self.format = str(index["encoding"])
-        self.names = [shard["name"] for shard in index["shards"]]
-        counts = [shard["samples"] for shard in index["shards"]]
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.offsets = np.concatenate([np.array(s["offsets"], np.int64) for s in index["shards"]])
-        self.sizes = np.concatenate([np.array(s["sizes"], np.int64) for s in index["shards"]])
-        self._maps: dict[int, mmap.mmap] = {}
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
-
-    def encoded(self, number: int) -> bytes:
-        """The bytes of one sample as they lie in the tar."""
-        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        if shard not in self._maps:
-            with open(self.folder / self.names[shard], "rb") as stream:
-                self._maps[shard] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        start = int(self.offsets[number])
-        return self._maps[shard][start : start + int(self.sizes[number])]
-
-    def pixels(self, number: int) -> NDArray[np.uint8]:
-        """One patch, uint8 H×W×3."""
-        data = self.encoded(number)
-        if self.format == "raw":
-            return np.load(io.BytesIO(data))
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+def data_plan(reader: ShardReader, seed: int) -> DataPlan:
+    """The order in which a run sees the samples of `reader`: whole shards are the plan's blocks."""
+    size = reader.index.shard_size
+    return DataPlan(len(reader), seed, size, max(2, math.ceil(MIXED_SAMPLES / size)))
 
 
-class _RankBatches(Dataset[dict[str, torch.Tensor]]):
-    """Item k is this rank's share of global batch k, augmented; images stay uint8 until collected."""
+class RankBatches(Dataset[Batch]):
+    """This rank's share of the global batch that starts at a global position.
+
+    Ranks take consecutive shares; they differ by one sample at most where the world size does not
+    divide the batch. Crop and flip of a sample depend on seed and global position alone.
+
+    Args:
+        reader: the samples.
+        plan: their order.
+        batch_size: global batch.
+        crop: side of the random crop, pixels.
+        flip: mirror half of the samples left to right.
+        rank: this process.
+        world_size: number of processes.
+    """
 
     def __init__(
         self, reader: ShardReader, plan: DataPlan, batch_size: int, crop: int, flip: bool,
-        rank: int, world_size: int,
-    ) -> None:
+        rank: int = 0, world_size: int = 1,
+    ) -> None:  # fmt: skip
         self.reader, self.plan, self.batch_size = reader, plan, batch_size
         self.crop, self.flip = crop, flip
         self.rank, self.world_size = rank, world_size
+        self._key = derive(plan.seed & 0xFFFFFFFFFFFFFFFF, _AUGMENT)
+        self._fetcher: ThreadPoolExecutor | None = None
+        self._fetched_window = -1
 
-    def __getitem__(self, batch: int) -> dict[str, torch.Tensor]:
-        first = batch * self.batch_size
+    def __getitem__(self, start: int) -> Batch:
+        """Image uint8 N×3×crop×crop and index int64 N (global positions)."""
         positions = np.arange(
-            first + self.rank * self.batch_size // self.world_size,
-            first + (self.rank + 1) * self.batch_size // self.world_size,
+            start + self.rank * self.batch_size // self.world_size,
+            start + (self.rank + 1) * self.batch_size // self.world_size,
         )
-        numbers = self.plan.indices(positions)
-        noise = hash_positions(derive(self.plan.seed & 0xFFFFFFFFFFFFFFFF, 0x617567), positions)
-        room = np.uint64(self.reader.patch - self.crop + 1)
-        lefts = (noise & np.uint64(0xFFFFF)) % room
-        tops = ((noise >> np.uint64(20)) & np.uint64(0xFFFFF)) % room
-        flips = (noise >> np.uint64(63)).astype(bool) & self.flip
-        images = np.empty((len(positions), self.crop, self.crop, 3), np.uint8)
-        for row, number in enumerate(numbers):
-            y, x = int(tops[row]), int(lefts[row])
-            pixels = self.reader.pixels(int(number))[y : y + self.crop, x : x + self.crop]
-            images[row] = pixels[:, ::-1] if flips[row] else pixels
-        return {
-            "image": torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))),
-            "index": torch.from_numpy(positions),
-        }
+        if self.reader.cache is not None:
+            self._fetch_ahead(start)
+        noise = hash_positions(self._key, positions)
+        room = np.uint64(self.reader.index.patch - self.crop + 1)
+        lefts = ((noise & np.uint64(0xFFFFF)) % room).tolist()
+        tops = ((noise >> np.uint64(20) & np.uint64(0xFFFFF)) % room).tolist()
+        flips = ((noise >> np.uint64(63)).astype(bool) & self.flip).tolist()
+        images = np.empty((len(positions), 3, self.crop, self.crop), np.uint8)
+        samples = self.plan.indices(positions).tolist()
+        for image, sample, x, y, flip in zip(images, samples, lefts, tops, flips, strict=True):
+            pixels = self.reader.pixels(sample)[y : y + self.crop, x : x + self.crop]
+            image[:] = (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1)
+        return {"image": torch.from_numpy(images), "index": torch.from_numpy(positions)}
 
-
-class _EndlessBatches:
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def __iter__(self) -> Iterator[int]:
-        batch = self.first
-        while True:
-            yield batch
-            batch += 1
+    def _fetch_ahead(self, position: int) -> None:
+        """On entering a window, one process starts to fetch the shards of the next one."""
+        worker = get_worker_info()
+        window = self.plan.window_of(position)
+        if window == self._fetched_window or (worker is not None and worker.id > 0):
+            return
+        self._fetched_window = window
+        if self._fetcher is None:
+            self._fetcher = ThreadPoolExecutor(1)
+        self._fetcher.submit(self.reader.fetch, self.plan.blocks_of_window(window + 1).tolist())
 
 
 class PlanLoader:
-    """Iterates one Lightning epoch at a time over the endless plan and knows its position."""
+    """Batches of an endless plan, one pass over the samples at a time, from any position.
 
-    def __init__(self, dataset: _RankBatches, num_workers: int) -> None:
-        self.dataset = dataset
+    Lightning stores `state_dict()` in its checkpoints. The position counts the batches that were
+    handed out, not those that workers have prefetched. Length is known, so Lightning asks for a
+    batch only when it trains on it.
+
+    Args:
+        batches: see `RankBatches`.
+        num_workers: processes that decode ahead; 0 decodes in this one.
+    """
+
+    def __init__(self, batches: RankBatches, num_workers: int = 0) -> None:
+        self.batches = batches
         self.num_workers = num_workers
-        self.batches_done = 0
-        self._stream: Iterator[dict[str, torch.Tensor]] | None = None
+        self.position = 0
+        self._pass = len(self)
+        self._stream: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
-        return -(-self.dataset.plan.samples // self.dataset.batch_size)
+        """Batches in one pass over the samples; the last one may reach into the next pass."""
+        return -(-self.batches.plan.samples // self.batches.batch_size)
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        if self._stream is None:
-            self._stream = iter(
-                DataLoader(
-                    self.dataset, batch_size=None, num_workers=self.num_workers,
-                    sampler=_EndlessBatches(self.batches_done),  # type: ignore[arg-type]
-                )
-            )
-        end = (self.batches_done // len(self) + 1) * len(self)
-        while self.batches_done < end:
-            batch = next(self._stream)
-            self.batches_done += 1
-            yield {"image": batch["image"].float().div_(255), "index": batch["index"]}
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield image float32 N×3×crop×crop in [0, 1] and index int64 N, up to the pass's end."""
+        size = self.batches.batch_size
+        for _ in range(self._pass - self.position // size % self._pass):
+            batch = self._next()
+            self.position += size
+            yield batch
+
+    def limit(self, batches: int | float) -> None:
+        """Iterate over so many batches (or that fraction of all) at a time, as Lightning will."""
+        full = len(self)
+        self._pass = max(1, min(batches, full) if isinstance(batches, int) else int(batches * full))
 
     def state_dict(self) -> dict[str, int]:
-        """Position in global samples: all before it have been handed to the trainer."""
-        return {"position": self.batches_done * self.dataset.batch_size}
+        """Where the run stands; all samples before `position` were handed out."""
+        plan = self.batches.plan
+        return {"position": self.position, "samples": plan.samples, "seed": plan.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at a saved position."""
-        self.batches_done = state["position"] // self.dataset.batch_size
+        """Go on from `state`, whatever the number of ranks and workers was then.
+
+        Raises:
+            ConfigError: it belongs to other shards or another seed.
+        """
+        for key, own in self.state_dict().items():
+            if key != "position" and state.get(key, own) != own:
+                raise ConfigError(
+                    f"the checkpoint was made with {key} {state[key]}, now it is {own}: its place "
+                    "in the data means nothing here; use the same shards and seed, or `init_from`"
+                )
+        self.close()
+        self.position = int(state["position"])
+
+    def close(self) -> None:
+        """Let the workers go; iterating again starts new ones."""
         self._stream = None
 
+    def _next(self) -> Batch:
+        if self._stream is None:
+            # The stream has no end, so that workers decode across the ends of passes as well.
+            loader = DataLoader(
+                self.batches,
+                batch_size=None,
+                sampler=_Starts(self.position, self.batches.batch_size),
+                num_workers=self.num_workers,
+                generator=torch.Generator(),  # or else starting would advance the global one
+            )
+            self._stream = iter(loader)
+        try:
+            batch = next(self._stream)
+        except TucodecError as error:
+            # From a worker the message comes with a traceback around it.
+            self.close()
+            last = str(error).strip().splitlines()[-1]
+            raise type(error)(
+                last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+            ) from None
+        image = batch["image"].to(torch.float32).div_(255)
+        return {"image": image, "index": batch["index"]}
 
-class _WholeImages(Dataset[dict[str, Any]]):
-    def __init__(self, files: list[Path], rank: int, world_size: int) -> None:
-        self.files, self.rank, self.world_size = files, rank, world_size
+
+class _Starts(Sampler[int]):
+    """Global positions at which batches start, without end."""
+
+    def __init__(self, first: int, step: int) -> None:
+        self.first, self.step = first, step
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.first, self.step)
+
+
+class WholeImages(Dataset[dict[str, Any]]):
+    """This rank's images of a folder, in the order of names, every rank equally many.
+
+    Where the world size does not divide their number, the last ranks repeat the first images;
+    whoever gathers results drops repeats by `index`.
+
+    Args:
+        folder: holds the images.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        DatasetError: no such folder, or no image in it.
+    """
+
+    def __init__(self, folder: str, rank: int = 0, world_size: int = 1) -> None:
+        if not Path(folder).is_dir():
+            raise DatasetError(f"{folder}: no such folder of validation images")
+        files = (p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        self.files = sorted(files)
+        if not self.files:
+            raise DatasetError(f"{folder}: holds no images")
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return -(-len(self.files) // self.world_size)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
+        """Image float32 1×3×H×W in [0, 1], index int64 1."""
+        if not 0 <= item < len(self):
+            raise IndexError(item)
         index = (item * self.world_size + self.rank) % len(self.files)
-        image = np.array(read_image(self.files[index]).transpose(2, 0, 1))
+        planes = np.ascontiguousarray(read_image(self.files[index]).transpose(2, 0, 1))
         return {
-            "image": torch.from_numpy(image).float().div_(255)[None],
+            "image": torch.from_numpy(planes)[None].to(torch.float32).div_(255),
             "index": torch.tensor([index]),
         }
 
@@ -161,13 +228,15 @@ class PatchDataModule(pl.LightningDataModule):
     """Training patches from shards, validation on whole images.
 
     Args:
-        shards: folder made by `tucodec shards build`.
+        shards: folder or fsspec URL made by `tucodec shards build`.
         batch_size: the global batch, over all ranks.
         crop: side of the random crop; None takes whole patches.
-        num_workers: loader processes per rank.
+        num_workers: decoding processes per rank.
         seed: decides order and augmentation.
         val_images: folder of whole images for validation.
         flip: mirror half of the patches left to right.
+        cache_dir: where remote shards are kept; None: in the user's cache folder.
+        cache_gb: limit of that cache, 10^9 bytes.
     """
 
     def __init__(
@@ -179,32 +248,74 @@ class PatchDataModule(pl.LightningDataModule):
         seed: int = 0,
         val_images: str | None = None,
         flip: bool = True,
+        cache_dir: str | None = None,
+        cache_gb: float = 20.0,
     ) -> None:
         super().__init__()
         self.shards, self.batch_size, self.crop = shards, batch_size, crop
-        self.num_workers, self.seed, self.val_images, self.flip = num_workers, seed, val_images, flip
+        self.num_workers, self.seed, self.val_images, self.flip = (
+            num_workers,
+            seed,
+            val_images,
+            flip,
+        )
+        self.cache_dir, self.cache_gb = cache_dir, cache_gb
+        self._loader: PlanLoader | None = None
+
+    def setup(self, stage: str) -> None:
+        """Forget the loader of an earlier fit."""
+        if stage == "fit":
+            self.teardown(stage)
+
+    def teardown(self, stage: str) -> None:
+        """Let the loader's workers go."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
 
     def train_dataloader(self) -> PlanLoader:
-        """Batches of image float32 N×3×crop×crop in [0, 1] and index int64 N (global positions)."""
-        reader = ShardReader(self.shards)
-        crop = self.crop or reader.patch
-        rank = self.trainer.global_rank if self.trainer else 0
-        world = self.trainer.world_size if self.trainer else 1
-        if not 1 <= crop <= reader.patch:
-            raise ConfigError(f"crop {crop} must lie between 1 and the patch size {reader.patch}")
-        if self.batch_size < world:
-            raise ConfigError(f"batch_size {self.batch_size} leaves some of {world} ranks empty")
-        plan = DataPlan(len(reader), self.seed)
-        dataset = _RankBatches(reader, plan, self.batch_size, crop, self.flip, rank, world)
-        return PlanLoader(dataset, self.num_workers)
+        """Batches of image float32 N×3×crop×crop in [0, 1] and index int64 N (global positions).
+
+        Within one fit it is one loader, so that reloading does not turn back the position.
+
+        Raises:
+            DatasetError: the shards cannot be used.
+            ConfigError: crop, batch size or cache do not fit them.
+        """
+        if self._loader is not None and self.trainer is not None:
+            return self._loader
+        reader = ShardReader(self.shards, self.cache_dir, int(self.cache_gb * 1e9))
+        rank, world_size = self._place()
+        patch = reader.index.patch
+        crop = patch if self.crop is None else self.crop
+        if not 1 <= crop <= patch:
+            raise ConfigError(f"crop {crop}: must lie between 1 and the patches' side {patch}")
+        if self.batch_size < world_size:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is the global batch; it leaves some of the "
+                f"{world_size} ranks without a sample"
+            )
+        if self.batch_size % world_size:
+            rank_zero_warn(
+                f"batch_size {self.batch_size} is not divisible by {world_size} ranks: their "
+                "gradients are averaged with equal weights though their shares differ by one"
+            )
+        plan = data_plan(reader, self.seed)
+        reader.check_cache(2 * (plan.window + 2))
+        limit = self.trainer.limit_train_batches if self.trainer is not None else None
+        batches = RankBatches(reader, plan, self.batch_size, crop, self.flip, rank, world_size)
+        self._loader = PlanLoader(batches, self.num_workers)
+        if limit is not None:
+            self._loader.limit(limit)
+        return self._loader
 
     def val_dataloader(self) -> Any:
-        """Whole images, one a batch: image float32 1×3×H×W, index int64 1 (drop repeats by it)."""
+        """Whole images: image float32 1×3×H×W, index int64 1; see `WholeImages` on repeats."""
         if self.val_images is None:
             return []
-        files = sorted(
-            p for p in Path(self.val_images).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES
-        )
-        rank = self.trainer.global_rank if self.trainer else 0
-        world = self.trainer.world_size if self.trainer else 1
-        return DataLoader(_WholeImages(files, rank, world), batch_size=None)
+        return DataLoader(WholeImages(self.val_images, *self._place()), batch_size=None)
+
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size

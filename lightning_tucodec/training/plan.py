@@ -5,6 +5,7 @@ a run can start anywhere at once, on any number of ranks and workers.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ def hash_positions(key: int, positions: NDArray[np.int64]) -> NDArray[np.uint64]
 
 
 def permute(
-    values: NDArray[np.uint64], size: NDArray[np.uint64] | int, keys: NDArray[np.uint64] | int
+    values: NDArray[np.integer[Any]], size: NDArray[np.uint64] | int, keys: NDArray[np.uint64] | int
 ) -> NDArray[np.uint64]:
     """A keyed pseudorandom permutation of {0, …, size − 1}, evaluated at `values` alone.
 
@@ -49,15 +50,15 @@ def permute(
         size: size of the permuted set, one for all or one a value.
         keys: 64-bit key, one for all or one a value.
     """
-    values = values.astype(np.uint64)
+    start = values.astype(np.uint64)
     size, keys = np.broadcast_arrays(
-        np.asarray(size, np.uint64), np.asarray(keys, np.uint64), values
+        np.asarray(size, np.uint64), np.asarray(keys, np.uint64), start
     )[:2]
     bits = int(size.max(initial=1) - np.uint64(1)).bit_length()
     half = np.uint64(max(1, (bits + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
-    result = values.copy()
-    pending = np.arange(len(values))
+    result = start
+    pending = np.arange(len(start))
     while len(pending):
         key = keys[pending]
         x = result[pending]
@@ -88,8 +89,8 @@ class DataPlan:
 
     samples: int
     seed: int = 0
-    block: int = 64
-    window: int = 256
+    block: int = 1024
+    window: int = 16
 
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample numbers at global positions (position = epoch · samples + place in the epoch)."""
@@ -100,6 +101,24 @@ class DataPlan:
             result[here] = self._epoch_indices(int(epoch), places[here])
         return result
 
+    def window_of(self, position: int) -> int:
+        """Number of the window, over all epochs, that a global position lies in."""
+        epoch, place = divmod(position, self.samples)
+        return epoch * self._windows + place // (self.block * self.window)
+
+    def blocks_of_window(self, window: int) -> NDArray[np.int64]:
+        """Blocks that the samples of a window lie in (the shards, if blocks are shards)."""
+        epoch, number = divmod(window, self._windows)
+        span = self.block * self.window
+        first = number * span
+        slots = np.arange(first, min(first + span, self.samples))
+        key = derive(self.seed & _MASK, epoch)
+        return np.unique(self._samples_at(key, slots) // self.block)
+
+    @property
+    def _windows(self) -> int:
+        return -(-self.samples // (self.block * self.window))
+
     def _epoch_indices(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         key = derive(self.seed & _MASK, epoch)
         span = self.block * self.window
@@ -108,6 +127,10 @@ class DataPlan:
         slots = windows * span + permute(
             inside, sizes, hash_positions(derive(key, 1), windows)
         ).astype(np.int64)
+        return self._samples_at(key, slots)
+
+    def _samples_at(self, key: int, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Samples at places of the epoch before the shuffle within windows."""
         blocks, rest = divmod(self.samples, self.block)
         # The incomplete last block stands at a place of its own choosing in every epoch.
         short = derive(key, 2) % (blocks + 1) * self.block
