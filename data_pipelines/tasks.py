@@ -28,7 +28,7 @@ def run_tasks(
         workers: processes; 1 works in this one.
         title: what the progress says.
     """
-    for _ in _progress(_results(function, tasks, min(workers, total)), total, title):
+    for _ in progress(_results(function, tasks, min(workers, total)), total, title):
         pass
 
 
@@ -72,8 +72,8 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _progress(items: Iterable[Any], total: int, title: str) -> Iterator[Any]:
-    """A bar on a terminal, a line every tenth elsewhere."""
+def progress(items: Iterable[Any], total: int, title: str) -> Iterator[Any]:
+    """The items, with a bar on a terminal and a line every tenth of `total` elsewhere."""
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=title)
         return

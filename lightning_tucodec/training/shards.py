@@ -125,9 +125,14 @@ class ShardReader:
 
     def encoded(self, sample: int) -> memoryview:
         """The bytes of one sample as they lie in the tar."""
-        shard = self.index.shard_of(sample)
         start = int(self.index.offsets[sample])
-        return memoryview(self._map(shard))[start : start + int(self.index.sizes[sample])]
+        return self.bytes_of(
+            self.index.shard_of(sample), start, start + int(self.index.sizes[sample])
+        )
+
+    def bytes_of(self, shard: int, start: int, end: int) -> memoryview:
+        """The bytes [start, end) of a shard."""
+        return memoryview(self._map(shard))[start:end]
 
     def pixels(self, sample: int) -> NDArray[np.uint8]:
         """One patch, uint8 patch×patch×3, not writable.
