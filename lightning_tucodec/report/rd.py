@@ -1,0 +1,301 @@
+"""Rate-distortion curves: reading, comparing and drawing them."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lightning_tucodec.errors import ConfigError
+
+Quality = Literal["psnr", "ms_ssim_db"]
+MIN_OVERLAP = 0.3
+"""Least share of the quality range, from the lower start to the higher end of two curves, that both
+must cover; below, a BD-rate says more about the extrapolation than about the codecs."""
+
+_AXIS = {"psnr": "PSNR (RGB), dB", "ms_ssim_db": "MS-SSIM, dB"}
+# Okabe and Ito's colours, told apart by readers with any colour vision; the yellow is left out.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Rate-distortion points of one codec over a set.
+
+    Attributes:
+        name: for labels.
+        bpp: bits a pixel, ascending.
+        quality: by kind of quality, one value a point.
+        source: where the numbers are from.
+    """
+
+    name: str
+    bpp: NDArray[np.float64]
+    quality: Mapping[str, NDArray[np.float64]]
+    source: str = ""
+
+    @classmethod
+    def of(
+        cls, name: str, bpp: ArrayLike, quality: Mapping[str, ArrayLike], source: str = ""
+    ) -> "Curve":
+        """From points in any order."""
+        rates = np.asarray(bpp, np.float64)
+        order = np.argsort(rates, kind="stable")
+        values = {key: np.asarray(value, np.float64)[order] for key, value in quality.items()}
+        return cls(name, rates[order], values, source)
+
+    def points(self, quality: Quality) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Rate and quality of the points that rise: one that costs more for less is left out.
+
+        Raises:
+            ConfigError: the curve has no such quality.
+        """
+        if quality not in self.quality:
+            raise ConfigError(f"{self.name} has no {quality}")
+        values = self.quality[quality]
+        before = np.maximum.accumulate(np.concatenate([[-np.inf], values[:-1]]))
+        rises = (values > before) & np.isfinite(values)
+        return self.bpp[rises], values[rises]
+
+
+def read_curve(path: str | Path) -> Curve:
+    """A published curve in CompressAI's format.
+
+    `results` holds `bpp` and one or more of `psnr-rgb`, `ms-ssim-rgb` and `ms-ssim-db-rgb`.
+
+    Raises:
+        ConfigError: the file is not such a curve.
+    """
+    try:
+        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        results = content["results"]
+        bpp = np.asarray(results["bpp"], np.float64)
+        quality = {}
+        if "psnr-rgb" in results:
+            quality["psnr"] = np.asarray(results["psnr-rgb"], np.float64)
+        if "ms-ssim-db-rgb" in results:
+            quality["ms_ssim_db"] = np.asarray(results["ms-ssim-db-rgb"], np.float64)
+        elif "ms-ssim-rgb" in results:
+            quality["ms_ssim_db"] = -10 * np.log10(1 - np.asarray(results["ms-ssim-rgb"]))
+        if any(len(values) != len(bpp) for values in quality.values()) or not quality:
+            raise ValueError("no quality, or not one value a rate")
+        return Curve.of(content["name"], bpp, quality, content.get("description", ""))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a rate-distortion curve ({error!r})") from None
+
+
+class BDRate(NamedTuple):
+    """Average rate difference at equal quality.
+
+    Attributes:
+        percent: negative where the tested curve needs less.
+        low: start of the range of quality that both curves cover.
+        high: end of it.
+        overlap: its share of the range that either covers.
+        method: interpolation of log-rate over quality.
+    """
+
+    percent: float
+    low: float
+    high: float
+    overlap: float
+    method: str
+
+
+def bd_rate(
+    anchor: Curve,
+    test: Curve,
+    quality: Quality = "psnr",
+    method: Literal["akima", "pchip", "cubic"] = "akima",
+    min_overlap: float = MIN_OVERLAP,
+) -> BDRate:
+    """Bjøntegaard's delta rate, by the `bjontegaard` package.
+
+    Raises:
+        ConfigError: fewer than four rising points, or too little overlap.
+    """
+    import bjontegaard
+
+    sides = [curve.points(quality) for curve in (anchor, test)]
+    for curve, (rates, _) in zip((anchor, test), sides, strict=True):
+        if len(rates) < 4:
+            raise ConfigError(f"{curve.name}: BD-rate needs 4 rising points, not {len(rates)}")
+    low = max(values[0] for _, values in sides)
+    high = min(values[-1] for _, values in sides)
+    span = max(values[-1] for _, values in sides) - min(values[0] for _, values in sides)
+    overlap = max(0.0, high - low) / span
+    if overlap < min_overlap:
+        raise ConfigError(
+            f"{anchor.name} and {test.name} share {overlap:.0%} of their {quality} range; "
+            f"a BD-rate needs {min_overlap:.0%}: code more points"
+        )
+    (rate_a, quality_a), (rate_b, quality_b) = sides
+    percent = bjontegaard.bd_rate(
+        *(rate_a, quality_a, rate_b, quality_b),
+        method=method,
+        require_matching_points=False,
+        min_overlap=0,
+    )
+    return BDRate(float(percent), float(low), float(high), float(overlap), method)
+
+
+def rate_at_quality(rate: ArrayLike, quality: ArrayLike, target: float) -> float:
+    """The rate (bytes or bpp) at which one image's curve reaches a quality.
+
+    Interpolates the logarithm of the rate over quality by PCHIP, which never overshoots.
+
+    Args:
+        rate: two or more points.
+        quality: one value a rate, in dB.
+        target: within the qualities given.
+
+    Raises:
+        ConfigError: `target` is outside the curve.
+    """
+    from scipy.interpolate import PchipInterpolator
+
+    curve = Curve.of("curve", rate, {"psnr": quality})
+    rates, values = curve.points("psnr")
+    if len(rates) < 2 or not values[0] <= target <= values[-1]:
+        span = f"{values[0]:.2f} … {values[-1]:.2f}" if len(values) else "nothing"
+        raise ConfigError(f"{target:.2f} dB is outside the curve, which covers {span}")
+    return float(math.exp(PchipInterpolator(values, np.log(rates))(target)))
+
+
+def rd_figure(
+    curves: Sequence[Curve],
+    path: str | Path,
+    quality: Quality = "psnr",
+    title: str = "",
+    bpp_range: tuple[float, float] | None = None,
+) -> tuple[Path, Path]:
+    """Draw curves with their names at their ends, and write PNG and SVG.
+
+    Args:
+        curves: in the order of importance; the first is drawn on top and strongest.
+        path: of either file; the suffix is replaced.
+        quality: the vertical axis.
+        title: a line above the figure.
+        bpp_range: cuts the horizontal axis.
+
+    Returns:
+        The paths of the PNG and the SVG.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tucodec", "font.size": 9}):
+        figure = Figure(figsize=(6.4, 4.2), dpi=200, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        ends = []
+        for index, curve in enumerate(curves):
+            rates, values = curve.points(quality)
+            if bpp_range is not None:
+                inside = (rates >= bpp_range[0]) & (rates <= bpp_range[1])
+                rates, values = rates[inside], values[inside]
+            if not len(rates):
+                continue
+            colour = _COLOURS[index % len(_COLOURS)]
+            width, marker = (2.0, 4) if index == 0 else (1.3, 3)
+            axes.plot(
+                *(rates, values, "o-"),
+                color=colour,
+                linewidth=width,
+                markersize=marker,
+                zorder=3 + len(curves) - index,
+            )
+            ends.append((rates[-1], values[-1], curve.name, colour))
+        axes.set_xlabel("bits per pixel")
+        axes.set_ylabel(_AXIS[quality])
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        _label_ends(axes, ends)
+        base = Path(path)
+        base.parent.mkdir(parents=True, exist_ok=True)
+        png, svg = base.with_suffix(".png"), base.with_suffix(".svg")
+        figure.savefig(png, metadata={"Software": None})
+        figure.savefig(svg, metadata={"Date": None})
+    return png, svg
+
+
+def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names to the right of the curves' last points, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    spacing = 0.045 * (high - low)
+    below = -math.inf
+    for rate, value, name, colour in sorted(ends, key=lambda end: end[1]):
+        below = max(value, below + spacing)
+        axes.annotate(
+            name,
+            (rate, value),
+            xytext=(1.01, below),
+            textcoords=axes.get_yaxis_transform(),
+            color=colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5},
+        )
+
+
+class Panel(NamedTuple):
+    """One picture of a comparison: uint8 H×W×3 with what stands above it."""
+
+    title: str
+    detail: str
+    image: NDArray[np.uint8]
+
+
+def comparison_figure(
+    panels: Sequence[Panel],
+    path: str | Path,
+    columns: int = 3,
+    crop: tuple[int, int, int, int] | None = None,
+) -> Path:
+    """Pictures of one size side by side, pixel for pixel, as one PNG.
+
+    Args:
+        panels: the original first, then reconstructions; `detail` usually names bpp and dB.
+        path: of the PNG.
+        columns: pictures a row.
+        crop: left, top, width, height of the part to show; everything when None.
+
+    Raises:
+        ConfigError: the pictures differ in size.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if len({panel.image.shape for panel in panels}) != 1:
+        raise ConfigError("the pictures of a comparison must have one size")
+    images = [panel.image for panel in panels]
+    if crop is not None:
+        left, top, wide, tall = crop
+        images = [image[top : top + tall, left : left + wide] for image in images]
+    height, width = images[0].shape[:2]
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    gap, caption, dpi = 12, 46, 100
+    full = columns * (width + gap) + gap, rows * (height + caption + gap)
+    figure = Figure(figsize=(full[0] / dpi, full[1] / dpi), dpi=dpi, facecolor="white")
+    FigureCanvasAgg(figure)
+    for index, (panel, image) in enumerate(zip(panels, images, strict=True)):
+        x = gap + index % columns * (width + gap)
+        y = full[1] - (index // columns + 1) * (height + caption + gap) + gap
+        box = (x / full[0], y / full[1], width / full[0], height / full[1])
+        axes = figure.add_axes(box)
+        axes.imshow(image, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        figure.text(x / full[0], (y + height + 24) / full[1], panel.title, size=10, weight="bold")
+        figure.text(x / full[0], (y + height + 7) / full[1], panel.detail, size=8.5, color="0.3")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    return Path(path)
