@@ -3,11 +3,10 @@
     specification = name [":" key "=" value {"," key "=" value}]
 
 Names are those of `CLASSES`, keys the fields of the class: `jpeg:q=30`, `hevc:qp=32,chroma=420`,
-`vvc:qp=37,preset=slow,chroma_qp_offset=-6`. The shell's braces make a sweep of one:
+`vvc:qp=37,preset=slow,chroma_qp_offset=-6`. Any other name, or a path to a `.safetensors` file, is
+a learned model's. The shell's braces make a sweep of one:
 `jpeg:q={10,30,50}`.
 """
-
-from collections.abc import Callable
 
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.classical import (
@@ -22,24 +21,21 @@ from lightning_tucodec.codecs.classical import (
 )
 from lightning_tucodec.codecs.options import Options
 from lightning_tucodec.codecs.vvc import Vvc
-from lightning_tucodec.errors import ConfigError
-
-Resolver = Callable[[str, dict[str, str]], ImageCodec | None]
+from lightning_tucodec.errors import ConfigError, UnknownModelError
 
 CLASSES: dict[str, type[Options]] = {
     codec.codec_name: codec
     for codec in (Jpeg, WebP, Avif, Jpeg2000, Hevc, Av1Aom, Av1Svt, JpegXl, Vvc)
 }
-
-RESOLVERS: list[Resolver] = []
-"""Asked in turn for a name that is not in `CLASSES`, with name and options; None: not mine."""
+"""Codecs that are not learned; any other name is a learned model's."""
 
 
 def codec(specification: str) -> ImageCodec:
     """The codec that a specification describes.
 
     Raises:
-        ConfigError: the text does not parse, or nobody knows the name or the options.
+        ConfigError: the text does not parse, or the name or an option is unknown.
+        ModelFileError: the file of a learned model is missing or damaged.
     """
     name, _, rest = specification.partition(":")
     options: dict[str, str] = {}
@@ -54,8 +50,13 @@ def codec(specification: str) -> ImageCodec:
         built = CLASSES[name].parse(options)
         assert isinstance(built, ImageCodec)
         return built
-    for resolver in RESOLVERS:
-        found = resolver(name, options)
-        if found is not None:
-            return found
-    raise ConfigError(f"no codec named {name}; there are {', '.join(sorted(CLASSES))}")
+    # Only now: a codec that is not learned must not wait for torch.
+    from lightning_tucodec.codecs import models
+
+    if options:
+        raise ConfigError(f"{name}: a learned model has no options, and no codec has this name")
+    try:
+        return models.load(name)
+    except UnknownModelError:
+        known = ", ".join(sorted(CLASSES))
+        raise ConfigError(f"no codec or model is named {name}; codecs: {known}") from None
