@@ -195,6 +195,8 @@ class Jpeg2000(PillowCodec):
 class Hevc(VideoCodec):
     """One intra picture of HEVC by x265.
 
+    ffmpeg's decoder hides it when the end of a stream is missing; the other codecs refuse that.
+
     Attributes:
         qp: quantisation parameter of the picture, 0 … 51.
         chroma: 420 or 444.

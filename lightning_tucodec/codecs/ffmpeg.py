@@ -73,7 +73,18 @@ def decode(
         ExternalToolError: the binary is missing or lacks the decoder, or did not end in time.
     """
     # -xerror: a picture with a damaged part is not a picture.
-    arguments = ["-xerror", *source, "-c:v", decoder, "-i", "pipe:0", "-frames:v", "1"]
+    arguments = [
+        "-xerror",
+        "-err_detect",
+        "explode",
+        *source,
+        "-c:v",
+        decoder,
+        "-i",
+        "pipe:0",
+        "-frames:v",
+        "1",
+    ]
     arguments += list(sink)
     status, output, complaint = _run(arguments, data, timeout, decoder)
     if "Unknown decoder" in complaint:

@@ -2,9 +2,9 @@
 
 Images may come in batches of any size, also differently many on each process; `compute` is the
 value of the set (`torchmetrics` adds the processes' sums up). PSNR is pooled over all values of all
-images, so that it is at most the mean of the images' PSNRs; MS-SSIM is weighted by pixels; the rate
-is all bytes over all pixels. The means over images, which papers report, stand beside them and
-carry `mean` in their names.
+images, so that for images of one size it is at most the mean of their PSNRs; MS-SSIM is weighted by
+pixels; the rate is all bytes over all pixels. The means over images, which papers report, stand
+beside them and carry `mean` in their names.
 """
 
 from typing import Any

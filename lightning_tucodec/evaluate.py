@@ -1,0 +1,386 @@
+"""Any mix of codecs over a set of images: real bytes, quality, seconds, per image and for the set.
+
+Every finished measurement is appended to `<output>.rows.jsonl` beside the output, under a key made
+of the image's pixels and of what the codec says of itself (name, version, command, colour path), so
+that an evaluation that was stopped continues, a further codec costs only itself, and a new version
+of an encoder is measured anew.
+"""
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lightning_tucodec.allocation import Table
+from lightning_tucodec.codecs.base import ImageCodec
+from lightning_tucodec.codecs.colour import conversion_ceiling
+from lightning_tucodec.codecs.video import VideoCodec
+from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.files import atomic_write
+from lightning_tucodec.images import IMAGE_SUFFIXES, read_image
+
+FORMAT = "tucodec-evaluation-1"
+
+DEFINITIONS = {
+    "bpp": "8 * all bytes of the coded files, headers included / all pixels of the originals",
+    "psnr": "RGB, 8 bit, pooled: squared error summed over all values of all images (CLIC)",
+    "psnr_y": "BT.709 full-range luma of the 8-bit RGB, not rounded, pooled",
+    "ms_ssim": "RGB, mean of the images' values weighted by their pixels (CLIC)",
+    "*_mean": "mean of the images' own values, as most papers average",
+    "ms_ssim_db": "-10 * log10(1 - MS-SSIM)",
+    "ceiling_psnr": "pooled PSNR of the conversion to 10-bit 4:2:0 and back alone; where the codec "
+    "works behind that conversion it cannot exceed it",
+    "seconds": "wall clock, including the start of external programs; machines under load differ",
+}
+"""The averaging rules, which stand in every result."""
+
+Row = dict[str, Any]
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Image files: those named, and those directly in the folders named, sorted within each.
+
+    Raises:
+        ConfigError: a path does not exist, or there is no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = (file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            found += sorted(files)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ConfigError(f"{path}: no such file or folder")
+    if not found:
+        raise ConfigError("no image was found; name image files or folders that hold some")
+    return found
+
+
+def measure(codec: ImageCodec, image: NDArray[np.uint8], keep: Path | None = None) -> Row:
+    """Code one image, decode it, and compare.
+
+    Args:
+        codec: at its setting.
+        image: H×W×3.
+        keep: where the coded file is written, if anywhere.
+
+    Returns:
+        `width, height, bytes, bpp, sse, psnr, psnr_y, ms_ssim, ms_ssim_db, ms_ssim_scales,
+        encode_seconds, decode_seconds, sha256` (of the coded file); MS-SSIM is None for images with
+        a side below 11 pixels.
+
+    Raises:
+        TucodecError: the codec cannot code or decode this image, or returns another size.
+    """
+    import torch
+
+    from lightning_tucodec import metrics
+
+    started = time.perf_counter()
+    data = codec.encode(image)
+    coded = time.perf_counter()
+    back = codec.decode(data)
+    decoded = time.perf_counter()
+    if back.shape != image.shape:
+        raise ConfigError(f"decoded to {back.shape}, not {image.shape}: a fault of the codec")
+    if keep is not None:
+        with atomic_write(keep) as stream:
+            stream.write(data)
+    height, width = image.shape[:2]
+    error = metrics.sse(image, back)
+    scales = metrics.ms_ssim_scales(height, width)
+    similarity: float | None = None
+    if scales:
+        x, y = (torch.from_numpy(a).permute(2, 0, 1)[None] / 255.0 for a in (image, back))
+        similarity = float(metrics.ms_ssim(x, y))
+    luma = (image.astype(np.float64) - back) @ np.array([0.2126, 0.7152, 0.0722])
+    luma_error = float(np.square(luma).sum())
+    return {
+        "width": width,
+        "height": height,
+        "bytes": len(data),
+        "bpp": metrics.bits_per_pixel(len(data), height * width),
+        "sse": error,
+        "sse_y": luma_error,
+        "psnr": metrics.psnr_from_sse(error, image.size),
+        "psnr_y": metrics.psnr_from_sse(luma_error, height * width),
+        "ms_ssim": similarity,
+        "ms_ssim_db": None if similarity is None else metrics.ms_ssim_db(similarity),
+        "ms_ssim_scales": scales,
+        "encode_seconds": coded - started,
+        "decode_seconds": decoded - coded,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One image under one codec."""
+
+    image: Path
+    codec: ImageCodec
+    described: str
+
+
+def evaluate(
+    images: Sequence[Path],
+    codecs: Sequence[ImageCodec],
+    rows_file: Path,
+    workers: int | None = None,
+    keep: Path | None = None,
+) -> list[Row]:
+    """Measure every image under every codec, continuing what `rows_file` already holds.
+
+    Args:
+        images: files.
+        codecs: at their settings.
+        rows_file: JSON lines; measurements are appended as they finish.
+        workers: codings at a time; the number of processors when None.
+        keep: folder for the coded files, `<sha256 of the file>.bin`.
+
+    Returns:
+        One row a pair, images outermost, in the order given: the entries of `measure` with
+        `image`, `codec` and, for codecs behind our 4:2:0 conversion, `ceiling_psnr`.
+
+    Raises:
+        TucodecError: an image cannot be read or coded; names it and the codec. What is finished
+            stays in `rows_file`.
+    """
+    described = {codec.name: _digest(codec.describe()) for codec in codecs}
+    if len(described) < len(codecs):
+        raise ConfigError("a codec is given twice")
+    known = _read_rows(rows_file)
+    jobs = [_Job(path, codec, described[codec.name]) for path in images for codec in codecs]
+    # Threads serve: coders are other processes or release the interpreter's lock.
+    workers = workers or len(os.sched_getaffinity(0))
+    load = functools.lru_cache(maxsize=workers + 1)(_load)
+    lock = threading.Lock()
+    names = [path.name for path in images]
+    unique = len(set(names)) == len(names)
+
+    def one(job: _Job) -> Row:
+        try:
+            image, digest = load(job.image)
+            key = f"{digest}-{job.described}"
+            row = known.get(key)
+            if row is None or (keep is not None and not _kept(keep, row).exists()):
+                row = _measure_and_keep(job.codec, image, keep)
+                with lock, rows_file.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"key": key, **row}) + "\n")
+            label = job.image.name if unique else str(job.image)
+            return {"image": label, "codec": job.codec.name, **row}
+        except TucodecError as error:
+            text = str(error)
+            where = "" if str(job.image) in text else f"{job.image}, {job.codec.name}: "
+            raise type(error)(f"{where}{text}") from error
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(one, job): index for index, job in enumerate(jobs)}
+        rows: dict[int, Row] = {}
+        try:
+            for future in tqdm(as_completed(futures), "evaluate", len(jobs), disable=None):
+                rows[futures[future]] = future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [rows[index] for index in range(len(jobs))]
+
+
+def _measure_and_keep(codec: ImageCodec, image: NDArray[np.uint8], keep: Path | None) -> Row:
+    """`measure`, with the coded file in `keep` and the conversion's ceiling where there is one."""
+    if keep is None:
+        row = measure(codec, image)
+    else:
+        partial_file = keep / f".{threading.get_ident()}.coding"
+        row = measure(codec, image, partial_file)
+        os.replace(partial_file, _kept(keep, row))
+    if isinstance(codec, VideoCodec) and codec.subsampling == "420":
+        row["ceiling_psnr"] = conversion_ceiling(image)
+    return row
+
+
+def _kept(keep: Path, row: Row) -> Path:
+    """Where the coded file of a row lies."""
+    return keep / f"{row['sha256']}.bin"
+
+
+def summarise(rows: Sequence[Row], codecs: Sequence[ImageCodec]) -> list[Row]:
+    """One row a codec for the whole set; see `DEFINITIONS`."""
+    from lightning_tucodec.metrics import bits_per_pixel, ms_ssim_db, psnr_from_sse
+
+    sets = []
+    for codec in codecs:
+        own = [row for row in rows if row["codec"] == codec.name]
+        area = [row["width"] * row["height"] for row in own]
+        size, pixels = sum(row["bytes"] for row in own), sum(area)
+        similar = [row["ms_ssim"] for row in own]
+        weighted = plain = None
+        if all(value is not None for value in similar):
+            weighted = float(np.average(similar, weights=area))
+            plain = float(np.mean(similar))
+        entry: Row = {
+            "codec": codec.name,
+            "images": len(own),
+            "bytes": size,
+            "bpp": bits_per_pixel(size, pixels),
+            "bpp_mean": _mean(own, "bpp"),
+            "psnr": psnr_from_sse(sum(row["sse"] for row in own), 3 * pixels),
+            "psnr_mean": _mean(own, "psnr"),
+            "psnr_y": psnr_from_sse(math.fsum(row["sse_y"] for row in own), pixels),
+            "psnr_y_mean": _mean(own, "psnr_y"),
+            "ms_ssim": weighted,
+            "ms_ssim_mean": plain,
+            "ms_ssim_db": None if weighted is None else ms_ssim_db(weighted),
+            "encode_seconds": math.fsum(row["encode_seconds"] for row in own),
+            "decode_seconds": math.fsum(row["decode_seconds"] for row in own),
+        }
+        if "ceiling_psnr" in own[0]:
+            squared = [
+                3 * n * 10 ** (-row["ceiling_psnr"] / 10) for n, row in zip(area, own, strict=True)
+            ]
+            total = math.fsum(squared)
+            entry["ceiling_psnr"] = psnr_from_sse(total, 3 * pixels, peak=1.0)
+        sets.append(entry)
+    return sets
+
+
+def write_results(
+    output: Path, rows: Sequence[Row], sets: Sequence[Row], codecs: Sequence[ImageCodec]
+) -> None:
+    """Everything as JSON to `output`, and the rows as CSV beside it."""
+    content = {
+        "format": FORMAT,
+        "definitions": DEFINITIONS,
+        "codecs": {codec.name: codec.describe() for codec in codecs},
+        "sets": sets,
+        "rows": rows,
+    }
+    with atomic_write(output, "w") as stream:
+        json.dump(finite(content), stream, indent=1, allow_nan=False)
+        stream.write("\n")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(output.with_suffix(".csv"), "w") as stream:
+        stream.write(text.getvalue())
+
+
+def allocation_table(rows: Sequence[Row]) -> Table:
+    """The rows of an evaluation as the table that `allocation.allocate` chooses from.
+
+    Raises:
+        ConfigError: an image is too small for MS-SSIM.
+    """
+    images = list(dict.fromkeys(row["image"] for row in rows))
+    codecs = list(dict.fromkeys(row["codec"] for row in rows))
+    shape = len(images), len(codecs)
+    size = np.full(shape, -1, np.int64)
+    error = np.zeros(shape, np.int64)
+    similarity, seconds = np.zeros(shape), np.zeros(shape)
+    pixels = np.zeros(len(images), np.int64)
+    for row in rows:
+        i, j = images.index(row["image"]), codecs.index(row["codec"])
+        if row["ms_ssim"] is None:
+            raise ConfigError(f"{row['image']}: too small for MS-SSIM (11 pixels a side)")
+        size[i, j], error[i, j], similarity[i, j] = row["bytes"], row["sse"], row["ms_ssim"]
+        seconds[i, j] = row["decode_seconds"]
+        pixels[i] = row["width"] * row["height"]
+    return Table(images, codecs, pixels, size, error, similarity, seconds)
+
+
+def run(
+    paths: Sequence[str],
+    specifications: Sequence[str],
+    out: str,
+    workers: int | None = None,
+    keep: str | None = None,
+) -> list[Row]:
+    """`tucodec evaluate`: measure, write, and return the set rows."""
+    from lightning_tucodec.codecs.registry import codec
+
+    output = Path(out)
+    if output.suffix != ".json":
+        raise ConfigError(f"{out}: the name of the results must end in .json")
+    codecs = [codec(text) for text in dict.fromkeys(specifications)]
+    folder = Path(keep) if keep else None
+    journal = output.with_suffix(".rows.jsonl")
+    rows = evaluate(find_images(paths), codecs, journal, workers, folder)
+    sets = summarise(rows, codecs)
+    write_results(output, rows, sets, codecs)
+    return sets
+
+
+def table_text(sets: Sequence[Row]) -> str:
+    """The set rows for people."""
+    width = max(len(entry["codec"]) for entry in sets)
+    lines = [f"{'codec':{width}}      bytes     bpp    PSNR  PSNR-Y  MS-SSIM   mean PSNR"]
+    for entry in sets:
+        similarity = "      –" if entry["ms_ssim"] is None else f"{entry['ms_ssim']:.5f}"
+        lines.append(
+            f"{entry['codec']:{width}} {entry['bytes']:10d} {entry['bpp']:7.4f} "
+            f"{entry['psnr']:7.3f} {entry['psnr_y']:7.3f}  {similarity}     {entry['psnr_mean']:7.3f}"
+        )
+    return "\n".join(lines)
+
+
+def _load(path: Path) -> tuple[NDArray[np.uint8], str]:
+    """An image and a digest of its size and pixels."""
+    image = read_image(path)
+    digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes())
+    return image, digest.hexdigest()[:32]
+
+
+def _digest(described: Mapping[str, Any]) -> str:
+    """A short digest of what a codec says of itself."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_rows(path: Path) -> dict[str, Row]:
+    """Finished rows by key; makes the file ready for more."""
+    rows: dict[str, Row] = {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as stream:
+        stream.seek(0)
+        line = "\n"
+        for line in stream:
+            try:
+                row = json.loads(line)
+                rows[row.pop("key")] = row
+            except (ValueError, KeyError):
+                continue
+        # A killed process may have left half a line.
+        if not line.endswith("\n"):
+            stream.write("\n")
+    return rows
+
+
+def _mean(rows: Sequence[Row], key: str) -> float:
+    return math.fsum(row[key] for row in rows) / len(rows)
+
+
+def finite(value: Any) -> Any:
+    """The same for JSON, which knows no infinity: the PSNR of a lossless coding becomes None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value

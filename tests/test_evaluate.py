@@ -1,0 +1,180 @@
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage.data import astronaut
+
+from lightning_tucodec import cli
+from lightning_tucodec.allocation import allocate
+from lightning_tucodec.codecs.base import ImageCodec
+from lightning_tucodec.codecs.registry import codec
+from lightning_tucodec.errors import ConfigError, ImageInputError
+from lightning_tucodec.evaluate import (
+    allocation_table,
+    evaluate,
+    find_images,
+    measure,
+    summarise,
+    write_results,
+)
+from lightning_tucodec.metrics import psnr_from_sse, sse
+
+SPECIFICATIONS = ["jpeg:q=20", "jpeg:q=70", "vvc:qp=40,preset=faster"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    photo = astronaut()
+    (tmp_path / "images").mkdir()
+    for name, part in (("b", photo[:96, 150:310]), ("a", photo[60:131, 200:300])):
+        Image.fromarray(part).save(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+class Counting:
+    """A codec that counts its codings and can fail at one of them."""
+
+    def __init__(self, inner: ImageCodec, fail_at: int = -1) -> None:
+        self.inner, self.fail_at, self.codings = inner, fail_at, 0
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def encode(self, image: np.ndarray) -> bytes:
+        if self.codings == self.fail_at:
+            raise KeyboardInterrupt
+        self.codings += 1
+        return self.inner.encode(image)
+
+    def decode(self, data: bytes) -> np.ndarray:
+        return self.inner.decode(data)
+
+    def describe(self) -> dict[str, Any]:
+        return self.inner.describe()
+
+
+def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
+
+
+def test_rows_and_sets_by_hand(folder: Path) -> None:
+    images = find_images([folder / "images"])
+    assert [path.name for path in images] == ["a.png", "b.png"]
+    codecs = [codec(text) for text in SPECIFICATIONS]
+    rows = evaluate(images, codecs, folder / "rows.jsonl", workers=2)
+    assert [(row["image"], row["codec"]) for row in rows] == [
+        (path.name, coder.name) for path in images for coder in codecs
+    ]
+    for index, coder in enumerate(codecs):
+        error, values, size = 0, 0, 0
+        for path in images:
+            image = np.array(Image.open(path).convert("RGB"))
+            data = coder.encode(image)
+            error += sse(image, coder.decode(data))
+            values, size = values + image.size, size + len(data)
+        entry = summarise(rows, codecs)[index]
+        assert entry["bytes"] == size
+        assert entry["bpp"] == pytest.approx(8 * size / (values / 3))
+        assert entry["psnr"] == pytest.approx(psnr_from_sse(error, values))
+        assert entry["psnr_mean"] == np.mean([r["psnr"] for r in rows[index::3]])
+        assert entry["ms_ssim"] != entry["ms_ssim_mean"]
+        assert ("ceiling_psnr" in entry) == (coder.name == SPECIFICATIONS[2])
+    table = allocation_table(rows)
+    assert table.bytes.tolist() == [
+        [row["bytes"] for row in rows[:3]],
+        [row["bytes"] for row in rows[3:]],
+    ]
+    best = allocate(table, "sse", max_bytes=int(table.bytes[:, 0].sum()))
+    assert best.bytes <= int(table.bytes[:, 0].sum())
+
+
+def test_an_interrupted_evaluation_continues(folder: Path) -> None:
+    images, journal = find_images([folder / "images"]), folder / "rows.jsonl"
+    inner = [codec(text) for text in SPECIFICATIONS[:2]]
+    whole = evaluate(images, inner, folder / "other.jsonl")
+    stopped: list[ImageCodec] = [Counting(inner[0]), Counting(inner[1], fail_at=1)]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(images, stopped, journal, workers=1)
+    finished = len(journal.read_text().splitlines())
+    assert 2 <= finished <= 3
+    with journal.open("a") as stream:
+        stream.write('{"key": "torn')
+    again: list[ImageCodec] = [Counting(coder) for coder in inner]
+    rows = evaluate(images, again, journal, workers=1)
+    assert without_seconds(rows) == without_seconds(whole)
+    assert sum(coder.codings for coder in again) == 4 - finished  # type: ignore[attr-defined]
+    more: list[ImageCodec] = [Counting(coder) for coder in inner]
+    assert evaluate(images, more, journal) == rows
+    assert sum(coder.codings for coder in more) == 0  # type: ignore[attr-defined]
+
+
+def test_coded_files_are_kept(folder: Path) -> None:
+    images, codecs = find_images([folder / "images"]), [codec("jpeg:q=30")]
+    evaluate(images, codecs, folder / "rows.jsonl")
+    rows = evaluate(images, codecs, folder / "rows.jsonl", keep=folder / "kept")
+    kept = {path.name: path.stat().st_size for path in (folder / "kept").iterdir()}
+    assert kept == {f"{row['sha256']}.bin": row["bytes"] for row in rows}
+
+
+def test_a_lossless_coding_and_a_tiny_image(tmp_path: Path) -> None:
+    row = measure(codec("jpeg:q=95"), np.full((8, 8, 3), 128, np.uint8))
+    assert row["psnr"] == math.inf
+    assert row["ms_ssim"] is None
+    rows = [{"image": "x", "codec": "jpeg:q=95", **row}]
+    codecs = [codec("jpeg:q=95")]
+    write_results(tmp_path / "r.json", rows, summarise(rows, codecs), codecs)
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["rows"][0]["psnr"] is None
+    with pytest.raises(ConfigError, match="too small for MS-SSIM"):
+        allocation_table(rows)
+
+
+def test_files_of_one_name_are_told_apart(folder: Path) -> None:
+    (folder / "more").mkdir()
+    (folder / "images" / "a.png").rename(folder / "more" / "b.png")
+    rows = evaluate(
+        find_images([folder / "images", folder / "more"]), [codec("jpeg:q=9")], folder / "rows"
+    )
+    assert len({row["image"] for row in rows}) == 2
+
+
+def test_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "results" / "r.json"
+    words = ["evaluate", str(folder / "images"), "--codec", *SPECIFICATIONS[:2], "-o", str(out)]
+    assert cli.main([*words, "--json"]) == 0
+    sets = json.loads(capsys.readouterr().out)
+    assert [entry["codec"] for entry in sets] == SPECIFICATIONS[:2]
+    content = json.loads(out.read_text())
+    assert content["sets"] == sets
+    assert "pooled" in content["definitions"]["psnr"]
+    assert content["codecs"]["jpeg:q=20"]["version"].startswith("libjpeg")
+    with out.with_suffix(".csv").open() as stream:
+        assert [int(row["bytes"]) for row in csv.DictReader(stream)] == [
+            row["bytes"] for row in content["rows"]
+        ]
+    assert cli.main(words) == 0
+    assert "jpeg:q=70" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = folder / "bad.png"
+    bad.write_bytes(b"nothing")
+    for words, message in (
+        ([str(folder / "none"), "--codec", "jpeg:q=1", "-o", "r.json"], "no such file"),
+        ([str(folder), "--codec", "jpeg:q=1", "-o", "r.txt"], "must end in .json"),
+        ([str(bad), "--codec", "jpeg:q=1", "-o", str(folder / "r.json")], "bad.png"),
+        ([str(bad), "--codec", "jpg:q=1", "-o", "r.json"], "jpg"),
+    ):
+        assert cli.main(["evaluate", *words]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+    with pytest.raises(ImageInputError, match=r"bad\.png"):
+        evaluate([bad], [codec("jpeg:q=1")], folder / "rows.jsonl")
