@@ -87,9 +87,37 @@ def _register_export(subparsers: Any) -> None:
     parser.add_argument("--card", metavar="YAML", help="file with more entries of the card")
 
 
+def _register_evaluate(subparsers: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        import json
+
+        from lightning_tucodec import evaluate
+
+        sets = evaluate.run(
+            arguments.images, arguments.codec, arguments.out, arguments.workers, arguments.keep
+        )
+        print(json.dumps(evaluate.finite(sets)) if arguments.json else evaluate.table_text(sets))
+        return 0
+
+    parser = _command(subparsers, "evaluate", run, "real bytes and quality of any codecs on images")
+    parser.add_argument("images", nargs="+", metavar="IMAGE|DIR")
+    parser.add_argument(
+        "--codec",
+        nargs="+",
+        required=True,
+        metavar="SPEC",
+        help="NAME[:KEY=VALUE,...] as in jpeg:q=30 or vvc:qp=37, or the name of a learned model",
+    )
+    parser.add_argument("-o", "--out", required=True, metavar="RESULTS.json")
+    parser.add_argument("--workers", type=int, help="codings at a time; all processors by default")
+    parser.add_argument("--keep", metavar="DIR", help="keep the coded files, named by their SHA-256")
+    parser.add_argument("--json", action="store_true")
+
+
 # One line a subcommand family; each function adds its parser(s) and names what runs.
 _REGISTER: list[Callable[[Any], None]] = [
     _register_coding,
+    _register_evaluate,
     _register_export,
     _register_shards,
 ]
