@@ -74,6 +74,21 @@ def _register_coding(subparsers: Any) -> None:
         command.add_argument("--json", action="store_true")
 
 
+def _register_demo(subparsers: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from pathlib import Path
+
+        from lightning_tucodec.demo import run as demo
+
+        demo(Path(arguments.out))
+        return 0
+
+    parser = _command(
+        subparsers, "demo", run, "the whole chain on photos that ship with a dependency"
+    )
+    parser.add_argument("--out", default="demo", metavar="DIR")
+
+
 def _register_export(subparsers: Any) -> None:
     def run(arguments: argparse.Namespace) -> int:
         from lightning_tucodec.training.export import run_export
@@ -116,6 +131,7 @@ def _register_evaluate(subparsers: Any) -> None:
 
 # One line a subcommand family; each function adds its parser(s) and names what runs.
 _REGISTER: list[Callable[[Any], None]] = [
+    _register_demo,
     _register_coding,
     _register_evaluate,
     _register_export,

@@ -1,0 +1,37 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The versions that the project is developed and tested with; pip resolves the rest.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+AREA ?= streams
+
+.PHONY: demo test lint install campaign clean
+
+demo: $(VENV)/installed
+	$(BIN)/tucodec demo --out demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/shellcheck slurm/*.sh
+
+# Long proofs: seeded, resumable; their counts go to docs/campaigns.json.
+campaign: $(VENV)/installed
+	$(BIN)/python -m tests.campaigns.$(AREA)
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
