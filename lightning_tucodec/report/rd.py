@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,77 @@ def read_curve(path: str | Path) -> Curve:
         raise ConfigError(f"{path}: not a rate-distortion curve ({error!r})") from None
 
 
+@dataclass(frozen=True)
+class ImageCurves:
+    """Rate-distortion points of one codec, image by image.
+
+    Attributes:
+        name: the codec without the option that sets the rate.
+        images: names of the n images.
+        bpp: n×k.
+        psnr: n×k, dB.
+        ms_ssim: n×k.
+    """
+
+    name: str
+    images: Sequence[str]
+    bpp: Floats
+    psnr: Floats
+    ms_ssim: Floats
+
+    def mean(self, indices: NDArray[np.int64] | None = None) -> Curve:
+        """The mean over images (or over a selection with repeats), as most papers draw it."""
+        part = slice(None) if indices is None else indices
+        bpp, psnr, ms_ssim = (v[part].mean(0) for v in (self.bpp, self.psnr, self.ms_ssim))
+        decibels = -10 * np.log10(np.maximum(1 - ms_ssim, 1e-12))
+        source = "mean over images; MS-SSIM in dB of the mean"
+        return Curve(self.name, bpp, psnr, decibels, source)
+
+
+def read_results(path: str | Path) -> list[ImageCurves]:
+    """The curves in a `results.json` of `tucodec evaluate`.
+
+    Points belong to one curve when their specifications differ in the first option only, which sets
+    the rate (`vvc:qp=37,preset=slow`), or, for learned models, in a number at the end of the name.
+
+    Raises:
+        ConfigError: the file is not such a result, or an image lacks a point.
+    """
+    try:
+        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = content["rows"]
+        codecs = list(dict.fromkeys(row["codec"] for row in rows))
+        images = list(dict.fromkeys(row["image"] for row in rows))
+        values = {(row["image"], row["codec"]): row for row in rows}
+        families: dict[str, list[str]] = {}
+        for codec in codecs:
+            families.setdefault(_family(codec), []).append(codec)
+        return [
+            ImageCurves(
+                family,
+                images,
+                *(
+                    np.array([[values[i, c][key] for c in members] for i in images], np.float64)
+                    for key in ("bpp", "psnr", "ms_ssim")
+                ),
+            )
+            for family, members in families.items()
+        ]
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a whole result of tucodec evaluate ({error!r})") from None
+
+
+def _family(codec: str) -> str:
+    """A specification without what sets the rate."""
+    name, colon, options = codec.partition(":")
+    if not colon:
+        return re.sub(r"[-_]?\d+$", "", name) or name
+    _, _, rest = options.partition(",")
+    return f"{name}:{rest}" if rest else name
+
+
 class BDRate(NamedTuple):
     """Average rate difference at equal quality.
 
@@ -144,6 +216,62 @@ def bd_rate(
         min_overlap=0,
     )
     return BDRate(float(percent), float(low), float(high), float(overlap), method)
+
+
+class BDInterval(NamedTuple):
+    """A BD-rate with what another choice of images could have made of it.
+
+    Attributes:
+        estimate: over all images.
+        low: lower end of the interval, percent.
+        high: upper end.
+        level: its nominal coverage.
+        images: how many both curves have.
+    """
+
+    estimate: BDRate
+    low: float
+    high: float
+    level: float
+    images: int
+
+
+def bd_rate_interval(
+    anchor: ImageCurves,
+    test: ImageCurves,
+    quality: Quality = "psnr",
+    method: Literal["akima", "pchip", "cubic"] = "akima",
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> BDInterval:
+    """BD-rate of mean curves with a percentile bootstrap over images, the same for both codecs.
+
+    Args:
+        anchor: the reference.
+        test: what is compared with it.
+        quality: the vertical axis.
+        method: interpolation.
+        samples: of the bootstrap.
+        level: coverage.
+        seed: of the resampling.
+
+    Raises:
+        ConfigError: the curves share no image, or see `bd_rate`.
+    """
+    shared = [name for name in anchor.images if name in set(test.images)]
+    if not shared:
+        raise ConfigError(f"{anchor.name} and {test.name} share no image")
+    rows = [np.array([list(c.images).index(name) for name in shared]) for c in (anchor, test)]
+    estimate = bd_rate(anchor.mean(rows[0]), test.mean(rows[1]), quality, method)
+    rng = np.random.default_rng(seed)
+    percents = []
+    for _ in range(samples):
+        drawn = rng.integers(0, len(shared), len(shared))
+        curves = anchor.mean(rows[0][drawn]), test.mean(rows[1][drawn])
+        percents.append(bd_rate(*curves, quality, method, min_overlap=1e-9).percent)
+    low, high = np.quantile(percents, [(1 - level) / 2, (1 + level) / 2])
+    return BDInterval(estimate, float(low), float(high), level, len(shared))
 
 
 def rate_at_quality(

@@ -9,11 +9,14 @@ from PIL import Image
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.report.rd import (
     Curve,
+    ImageCurves,
     bd_rate,
+    bd_rate_interval,
     comparison_figure,
     rate_at_quality,
     rd_figure,
     read_curve,
+    read_results,
 )
 
 BPP = np.array([0.1, 0.2, 0.4, 0.8, 1.6])
@@ -106,3 +109,48 @@ def test_comparison_shows_the_pictures_pixel_for_pixel(tmp_path: Path) -> None:
         assert any(np.array_equal(page[y : y + 20, x : x + 64], part) for y, x in starts.tolist())
     with pytest.raises(ConfigError, match="needs pictures"):
         comparison_figure([[]], path)
+
+
+def simulated(images: int, seed: int) -> tuple[ImageCurves, ImageCurves]:
+    """Images of different difficulty; the second codec needs 0.95 of the rate, give or take."""
+    rng = np.random.default_rng(seed)
+    names = [str(i) for i in range(images)]
+    bpp = BPP * np.exp(rng.normal(0, 0.5, (images, 1)))
+    psnr = PSNR + rng.normal(0, 2, (images, 1))
+    gain = 0.95 * np.exp(rng.normal(0, 0.06, (images, 1)))
+    similarity = np.tile(1 - 0.1 / BPP / 10, (images, 1))
+    return (
+        ImageCurves("anchor", names, bpp, psnr, similarity),
+        ImageCurves("test", names, bpp * gain, psnr, similarity),
+    )
+
+
+def test_the_bootstrap_interval_covers_the_truth() -> None:
+    anchor, test = simulated(20_000, 999)
+    truth = bd_rate(anchor.mean(), test.mean()).percent
+    covered = 0
+    for seed in range(40):
+        interval = bd_rate_interval(*simulated(24, seed), samples=150, seed=seed)
+        assert interval.low <= interval.estimate.percent <= interval.high
+        covered += interval.low <= truth <= interval.high
+    assert covered >= 34
+    assert interval.images == 24
+
+
+def test_results_become_one_curve_a_family(tmp_path: Path) -> None:
+    codecs = ["jpeg:q=10", "jpeg:q=50", "vvc:qp=40,preset=slow", "vvc:qp=40", "tiny-1", "tiny-2"]
+    rows = [
+        {"image": image, "codec": codec, "bpp": 0.1 * i + j, "psnr": 30 + i, "ms_ssim": 0.9}
+        for j, image in enumerate(("a", "b"))
+        for i, codec in enumerate(codecs)
+    ]
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"rows": rows}))
+    curves = {curve.name: curve for curve in read_results(path)}
+    assert list(curves) == ["jpeg", "vvc:preset=slow", "vvc", "tiny"]
+    assert curves["jpeg"].mean().bpp == pytest.approx([0.5, 0.6])
+    assert curves["tiny"].mean(np.array([1, 1])).points("psnr")[0] == pytest.approx([1.4, 1.5])
+    assert curves["vvc"].mean().ms_ssim_db == pytest.approx([10.0])
+    path.write_text(json.dumps({"rows": rows[:-1]}))
+    with pytest.raises(ConfigError, match="not a whole result"):
+        read_results(path)
