@@ -77,30 +77,44 @@ def measure(codec: ImageCodec, image: NDArray[np.uint8], keep: Path | None = Non
     Args:
         codec: at its setting.
         image: H×W×3.
-        keep: where the coded file is written, if anywhere.
+        keep: folder for the coded file, `<sha256>.bin`, if it is to be kept.
 
     Returns:
-        `width, height, bytes, bpp, sse, psnr, psnr_y, ms_ssim, ms_ssim_db, ms_ssim_scales,
-        encode_seconds, decode_seconds, sha256` (of the coded file); MS-SSIM is None for images with
-        a side below 11 pixels.
+        The entries of `measure_back` and `encode_seconds`.
 
     Raises:
         TucodecError: the codec cannot code or decode this image, or returns another size.
+    """
+    started = time.perf_counter()
+    data = codec.encode(image)
+    coded = time.perf_counter()
+    row = {**measure_back(codec, image, data), "encode_seconds": coded - started}
+    if keep is not None:
+        with atomic_write(_kept(keep, row)) as stream:
+            stream.write(data)
+    return row
+
+
+def measure_back(codec: ImageCodec, image: NDArray[np.uint8], data: bytes) -> Row:
+    """Decode a coded file and compare it with the original.
+
+    Returns:
+        `width, height, bytes, bpp, sse, psnr, psnr_y, ms_ssim, ms_ssim_db, ms_ssim_scales,
+        decode_seconds, sha256` (of the coded file); MS-SSIM is None for images with a side below 11
+        pixels.
+
+    Raises:
+        TucodecError: the codec cannot decode the file, or to another size.
     """
     import torch
 
     from lightning_tucodec import metrics
 
     started = time.perf_counter()
-    data = codec.encode(image)
-    coded = time.perf_counter()
     back = codec.decode(data)
     decoded = time.perf_counter()
     if back.shape != image.shape:
-        raise ConfigError(f"decoded to {back.shape}, not {image.shape}: a fault of the codec")
-    if keep is not None:
-        with atomic_write(keep) as stream:
-            stream.write(data)
+        raise ConfigError(f"decoded to {back.shape}, where the original is {image.shape}")
     height, width = image.shape[:2]
     error = metrics.sse(image, back)
     scales = metrics.ms_ssim_scales(height, width)
@@ -122,8 +136,7 @@ def measure(codec: ImageCodec, image: NDArray[np.uint8], keep: Path | None = Non
         "ms_ssim": similarity,
         "ms_ssim_db": None if similarity is None else metrics.ms_ssim_db(similarity),
         "ms_ssim_scales": scales,
-        "encode_seconds": coded - started,
-        "decode_seconds": decoded - coded,
+        "decode_seconds": decoded - started,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
 
@@ -179,7 +192,9 @@ def evaluate(
             key = f"{digest}-{job.described}"
             row = known.get(key)
             if row is None or (keep is not None and not _kept(keep, row).exists()):
-                row = _measure_and_keep(job.codec, image, keep)
+                row = measure(job.codec, image, keep)
+                if isinstance(job.codec, VideoCodec) and job.codec.subsampling == "420":
+                    row["ceiling_psnr"] = conversion_ceiling(image)
                 with lock, rows_file.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps({"key": key, **row}) + "\n")
             label = job.image.name if unique else str(job.image)
@@ -199,19 +214,6 @@ def evaluate(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [rows[index] for index in range(len(jobs))]
-
-
-def _measure_and_keep(codec: ImageCodec, image: NDArray[np.uint8], keep: Path | None) -> Row:
-    """`measure`, with the coded file in `keep` and the conversion's ceiling where there is one."""
-    if keep is None:
-        row = measure(codec, image)
-    else:
-        partial_file = keep / f".{threading.get_ident()}.coding"
-        row = measure(codec, image, partial_file)
-        os.replace(partial_file, _kept(keep, row))
-    if isinstance(codec, VideoCodec) and codec.subsampling == "420":
-        row["ceiling_psnr"] = conversion_ceiling(image)
-    return row
 
 
 def _kept(keep: Path, row: Row) -> Path:
