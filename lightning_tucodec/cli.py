@@ -129,9 +129,56 @@ def _register_evaluate(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true")
 
 
+def _register_allocate(subparsers: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from lightning_tucodec.submission import run_allocate
+
+        return run_allocate(arguments)
+
+    parser = _command(
+        subparsers,
+        "allocate",
+        run,
+        "code a set under one budget: the best candidate for each image",
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE|DIR")
+    parser.add_argument(
+        "--candidate", nargs="+", required=True, metavar="SPEC", help="as --codec of evaluate"
+    )
+    parser.add_argument("-o", "--out", required=True, metavar="DIR")
+    parser.add_argument("--maximise", choices=("psnr", "ms-ssim"), help="else bytes are minimised")
+    parser.add_argument("--max-bpp", type=float)
+    parser.add_argument("--max-bytes", type=int)
+    parser.add_argument("--min-psnr", type=float, metavar="DB", help="pooled over the set")
+    parser.add_argument("--min-ms-ssim", type=float, help="weighted by pixels")
+    parser.add_argument("--max-decode-seconds", type=float, help="for the whole set")
+    parser.add_argument("--workers", type=int, help="codings at a time; all processors by default")
+    parser.add_argument("--json", action="store_true")
+
+
+def _register_clic(subparsers: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from lightning_tucodec import submission
+
+        run_command = {"verify": submission.run_verify, "decode": submission.run_decode}
+        return run_command[arguments.clic_command](arguments)
+
+    family = subparsers.add_parser("clic", help="decode and verify what `allocate` has written")
+    commands = family.add_subparsers(dest="clic_command", metavar="COMMAND", required=True)
+    verify = _command(commands, "verify", run, "decode a submission and measure everything anew")
+    verify.add_argument("submission", metavar="DIR")
+    verify.add_argument("--originals", nargs="+", required=True, metavar="IMAGE|DIR")
+    verify.add_argument("--json", action="store_true")
+    decode = _command(commands, "decode", run, "decode a submission to PNG files")
+    decode.add_argument("submission", metavar="DIR")
+    decode.add_argument("-o", "--out", required=True, metavar="DIR")
+
+
 # One line a subcommand family; each function adds its parser(s) and names what runs.
 _REGISTER: list[Callable[[Any], None]] = [
     _register_demo,
+    _register_allocate,
+    _register_clic,
     _register_coding,
     _register_evaluate,
     _register_export,
