@@ -125,7 +125,9 @@ def _register_evaluate(subparsers: Any) -> None:
     )
     parser.add_argument("-o", "--out", required=True, metavar="RESULTS.json")
     parser.add_argument("--workers", type=int, help="codings at a time; all processors by default")
-    parser.add_argument("--keep", metavar="DIR", help="keep the coded files, named by their SHA-256")
+    parser.add_argument(
+        "--keep", metavar="DIR", help="keep the coded files, named by their SHA-256"
+    )
     parser.add_argument("--json", action="store_true")
 
 
