@@ -3,13 +3,13 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from lightning_tucodec.errors import ConfigError
 
@@ -26,26 +26,29 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 
 @dataclass(frozen=True)
 class Curve:
-    """Rate-distortion points of one codec over a set, in any order; a single point is a curve too.
+    """Rate-distortion points of one codec over a set.
 
     Attributes:
         name: for labels.
-        bpp: bits a pixel.
-        psnr: dB, one value a rate; None where unknown.
-        ms_ssim_db: −10·log10(1 − MS-SSIM), one value a rate; None where unknown.
+        bpp: bits a pixel, ascending.
+        quality: by kind of quality, one value a point.
         source: where the numbers are from.
     """
 
     name: str
-    bpp: Sequence[float] | Floats
-    psnr: Sequence[float] | Floats | None = None
-    ms_ssim_db: Sequence[float] | Floats | None = None
+    bpp: Floats
+    quality: Mapping[str, Floats]
     source: str = ""
 
-    def __post_init__(self) -> None:
-        for values in (self.psnr, self.ms_ssim_db):
-            if values is not None and len(values) != len(self.bpp):
-                raise ValueError(f"{self.name}: {len(values)} values for {len(self.bpp)} rates")
+    @classmethod
+    def of(
+        cls, name: str, bpp: ArrayLike, quality: Mapping[str, ArrayLike], source: str = ""
+    ) -> "Curve":
+        """From points in any order."""
+        rates = np.asarray(bpp, np.float64)
+        order = np.argsort(rates, kind="stable")
+        values = {key: np.asarray(value, np.float64)[order] for key, value in quality.items()}
+        return cls(name, rates[order], values, source)
 
     def points(self, quality: Quality) -> tuple[Floats, Floats]:
         """Rate and quality of the points that rise: one that costs more for less is left out.
@@ -53,14 +56,12 @@ class Curve:
         Raises:
             ConfigError: the curve has no such quality.
         """
-        given = self.psnr if quality == "psnr" else self.ms_ssim_db
-        if given is None:
+        if quality not in self.quality:
             raise ConfigError(f"{self.name} has no {quality}")
-        order = np.argsort(self.bpp, kind="stable")
-        rates, values = (np.asarray(v, np.float64)[order] for v in (self.bpp, given))
+        values = self.quality[quality]
         before = np.maximum.accumulate(np.concatenate([[-np.inf], values[:-1]]))
         rises = (values > before) & np.isfinite(values)
-        return rates[rises], values[rises]
+        return self.bpp[rises], values[rises]
 
 
 def read_curve(path: str | Path) -> Curve:
@@ -74,18 +75,17 @@ def read_curve(path: str | Path) -> Curve:
     try:
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         results = content["results"]
-        ms_ssim_db = results.get("ms-ssim-db-rgb")
-        if ms_ssim_db is None and "ms-ssim-rgb" in results:
-            ms_ssim_db = -10 * np.log10(1 - np.asarray(results["ms-ssim-rgb"], np.float64))
-        if ms_ssim_db is None and "psnr-rgb" not in results:
-            raise ValueError("no quality")
-        return Curve(
-            content["name"],
-            np.asarray(results["bpp"], np.float64),
-            results.get("psnr-rgb"),
-            ms_ssim_db,
-            content.get("description", ""),
-        )
+        bpp = np.asarray(results["bpp"], np.float64)
+        quality = {}
+        if "psnr-rgb" in results:
+            quality["psnr"] = np.asarray(results["psnr-rgb"], np.float64)
+        if "ms-ssim-db-rgb" in results:
+            quality["ms_ssim_db"] = np.asarray(results["ms-ssim-db-rgb"], np.float64)
+        elif "ms-ssim-rgb" in results:
+            quality["ms_ssim_db"] = -10 * np.log10(1 - np.asarray(results["ms-ssim-rgb"]))
+        if any(len(values) != len(bpp) for values in quality.values()) or not quality:
+            raise ValueError("no quality, or not one value a rate")
+        return Curve.of(content["name"], bpp, quality, content.get("description", ""))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -116,7 +116,7 @@ class ImageCurves:
         bpp, psnr, ms_ssim = (v[part].mean(0) for v in (self.bpp, self.psnr, self.ms_ssim))
         decibels = -10 * np.log10(np.maximum(1 - ms_ssim, 1e-12))
         source = "mean over images; MS-SSIM in dB of the mean"
-        return Curve(self.name, bpp, psnr, decibels, source)
+        return Curve.of(self.name, bpp, {"psnr": psnr, "ms_ssim_db": decibels}, source)
 
 
 def read_results(path: str | Path) -> list[ImageCurves]:
@@ -274,9 +274,7 @@ def bd_rate_interval(
     return BDInterval(estimate, float(low), float(high), level, len(shared))
 
 
-def rate_at_quality(
-    rate: Sequence[float] | Floats, quality: Sequence[float] | Floats, target: float
-) -> float:
+def rate_at_quality(rate: ArrayLike, quality: ArrayLike, target: float) -> float:
     """The rate (bytes or bpp) at which one image's curve reaches a quality.
 
     Interpolates the logarithm of the rate over quality by PCHIP, which never overshoots.
@@ -291,7 +289,7 @@ def rate_at_quality(
     """
     from scipy.interpolate import PchipInterpolator
 
-    rates, values = Curve("curve", rate, quality).points("psnr")
+    rates, values = Curve.of("curve", rate, {"psnr": quality}).points("psnr")
     if len(rates) < 2 or not values[0] <= target <= values[-1]:
         span = f"{values[0]:.2f} … {values[-1]:.2f}" if len(values) else "nothing"
         raise ConfigError(f"{target:.2f} dB is outside the curve, which covers {span}")
@@ -376,58 +374,56 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> Non
         )
 
 
+class Panel(NamedTuple):
+    """One picture of a comparison: uint8 H×W×3 with what stands above it."""
+
+    title: str
+    detail: str
+    image: NDArray[np.uint8]
+
+
 def comparison_figure(
-    rows: Sequence[Sequence[tuple[str, NDArray[np.uint8]]]],
+    panels: Sequence[Panel],
     path: str | Path,
+    columns: int = 3,
     crop: tuple[int, int, int, int] | None = None,
 ) -> Path:
-    """Pictures beside each other, pixel for pixel, as one PNG.
+    """Pictures of one size side by side, pixel for pixel, as one PNG.
 
     Args:
-        rows: one a photograph: the original and its reconstructions, each a caption (its first line
-            is set in bold; the second usually gives bpp and dB) and a uint8 array H×W×3.
+        panels: the original first, then reconstructions; `detail` usually names bpp and dB.
         path: of the PNG.
+        columns: pictures a row.
         crop: left, top, width, height of the part to show; everything when None.
 
     Raises:
-        ConfigError: there is nothing to show.
+        ConfigError: the pictures differ in size.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if not any(rows):
-        raise ConfigError("a comparison needs pictures")
-    left, top, wide, tall = crop or (0, 0, None, None)
-    part = np.s_[top : tall and top + tall, left : wide and left + wide]
-    shown = [[(caption, image[part]) for caption, image in row] for row in rows]
-    gap, line, dpi = 12, 15, 100
-    captions = [line * (1 + max(c.count("\n") for c, _ in row)) + 6 for row in shown]
-    heights = [max(image.shape[0] for _, image in row) for row in shown]
-    width = max(sum(image.shape[1] + gap for _, image in row) for row in shown) + gap
-    height = sum(heights) + sum(captions) + gap * (len(shown) + 1)
-    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
+    if len({panel.image.shape for panel in panels}) != 1:
+        raise ConfigError("the pictures of a comparison must have one size")
+    images = [panel.image for panel in panels]
+    if crop is not None:
+        left, top, wide, tall = crop
+        images = [image[top : top + tall, left : left + wide] for image in images]
+    height, width = images[0].shape[:2]
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    gap, caption, dpi = 12, 46, 100
+    full = columns * (width + gap) + gap, rows * (height + caption + gap)
+    figure = Figure(figsize=(full[0] / dpi, full[1] / dpi), dpi=dpi, facecolor="white")
     FigureCanvasAgg(figure)
-    y = gap
-    for row, caption_height, row_height in zip(shown, captions, heights, strict=True):
-        x = gap
-        for caption, image in row:
-            for index, text in enumerate(caption.split("\n")):
-                figure.text(
-                    x / width,
-                    1 - (y + line * index) / height,
-                    text,
-                    va="top",
-                    size=8,
-                    weight="normal" if index else "bold",
-                    color="0.3" if index else "black",
-                )
-            tall, wide = image.shape[:2]
-            bottom = 1 - (y + caption_height + tall) / height
-            axes = figure.add_axes((x / width, bottom, wide / width, tall / height))
-            axes.imshow(image, interpolation="nearest", aspect="auto")
-            axes.set_axis_off()
-            x += wide + gap
-        y += caption_height + row_height + gap
+    for index, (panel, image) in enumerate(zip(panels, images, strict=True)):
+        x = gap + index % columns * (width + gap)
+        y = full[1] - (index // columns + 1) * (height + caption + gap) + gap
+        box = (x / full[0], y / full[1], width / full[0], height / full[1])
+        axes = figure.add_axes(box)
+        axes.imshow(image, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        figure.text(x / full[0], (y + height + 24) / full[1], panel.title, size=10, weight="bold")
+        figure.text(x / full[0], (y + height + 7) / full[1], panel.detail, size=8.5, color="0.3")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
     return Path(path)

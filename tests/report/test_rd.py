@@ -10,6 +10,7 @@ from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.report.rd import (
     Curve,
     ImageCurves,
+    Panel,
     bd_rate,
     bd_rate_interval,
     comparison_figure,
@@ -24,7 +25,7 @@ PSNR = np.array([26.0, 29.0, 32.0, 35.0, 38.0])
 
 
 def curve(name: str = "a", factor: float = 1.0) -> Curve:
-    return Curve(name, BPP * factor, PSNR)
+    return Curve.of(name, BPP * factor, {"psnr": PSNR})
 
 
 def test_bd_rate_of_a_scaled_curve_is_the_scale() -> None:
@@ -40,8 +41,8 @@ def test_bd_rate_is_the_packages_own(method: str) -> None:
     rate_t, psnr_t = [9787.80, 4469.00, 2451.52, 1356.24], [40.121, 38.651, 36.970, 34.987]
     expected = bjontegaard.bd_rate(rate_a, psnr_a, rate_t, psnr_t, method=method)
     ours = bd_rate(
-        Curve("a", rate_a, psnr_a),
-        Curve("t", rate_t, psnr_t),
+        Curve.of("a", rate_a, {"psnr": psnr_a}),
+        Curve.of("t", rate_t, {"psnr": psnr_t}),
         method=method,  # type: ignore[arg-type]
     )
     assert ours.percent == pytest.approx(float(expected), abs=1e-9)
@@ -49,17 +50,17 @@ def test_bd_rate_is_the_packages_own(method: str) -> None:
 
 
 def test_bd_rate_is_refused_over_little_overlap_and_few_points() -> None:
-    far = Curve("far", BPP * 10, PSNR + 11)
+    far = Curve.of("far", BPP * 10, {"psnr": PSNR + 11})
     with pytest.raises(ConfigError, match="share 4% of their psnr range"):
         bd_rate(curve(), far)
     with pytest.raises(ConfigError, match="4 rising points, not 3"):
-        bd_rate(curve(), Curve("few", BPP[:3], PSNR[:3]))
+        bd_rate(curve(), Curve.of("few", BPP[:3], {"psnr": PSNR[:3]}))
     with pytest.raises(ConfigError, match="has no ms_ssim_db"):
         bd_rate(curve(), curve(), "ms_ssim_db")
 
 
 def test_points_that_cost_more_for_less_are_left_out() -> None:
-    rates, values = Curve("x", [3, 1, 2, 4], [33, 31, 30, 34]).points("psnr")
+    rates, values = Curve.of("x", [3, 1, 2, 4], {"psnr": [33, 31, 30, 34]}).points("psnr")
     assert rates.tolist() == [1, 3, 4]
     assert values.tolist() == [31, 33, 34]
 
@@ -70,9 +71,8 @@ def test_read_curve(tmp_path: Path) -> None:
     path.write_text(json.dumps({"name": "JPEG", "description": "d", "results": results}))
     read = read_curve(path)
     assert read.name == "JPEG"
-    rates, values = read.points("ms_ssim_db")
-    assert rates.tolist() == [0.25, 0.5]
-    assert values == pytest.approx([10.0, 20.0])
+    assert read.bpp.tolist() == [0.25, 0.5]
+    assert read.quality["ms_ssim_db"] == pytest.approx([10.0, 20.0])
     path.write_text(json.dumps({"name": "JPEG", "results": {"bpp": [1], "psnr-rgb": [1, 2]}}))
     with pytest.raises(ConfigError, match="not a rate-distortion curve"):
         read_curve(path)
@@ -99,16 +99,16 @@ def test_rd_figure_is_deterministic_and_labelled(tmp_path: Path) -> None:
 
 def test_comparison_shows_the_pictures_pixel_for_pixel(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 60, 80, 3), dtype=np.uint8)
-    rows = [[("codec\n0.15 bpp", image) for image in images], [("other", images[0, :40])]]
-    path = comparison_figure(rows, tmp_path / "x.png", crop=(10, 20, 64, 20))
+    panels = [Panel(f"codec {i}", "0.15 bpp", image) for i, image in enumerate(images)]
+    path = comparison_figure(panels, tmp_path / "x.png", columns=2, crop=(10, 20, 64, 32))
     with Image.open(path) as drawn:
         page = np.array(drawn.convert("RGB"))
     for image in images:
-        part = image[20:40, 10:74]
+        part = image[20:52, 10:74]
         starts = np.argwhere((page == part[0, 0]).all(2))
-        assert any(np.array_equal(page[y : y + 20, x : x + 64], part) for y, x in starts.tolist())
-    with pytest.raises(ConfigError, match="needs pictures"):
-        comparison_figure([[]], path)
+        assert any(np.array_equal(page[y : y + 32, x : x + 64], part) for y, x in starts.tolist())
+    with pytest.raises(ConfigError, match="one size"):
+        comparison_figure([*panels, Panel("x", "", images[0, :10])], path)
 
 
 def simulated(images: int, seed: int) -> tuple[ImageCurves, ImageCurves]:
@@ -150,7 +150,7 @@ def test_results_become_one_curve_a_family(tmp_path: Path) -> None:
     assert list(curves) == ["jpeg", "vvc:preset=slow", "vvc", "tiny"]
     assert curves["jpeg"].mean().bpp == pytest.approx([0.5, 0.6])
     assert curves["tiny"].mean(np.array([1, 1])).points("psnr")[0] == pytest.approx([1.4, 1.5])
-    assert curves["vvc"].mean().ms_ssim_db == pytest.approx([10.0])
+    assert curves["vvc"].mean().quality["ms_ssim_db"] == pytest.approx([10.0])
     path.write_text(json.dumps({"rows": rows[:-1]}))
     with pytest.raises(ConfigError, match="not a whole result"):
         read_results(path)
