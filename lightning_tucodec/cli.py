@@ -158,6 +158,26 @@ def _register_allocate(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true")
 
 
+def _register_bench(subparsers: Any) -> None:
+    family = subparsers.add_parser("bench", help="timings, each beside what it is compared with")
+    commands = family.add_subparsers(dest="bench_command", metavar="COMMAND", required=True)
+
+    def run_allocate(arguments: argparse.Namespace) -> int:
+        import json
+
+        from lightning_tucodec.bench import allocate
+
+        result = allocate.run(arguments.repeats)
+        print(json.dumps(result, indent=1) if arguments.json else allocate.table_text(result))
+        return 0
+
+    allocate_command = _command(
+        commands, "allocate", run_allocate, "the set-level allocation against HiGHS"
+    )
+    allocate_command.add_argument("--repeats", type=int, default=5)
+    allocate_command.add_argument("--json", action="store_true")
+
+
 def _register_clic(subparsers: Any) -> None:
     def run(arguments: argparse.Namespace) -> int:
         from lightning_tucodec import submission
@@ -180,6 +200,7 @@ def _register_clic(subparsers: Any) -> None:
 _REGISTER: list[Callable[[Any], None]] = [
     _register_demo,
     _register_allocate,
+    _register_bench,
     _register_clic,
     _register_coding,
     _register_evaluate,

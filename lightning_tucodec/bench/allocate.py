@@ -76,6 +76,15 @@ def run(repeats: int = 5) -> dict[str, Any]:
     return {**result, "peak_memory_mb": peak, "machine": f"{platform.machine()}, one thread"}
 
 
+def table_text(result: dict[str, Any]) -> str:
+    """The rows for people."""
+    lines = [
+        f"{row['name']:60} {1e3 * row['median_s']:10.1f} ms   gap {row['gap']:.2g}"
+        for row in result["rows"]
+    ]
+    return "\n".join([*lines, f"peak memory {result['peak_memory_mb']} MB, {result['machine']}"])
+
+
 def _time(name: str, repeats: int, solve: Callable[[], Solution]) -> dict[str, Any]:
     """Wall-clock seconds of several runs."""
     seconds = []
