@@ -37,11 +37,12 @@ STAGES = ((800.0, 300), (200.0, 150))
 """λ and optimiser steps; the second model starts from the first one's weights."""
 
 CLASSICAL = {
-    "JPEG": [f"jpeg:q={q}" for q in (5, 10, 20, 35, 55)],
-    "WebP": [f"webp:q={q}" for q in (1, 10, 30, 55)],
-    "AVIF": [f"avif:q={q}" for q in (15, 28, 40, 55)],
-    "H.266": [f"vvc:qp={qp}" for qp in (44, 39, 34, 29)],
+    "JPEG": ("jpeg:q={}", (5, 10, 20, 35, 55)),
+    "WebP": ("webp:q={}", (1, 10, 30, 55)),
+    "AVIF": ("avif:q={}", (15, 28, 40, 55)),
+    "H.266": ("vvc:preset=faster,qp={}", (44, 39, 34, 29)),
 }
+"""Specification of each codec and settings from low to high rate."""
 
 Row = dict[str, Any]
 
@@ -175,9 +176,21 @@ def mean(rows: Sequence[Row], key: str) -> float:
     return math.fsum(row[key] for row in rows) / len(rows)
 
 
-def closest(candidates: Sequence[Row], bpp: float) -> Row:
-    """The coding whose rate is nearest to `bpp`, in ratio."""
-    return min(candidates, key=lambda row: abs(math.log(row["bpp"] / bpp)))
+def matched(template: str, settings: Sequence[int], path: Path, bpp: float) -> Row:
+    """The photo at the setting whose rate is nearest to `bpp` from above, found by bisection.
+
+    The rate rises from the first setting to the last; the ends are what there is beyond them.
+    """
+    low, high = settings[0], settings[-1]
+    best = code_classical(registry.codec(template.format(high)), path)
+    while abs(high - low) > 1:
+        middle = (low + high) // 2
+        row = code_classical(registry.codec(template.format(middle)), path)
+        if row["bpp"] >= bpp:
+            high, best = middle, row
+        else:
+            low = middle
+    return best
 
 
 def evaluate_classical(held_out: Sequence[Path]) -> dict[str, list[list[Row]]]:
@@ -185,29 +198,24 @@ def evaluate_classical(held_out: Sequence[Path]) -> dict[str, list[list[Row]]]:
     from tqdm import tqdm
 
     results: dict[str, list[list[Row]]] = {}
-    for name, specifications in tqdm(CLASSICAL.items(), desc="classical codecs", unit="codec"):
-        codecs = [registry.codec(text) for text in specifications]
+    for name, (template, settings) in tqdm(CLASSICAL.items(), desc="classical", unit="codec"):
+        codecs = [registry.codec(template.format(setting)) for setting in settings]
         results[name] = [[code_classical(codec, path) for path in held_out] for codec in codecs]
     return results
 
 
 def draw_comparisons(
-    out: Path,
-    held_out: Sequence[Path],
-    name: str,
-    best: Sequence[Row],
-    classical: dict[str, list[list[Row]]],
+    out: Path, held_out: Sequence[Path], name: str, best: Sequence[Row]
 ) -> list[Path]:
-    """One picture a photo: original, learned, and each classical codec at the nearest rate."""
+    """One picture a photo: original, learned, and each classical codec at no lower a rate."""
     pictures = []
-    for index, path in enumerate(held_out):
-        row = best[index]
+    for path, row in zip(held_out, best, strict=True):
         panels = [
             Panel("original", "", read_image(path)),
             Panel(name, _detail(row), row["pixels"]),
         ]
-        for codec_name, qualities in classical.items():
-            match = closest([rows[index] for rows in qualities], row["bpp"])
+        for codec_name, (template, settings) in CLASSICAL.items():
+            match = matched(template, settings, path, row["bpp"])
             panels.append(Panel(codec_name, _detail(match), match["pixels"]))
         target = out / f"comparison-{path.stem}.png"
         pictures.append(comparison_figure(panels, target, crop=(120, 60, 320, 240)))
@@ -245,13 +253,13 @@ def run(out: Path) -> list[Path]:
         curves.append(Curve.of(name, bpp, {"psnr": psnr}))
     print(f"{'mean over ' + str(len(held_out)) + ' held-out photos':36} {'bpp':>7} {'PSNR':>6}")
     for curve in curves:
-        for rate, quality in zip(curve.bpp, curve.quality["psnr"], strict=True):
+        for rate, quality in zip(*curve.points("psnr"), strict=True):
             print(f"{curve.name:36} {rate:7.3f} {quality:6.2f}")
     name, best = list(learned.items())[-1]
     figure, _ = rd_figure(
         curves, out / "rate-distortion.png", title="Two held-out photos, real files"
     )
-    pictures = [figure, *draw_comparisons(out, held_out, name, best, classical)]
+    pictures = [figure, *draw_comparisons(out, held_out, name, best)]
     print("every learned file decoded in another process to the encoder's exact pixels")
     print("pictures:", *pictures)
     print(f"demo: {time.perf_counter() - started:.0f} s")
