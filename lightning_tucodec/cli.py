@@ -177,6 +177,24 @@ def _register_bench(subparsers: Any) -> None:
     allocate_command.add_argument("--repeats", type=int, default=5)
     allocate_command.add_argument("--json", action="store_true")
 
+    def run_complexity(arguments: argparse.Namespace) -> int:
+        import json
+
+        from lightning_tucodec.bench import complexity
+
+        table = complexity.table()
+        rows = json.dumps([row._asdict() for row in table], indent=1)
+        print(rows if arguments.json else complexity.markdown(table))
+        return 0
+
+    complexity_command = _command(
+        commands,
+        "complexity",
+        run_complexity,
+        "parameters and multiply-accumulates of the networks",
+    )
+    complexity_command.add_argument("--json", action="store_true")
+
 
 def _register_clic(subparsers: Any) -> None:
     def run(arguments: argparse.Namespace) -> int:

@@ -94,8 +94,8 @@ def table() -> list[Complexity]:
     return [*map(of_preset, PRESETS), *(of_compressai(*peer) for peer in peers)]
 
 
-def markdown() -> str:
-    """The table as it stands in docs/networks.md."""
+def markdown(rows: list[Complexity]) -> str:
+    """Rows of `table()` as they stand in docs/networks.md."""
     lines = [
         "| network | parameters, M | encoder, kMAC/px | decoder, kMAC/px | entropy path, kMAC/px |",
         "|---|---|---|---|---|",
@@ -103,6 +103,6 @@ def markdown() -> str:
     lines += [
         f"| {row.name} | {row.parameters:.1f} | {row.encoder:.1f} | {row.decoder:.1f} "
         f"| {row.entropy:.1f} |"
-        for row in table()
+        for row in rows
     ]
     return "\n".join(lines)

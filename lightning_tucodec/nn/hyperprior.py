@@ -17,6 +17,9 @@ from lightning_tucodec.nn.context import POINT, TapConv2d, leaky
 HYPER_STRIDE = 4
 """Positions of y per position of z, along each side."""
 
+_HYPER_GAIN = 8.0
+"""Initial gain of the last layer of h_a."""
+
 
 @dataclass(frozen=True)
 class HyperConfig:
@@ -48,6 +51,10 @@ class HyperAnalysis(nn.Module):
         self.conv3 = conv3x3(c, c, stride=2)
         self.conv4 = conv3x3(c, c)
         self.conv5 = conv3x3(c, config.latent_channels, stride=2)
+        with torch.no_grad():
+            # z has to rise above its own unit noise in the first steps, or the rate term silences it
+            # for good and the hyperprior is never used.
+            self.conv5.weight.mul_(_HYPER_GAIN)
 
     def forward(self, y: Tensor) -> Tensor:
         """Pads to a multiple of 4 by repeating the border, then reduces."""
