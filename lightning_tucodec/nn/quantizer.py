@@ -26,7 +26,7 @@ class Quantized(NamedTuple):
     """
 
     y_hat: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
     below: Tensor
     above: Tensor
 
