@@ -19,7 +19,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck slurm/*.sh
+	$(BIN)/shellcheck $(wildcard slurm/*.sh) .ci/run
 
 # Long proofs: seeded, resumable; their counts go to docs/campaigns.json.
 campaign: $(VENV)/installed

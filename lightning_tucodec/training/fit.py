@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
+from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.preemption import PREEMPTED, Preemption
 from lightning_tucodec.training.runs import Checkpointing, RunFolder, run_id
@@ -69,13 +70,28 @@ class _PlainProgress(pl.Callback):
 
 
 def load_weights(network: torch.nn.Module, path: str) -> None:
-    """Warm start: weights of a checkpoint into `network`; nothing else is taken over."""
+    """Warm start: weights of a checkpoint into `network`; nothing else is taken over.
+
+    The quantiser may be of another kind: learned centres start on the integers that rounding and
+    noise use.
+
+    Raises:
+        ConfigError: the checkpoint is of another network.
+    """
     content = torch.load(path, map_location="cpu", weights_only=True)
     prefix = "network."
     weights = {
         k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)
     }
-    network.load_state_dict(weights)
+    own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in weights.items()}
+    differing = [
+        name for name, _ in own.items() ^ theirs.items() if not name.startswith("quantizer.")
+    ]
+    if differing:
+        raise ConfigError(f"{path}: another network (differs in {min(differing)}, …)")
+    fitting = {name: value for name, value in weights.items() if own.get(name) == value.shape}
+    network.load_state_dict(fitting, strict=False)
 
 
 class TucodecCLI(LightningCLI):
