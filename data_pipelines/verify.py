@@ -61,9 +61,7 @@ def verify(location: str) -> Report:
             wrong.append(f"{storage.path(name)}: cannot be read ({error})")
             continue
         if len(data) != index.bytes[shard]:
-            wrong.append(
-                f"{storage.path(name)}: has {len(data)} bytes, not {index.bytes[shard]}"
-            )
+            wrong.append(f"{storage.path(name)}: has {len(data)} bytes, not {index.bytes[shard]}")
         elif hashlib.sha256(data).hexdigest() != index.sha256[shard]:
             wrong.append(f"{storage.path(name)}: SHA-256 differs from the index")
         else:

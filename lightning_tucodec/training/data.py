@@ -160,6 +160,9 @@ class PlanLoader:
                 sampler=_Starts(self.position, self.batches.batch_size),
                 num_workers=self.num_workers,
                 generator=torch.Generator(),  # or else starting would advance the global one
+                # Forked workers share the index, and end when this process is killed; those of a
+                # fork server would wait for ever.
+                multiprocessing_context="fork" if self.num_workers else None,
             )
             self._stream = iter(loader)
         try:

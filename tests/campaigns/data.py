@@ -40,7 +40,12 @@ def context() -> Any:
     """Processes that start in milliseconds, with everything imported."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(
-        ["data_pipelines.shards", "webdataset.writer", "imagehash", "lightning_tucodec.training.data"]
+        [
+            "data_pipelines.shards",
+            "imagehash",
+            "lightning_tucodec.training.data",
+            "webdataset.writer",
+        ]
     )
     return found
 
@@ -126,7 +131,8 @@ def build_case(seed: int, case: int, scratch: Path) -> tuple[int, str]:
     )  # fmt: skip
     workers = rng.choice((1, 1, 2))
     start = time.perf_counter()
-    honest = context().Process(target=_quiet, args=(_build, str(photos), str(scratch / "honest"), options, workers))
+    undisturbed = (_build, str(photos), str(scratch / "honest"), options, workers)
+    honest = context().Process(target=_quiet, args=undisturbed)
     honest.start()
     honest.join()
     seconds = time.perf_counter() - start
@@ -240,7 +246,9 @@ def campaign(seed: int, kills: int, results: Path) -> int:
 
 
 def _read(results: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(results.read_text()).get("data", {}) if results.exists() else {}
+    found: dict[str, Any] = (
+        json.loads(results.read_text()).get("data", {}) if results.exists() else {}
+    )
     return found
 
 

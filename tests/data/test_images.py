@@ -102,7 +102,10 @@ def _linear_profile(srgb: bytes) -> bytes:
     data = bytearray(srgb)
     for entry in range(struct.unpack(">I", data[128:132])[0]):
         start = 132 + 12 * entry
-        name, offset, size = data[start : start + 4], *struct.unpack(">II", data[start + 4 : start + 12])
+        name, offset, size = (
+            data[start : start + 4],
+            *struct.unpack(">II", data[start + 4 : start + 12]),
+        )
         if name in (b"rTRC", b"gTRC", b"bTRC"):
             data[offset : offset + 12] = b"curv" + bytes(4) + struct.pack(">I", 0)
         if name == b"desc":
@@ -114,7 +117,9 @@ def _linear_profile(srgb: bytes) -> bytes:
 
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
     frames = [Image.fromarray(GRADIENT), Image.new("RGB", (60, 40))]
-    path = save(tmp_path / "a.webp", frames[0], save_all=True, append_images=frames[1:], lossless=True)
+    path = save(
+        tmp_path / "a.webp", frames[0], save_all=True, append_images=frames[1:], lossless=True
+    )
     assert np.array_equal(read_image(path), GRADIENT)
 
 

@@ -34,14 +34,15 @@ def samples(folder: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".json"):
-                    found.append(json.loads(tar.extractfile(member).read()))  # type: ignore[union-attr]
+            members = [member for member in tar if member.name.endswith(".json")]
+            found += [json.loads(tar.extractfile(member).read()) for member in members]  # type: ignore[union-attr]
     return found
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("parts", [[], ["1/1"], ["2/2", "1/2", "2/2"], ["3/3", "1/3", "3/3", "2/3"]])
+@pytest.mark.parametrize(
+    "parts", [[], ["1/1"], ["2/2", "1/2", "2/2"], ["3/3", "1/3", "3/3", "2/3"]]
+)
 def test_any_split_gives_the_same_bytes(
     photos: Path, shards: Path, tmp_path: Path, content: Content, workers: int, parts: list[str]
 ) -> None:
@@ -224,8 +225,10 @@ def test_an_interrupted_build_goes_on(
     assert content(out) == content(shards)
 
 
-def test_other_options_or_photographs_are_refused(shards: Path, photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="another build|other photographs"):
+def test_other_options_or_photographs_are_refused(
+    shards: Path, photos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DatasetError, match="other photographs"):
         build([str(photos)], str(shards), replace(OPTIONS, seed=9))
     other = photo_folder(tmp_path / "set", 22)
     with pytest.raises(DatasetError, match="other photographs"):
