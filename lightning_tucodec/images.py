@@ -82,7 +82,9 @@ def _to_srgb(image: Image.Image, name: str) -> Image.Image:
     profile = image.info.get("icc_profile")
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ImageInputError(f"{name}: floating-point samples have no stated range; use 8 or 16 bits")
+        raise ImageInputError(
+            f"{name}: floating-point samples have no stated range; use 8 or 16 bits"
+        )
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _sixteen_to_eight(image, name)
     if image.has_transparency_data:

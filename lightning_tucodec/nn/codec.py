@@ -9,12 +9,13 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_tucodec.nn.blocks import Upsampling
 from lightning_tucodec.nn.context import CausalContext, ContextConfig
 from lightning_tucodec.nn.hyperprior import (
     EntropyParameters,
@@ -56,6 +57,17 @@ class CodecConfig:
     centres: int = 200
     hardness: float = 2.0
     rate_proxy: RateProxy = "noise"
+
+    def __post_init__(self) -> None:
+        """Refuse names that do not exist."""
+        choices = (
+            ("quantizer", self.quantizer, get_args(QuantizerKind)),
+            ("rate_proxy", self.rate_proxy, get_args(RateProxy)),
+            ("transform.upsampling", self.transform.upsampling, get_args(Upsampling)),
+        )
+        for name, value, known in choices:
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; choose one of {list(known)}")
 
 
 PRESETS: dict[str, CodecConfig] = {
@@ -104,7 +116,7 @@ class CodecOutput(NamedTuple):
     y_likelihoods: Tensor
     z_likelihoods: Tensor
     y: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
 
     def bits(self) -> tuple[Tensor, Tensor]:
         """Estimated bits of y and of z for every image, each of shape (N,), float32."""
@@ -194,7 +206,8 @@ def config_from_dict(values: dict[str, object]) -> CodecConfig:
     """The inverse of `config_to_dict`, also after a trip through JSON (lists become tuples)."""
 
     def build(kind: type, entries: object) -> object:
-        assert isinstance(entries, dict)
+        if not isinstance(entries, dict):
+            raise ValueError(f"{kind.__name__} must be a mapping, got {entries!r}")
         known = {f.name for f in dataclasses.fields(kind)}
         if unknown := set(entries) - known:
             raise ValueError(f"unknown fields {sorted(unknown)} for {kind.__name__}")

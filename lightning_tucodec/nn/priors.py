@@ -22,6 +22,9 @@ MAX_SCALE = 64.0
 MIN_LIKELIHOOD = 2.0**-28
 """Least probability of a symbol; the coder's frequencies have 28 bits."""
 
+_FAR = 1e6
+"""Stands for infinity, in latent units: exp(−_FAR / MAX_SCALE) is zero in float32."""
+
 
 def laplace_interval(lower: Tensor, upper: Tensor, scale: Tensor) -> Tensor:
     """Mass of a zero-mean Laplacian of scale b between `lower` and `upper` (broadcasting).
@@ -29,6 +32,8 @@ def laplace_interval(lower: Tensor, upper: Tensor, scale: Tensor) -> Tensor:
     The interval is mirrored onto the left tail first, where both CDF values are small and their
     difference keeps its relative precision. Infinite ends are allowed.
     """
+    # An infinite end has no mass behind it, but its gradient for b would be 0·∞.
+    lower, upper = lower.clamp(min=-_FAR), upper.clamp(max=_FAR)
     mirrored = lower + upper > 0
     left = torch.where(mirrored, -upper, lower) / scale
     right = torch.where(mirrored, -lower, upper) / scale
@@ -129,7 +134,7 @@ class FactorizedPrior(nn.Module):
             flat = values.reshape(self.channels, 1, -1)
             lower, upper = self.logits(flat - 0.5), self.logits(flat + 0.5)
             # Both ends are moved to the tail where a sigmoid keeps its relative precision.
-            sign = -torch.sign(lower + upper).detach()
+            sign = torch.where(lower + upper > 0, -1.0, 1.0)
             mass = (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
             return lower_bound(mass, MIN_LIKELIHOOD).reshape(values.shape).movedim(0, 1)
 

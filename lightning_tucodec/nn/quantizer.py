@@ -118,7 +118,9 @@ class ClusterQuantizer(Quantizer):
         near = centres[candidates.clamp(0, self.count - 1)]
         distance = (y.float()[..., None] - near).abs()
         weights = (-self.sigma(centres) * distance).masked_fill(~inside, -torch.inf).softmax(-1)
-        return (weights * near).sum(-1)
+        # Summed around the assigned centre, so that rounding does not grow with the centres' size.
+        origin = centres[index].detach()
+        return origin + (weights * (near - origin[..., None])).sum(-1)
 
     def forward(self, y: Tensor) -> Quantized:
         """Quantise; float32 whatever autocast says."""

@@ -36,13 +36,16 @@ def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> Codec
     values: dict[str, Any] = config_to_dict(PRESETS[preset])
     for name, value in (overrides or {}).items():
         *path, last = name.split(".")
-        target = values
+        target: Any = values
         for part in path:
-            target = target.get(part, {})
-        if last not in target:
+            target = target.get(part) if isinstance(target, dict) else None
+        if not isinstance(target, dict) or last not in target:
             raise ConfigError(f"codec has no field {name!r}")
         target[last] = value
-    return config_from_dict(values)
+    try:
+        return config_from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"codec: {error}") from None
 
 
 class VAE(pl.LightningModule):
@@ -81,7 +84,10 @@ class VAE(pl.LightningModule):
         super().__init__()
         self.recipe = recipe
         self.loss = make_loss(recipe, lmbda)
-        self.network = TucodecVAE(resolve_codec(preset, codec))
+        try:
+            self.network = TucodecVAE(resolve_codec(preset, codec))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"no network has this shape ({error}): {codec}") from None
         self.preset = preset
         self.lr, self.final_lr = lr, final_lr
         self.warmup_steps, self.decay_start = warmup_steps, decay_start

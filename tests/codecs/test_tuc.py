@@ -1,0 +1,135 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lightning_tucodec as tuc
+from lightning_tucodec.codecs import tuc as room
+from lightning_tucodec.codecs.model_file import ModelFile, freeze
+from lightning_tucodec.codecs.tuc import TucModel, strip_bounds
+from lightning_tucodec.nn.codec import TucodecVAE
+from lightning_tucodec.training.vae import resolve_codec
+from tests.conftest import MICRO, photo
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def model() -> TucModel:
+    torch.manual_seed(0)
+    return TucModel(
+        freeze(TucodecVAE(resolve_codec("tiny", MICRO)), "micro", {"note": "untrained"})
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (17, 35), (75, 101), (8, 300)])
+def test_decoded_pixels_are_the_encoders(model: TucModel, size: tuple[int, int]) -> None:
+    pixels = np.ascontiguousarray(photo("chelsea.png", 300, 101)[: size[0], : size[1]])
+    coded = model.code(pixels)
+    shown = model.decode(coded.data)
+    assert shown.shape == pixels.shape
+    np.testing.assert_array_equal(shown, model.synthesise(coded.latents.y, size[1], size[0]))
+
+
+def test_file_size_is_close_to_the_estimate(model: TucModel) -> None:
+    pixels = photo("chelsea.png", 256, 192)
+    bits = 8 * len(model.encode(pixels))
+    assert bits <= 1.01 * model.estimated_bits(pixels) + 8 * 32
+
+
+def test_strips_restart_and_cover_the_image(
+    model: TucModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "STRIP_POSITIONS", 40)
+    assert strip_bounds(13, 7) == [(0, 4), (4, 8), (8, 12), (12, 13)]
+    pixels = photo("chelsea.png", 101, 180)
+    coded = model.code(pixels)
+    assert len(coded.latents.z) == 3
+    np.testing.assert_array_equal(
+        model.decode(coded.data), model.synthesise(coded.latents.y, 101, 180)
+    )
+
+
+def test_input_kinds_of_the_python_api(model: TucModel) -> None:
+    pixels = photo("chelsea.png", 40, 33)
+    streams = {
+        model.compress(pixels),
+        model.compress(Image.fromarray(pixels)),
+        model.compress(torch.from_numpy(pixels)),
+    }
+    assert len(streams) == 1
+    assert model.decompress(streams.pop()).size == (40, 33)
+    for bad in (pixels.astype(np.float32), pixels[..., 0], "photo.png"):
+        with pytest.raises(TypeError):
+            model.compress(bad)  # type: ignore[arg-type]
+
+
+def test_model_file_round_trip(model: TucModel, tmp_path: Path) -> None:
+    path = tmp_path / "micro.safetensors"
+    model.file.save(path)
+    loaded = TucModel(ModelFile.load(path))
+    assert loaded.id == model.id
+    assert loaded.card == {"note": "untrained"}
+    pixels = photo("coffee.png", 64, 48)
+    assert loaded.encode(pixels) == model.encode(pixels)
+
+
+def test_id_follows_weights_not_the_card(model: TucModel) -> None:
+    renamed = ModelFile("other", model.file.config, model.file.tensors, {"note": "edited"})
+    assert renamed.id == model.id
+    changed = dict(model.file.tensors)
+    changed["medians"] = changed["medians"] + 1
+    assert ModelFile("micro", model.file.config, changed, {}).id != model.id
+
+
+def test_damaged_model_files_are_named(model: TucModel, tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    with pytest.raises(tuc.ModelFileError, match=r"bad\.safetensors"):
+        ModelFile.load(path)
+    path.write_bytes(b"not a model")
+    with pytest.raises(tuc.ModelFileError, match=r"bad\.safetensors"):
+        ModelFile.load(path)
+    model.file.save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(tuc.ModelFileError, match=r"bad\.safetensors"):
+        ModelFile.load(path)
+
+
+def test_a_stream_of_another_model_is_refused(model: TucModel) -> None:
+    data = tuc.untrained("tiny", seed=5).compress(photo("coffee.png", 32, 32))
+    with pytest.raises(tuc.UnknownModelError):
+        model.decompress(data)
+    with pytest.raises(tuc.UnknownModelError):
+        tuc.decompress(data)
+
+
+def test_shipped_models_code_and_their_golden_stream_decodes() -> None:
+    """The stream lies in the repository: every machine must find the same symbols in it."""
+    for name, card in tuc.models().items():
+        model = tuc.load(name)
+        assert card["opt_step"] > 0
+        golden = GOLDEN / f"{name}.tuc"
+        if golden.exists():
+            container_pixels = np.array(model.decompress(golden.read_bytes()))
+            expected = np.array(Image.open(GOLDEN / f"{name}.png").convert("RGB"))
+            difference = np.abs(container_pixels.astype(int) - expected)
+            assert difference.max() <= 1
+            assert (difference > 0).mean() <= 1e-4
+
+
+def test_coding_imports_no_training_library() -> None:
+    code = (
+        "import sys, numpy as np, lightning_tucodec as tuc\n"
+        "model = tuc.untrained('tiny')\n"
+        "model.decompress(model.compress(np.zeros((16, 16, 3), np.uint8)))\n"
+        "bad = {'pytorch_lightning', 'wandb', 'webdataset', 'compressai', 'torchmetrics'}\n"
+        "print(sorted(bad & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,112 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from compressai.losses import RateDistortionLoss
+
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.losses import MSERateLoss, MSSSIMRateLoss, make_loss
+from lightning_tucodec.nn.codec import (
+    PRESETS,
+    CodecConfig,
+    CodecOutput,
+    TucodecVAE,
+    config_from_dict,
+    config_to_dict,
+)
+from lightning_tucodec.training.vae import resolve_codec
+from tests.conftest import MICRO
+
+
+@pytest.fixture(scope="module")
+def micro() -> TucodecVAE:
+    torch.manual_seed(0)
+    return TucodecVAE(resolve_codec("tiny", MICRO)).eval()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 33), (40, 31), (1, 1)])
+@torch.no_grad()
+def test_any_size(micro: TucodecVAE, size: tuple[int, int]) -> None:
+    output = micro(torch.rand(2, 3, *size))
+    assert output.x_hat.shape == (2, 3, *size)
+    assert output.y.shape[-2:] == tuple(-(-side // 16) for side in size)
+    for bits in output.bits():
+        assert bits.shape == (2,)
+        assert (bits > 0).all()
+
+
+@torch.no_grad()
+def test_dictionary_form_runs_in_compressais_loss(micro: TucodecVAE) -> None:
+    x = torch.rand(2, 3, 32, 48)
+    output = micro(x)
+    theirs = RateDistortionLoss(lmbda=0.01)(output.as_dict(), x)
+    ours = MSERateLoss(0.01 * 255**2)(output, x)
+    torch.testing.assert_close(theirs["bpp_loss"], ours.bpp_y + ours.bpp_z)
+    torch.testing.assert_close(theirs["loss"], ours.loss)
+
+
+def output_with(x_hat: torch.Tensor, likelihood: float) -> CodecOutput:
+    y = torch.full((1, 4, 2, 2), likelihood)
+    z = torch.full((1, 2, 1, 1), 1.0)
+    return CodecOutput(x_hat, y, z, y, torch.zeros(1, 4, 2, 2, dtype=torch.int64))
+
+
+def test_loss_conventions_by_hand() -> None:
+    x = torch.zeros(1, 3, 32, 32)
+    output = output_with(x + 0.1, 0.25)  # MSE 0.01; 16 symbols of 2 bits over 1,024 pixels
+    assert float(MSERateLoss(4096.0)(output, x).loss) == pytest.approx(40.96 + 0.03125)
+    image = torch.rand(1, 3, 192, 192)
+    terms = MSSSIMRateLoss(0.4)(output_with(image, 0.25), image)
+    assert float(terms.distortion) == pytest.approx(0, abs=1e-6)
+    assert float(terms.loss) == pytest.approx(0.4 * 32 / 192**2, abs=1e-6)
+
+
+@pytest.mark.parametrize(("recipe", "lmbda"), [("psnr", 1.0), ("ssim", 0.0), ("ssim", -1.0)])
+def test_unknown_losses_are_refused(recipe: str, lmbda: float) -> None:
+    with pytest.raises(ConfigError):
+        make_loss(recipe, lmbda)
+
+
+def test_gradient_reaches_every_parameter() -> None:
+    torch.manual_seed(0)
+    network = TucodecVAE(resolve_codec("tiny", MICRO)).train()
+    x = torch.rand(2, 3, 64, 64)
+    MSERateLoss(500.0)(network(x), x).loss.backward()
+    without = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"context.channels": 0},
+        {"hyper.as_drawn": True},
+        {"quantizer": "round"},
+        {"quantizer": "noise", "rate_proxy": "straight_through"},
+        {"transform.non_local": True},
+        {"transform.attention_latent": False},
+        {"context.levels": 2, "context.point_blocks": False},
+    ],
+)
+def test_variants_train_and_code(overrides: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    network = TucodecVAE(resolve_codec("tiny", {**MICRO, **overrides})).train()
+    x = torch.rand(1, 3, 48, 32)
+    loss = MSERateLoss(500.0)(network(x), x).loss
+    loss.backward()
+    assert torch.isfinite(loss.detach())
+
+
+def test_config_survives_json() -> None:
+    for config in PRESETS.values():
+        assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    assert dataclasses.is_dataclass(CodecConfig)
+
+
+@pytest.mark.parametrize("name", ["contxt.channels", "centers", "context.width"])
+def test_unknown_fields_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=name.split(".")[-1]):
+        resolve_codec("tiny", {name: 3})
+    with pytest.raises(ConfigError, match="huge"):
+        resolve_codec("huge")

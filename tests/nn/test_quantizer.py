@@ -1,0 +1,155 @@
+"""Quantisers: assignment, the soft sum's window, gradients, the baselines."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from lightning_tucodec.nn.codec import CodecConfig
+from lightning_tucodec.nn.quantizer import (
+    ClusterQuantizer,
+    NoiseQuantizer,
+    RoundQuantizer,
+    make_quantizer,
+)
+
+
+def learned(raw: np.ndarray, middle: float = 0.0, hardness: float = 2.0) -> ClusterQuantizer:
+    """A quantiser whose raw gaps were learned to be `raw`."""
+    quantizer = ClusterQuantizer(len(raw) + 1, hardness)
+    with torch.no_grad():
+        quantizer.raw_gaps.copy_(torch.from_numpy(raw))
+        quantizer.middle.fill_(middle)
+    return quantizer
+
+
+gaps = st.integers(4, 60).flatmap(
+    lambda n: arrays(np.float32, n, elements=st.floats(-4, 4, width=32))
+)
+
+
+@given(gaps, st.floats(-3, 3), st.sampled_from([1.0, 2.0, 5.0]), st.integers(0, 2**32))
+def test_windowed_soft_sum_equals_the_full_one(
+    raw: np.ndarray, middle: float, hardness: float, seed: int
+) -> None:
+    quantizer = learned(raw, middle, hardness)
+    centres = quantizer.centres().detach()
+    generator = torch.Generator().manual_seed(seed)
+    span = float(centres[-1] - centres[0])
+    y = centres[0] - 5 + torch.rand(200, generator=generator) * (span + 10)
+    y = torch.cat([y, centres, (centres[1:] + centres[:-1]) / 2])
+    index = quantizer.assign(y)[0]
+    windowed = quantizer.soft(y, index, quantizer.window())
+    exact = centres.double()
+    distance = (y.double()[:, None] - exact).abs()
+    full = (torch.softmax(-quantizer.sigma(centres).double() * distance, -1) * exact).sum(-1)
+    # Single precision rounds a centre's value itself to 2^-24 of its size.
+    tolerance = 1e-5 + 2.0**-22 * float(centres.abs().max())
+    assert float((windowed.double() - full).abs().max().detach()) <= tolerance
+
+
+def test_windowed_soft_sum_of_200_centres() -> None:
+    quantizer = ClusterQuantizer()
+    y = torch.linspace(-101, 101, 5001)
+    index = quantizer.assign(y)[0]
+    windowed = quantizer.soft(y, index, quantizer.window())
+    assert quantizer.window() < 20
+    torch.testing.assert_close(windowed, quantizer.soft(y, index, 199), atol=1e-5, rtol=0)
+
+
+@given(gaps, st.floats(-3, 3), st.integers(0, 2**32))
+def test_hard_forward_is_the_nearest_centre(raw: np.ndarray, middle: float, seed: int) -> None:
+    quantizer = learned(raw, middle)
+    centres = quantizer.centres().detach()
+    y = 40 * torch.randn(300, generator=torch.Generator().manual_seed(seed))
+    for training in (True, False):
+        quantized = quantizer.train(training)(y)
+        nearest = (y[:, None] - centres).abs().min(1).values
+        torch.testing.assert_close((y - centres[quantized.index]).abs(), nearest)
+        torch.testing.assert_close(quantized.y_hat.detach(), centres[quantized.index])
+        inside = (y >= quantized.y_hat - quantized.below - 1e-4) & (
+            y <= quantized.y_hat + quantized.above + 1e-4
+        )
+        assert inside.all()
+
+
+def test_centres_start_on_the_integers() -> None:
+    centres = ClusterQuantizer(200).centres()
+    torch.testing.assert_close(centres, torch.arange(-100.0, 100.0), atol=1e-4, rtol=0)
+    assert torch.equal(RoundQuantizer(200).centres(), torch.arange(-100.0, 100.0))
+
+
+@given(arrays(np.float32, 20, elements=st.floats(-100, 100, width=32)))
+def test_gaps_have_a_minimum(raw: np.ndarray) -> None:
+    quantizer = learned(raw)
+    assert float(quantizer.centres().detach().diff().min()) >= quantizer.min_gap - 1e-4
+
+
+def test_gradient_reaches_y_and_the_centres() -> None:
+    quantizer = ClusterQuantizer(9)
+    y = torch.tensor([-30.0, -4.3, -0.4, 0.2, 2.7, 3.4, 50.0], requires_grad=True)
+    quantizer(y).y_hat.sum().backward()
+    assert y.grad is not None
+    assert (y.grad > 0).all()
+    assert float(y.grad[0]) >= 0.9  # beyond the ends the soft sum alone would be flat
+    assert float(y.grad[-1]) >= 0.9
+    assert quantizer.raw_gaps.grad is not None
+    assert (quantizer.raw_gaps.grad != 0).any()
+
+
+def test_sigma_times_gap_is_the_hardness() -> None:
+    quantizer = learned(np.linspace(-1, 2, 30, dtype=np.float32), hardness=3.0)
+    centres = quantizer.centres().detach()
+    product = float(quantizer.sigma(centres) * centres.diff().mean())
+    assert product == pytest.approx(3.0, rel=1e-5)
+
+
+def test_no_gradient_is_built_outside_training() -> None:
+    quantizer = ClusterQuantizer(9).eval()
+    y = torch.zeros(3, requires_grad=True)
+    assert torch.equal(quantizer(y).y_hat, quantizer.centres()[quantizer(y).index])
+    with torch.no_grad():
+        assert not quantizer.train()(y).y_hat.requires_grad
+
+
+def test_rounding() -> None:
+    quantizer = RoundQuantizer(9)
+    y = torch.tensor([-30.0, -1.2, 0.4, 2.6, 9.0], requires_grad=True)
+    quantized = quantizer(y)
+    assert quantized.y_hat.tolist() == [-4, -1, 0, 3, 4]
+    assert quantized.below.tolist() == [np.inf, 0.5, 0.5, 0.5, 0.5]
+    assert quantized.above.tolist() == [0.5, 0.5, 0.5, 0.5, np.inf]
+    quantized.y_hat.sum().backward()
+    assert y.grad is not None
+    assert torch.equal(y.grad, torch.ones(5))
+
+
+def test_noise() -> None:
+    torch.manual_seed(0)
+    quantizer = NoiseQuantizer(9)
+    y = torch.full((20_000,), 0.3)
+    noise = quantizer(y).y_hat - y
+    assert float(noise.min()) >= -0.5
+    assert float(noise.max()) <= 0.5
+    assert abs(float(noise.mean())) < 0.01
+    assert float(noise.var()) == pytest.approx(1 / 12, rel=0.03)
+    assert torch.equal(quantizer.eval()(y).y_hat, torch.zeros_like(y))
+
+
+def test_the_recipe_names_the_quantizer() -> None:
+    kinds = {"centres": ClusterQuantizer, "round": RoundQuantizer, "noise": NoiseQuantizer}
+    for kind, expected in kinds.items():
+        assert type(make_quantizer(kind, 9, 2.0)) is expected  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="quantizer 'floor' is unknown"):
+        CodecConfig(quantizer="floor")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 3 centres"):
+        ClusterQuantizer(2)
+
+
+def test_float32_under_autocast() -> None:
+    quantizer = ClusterQuantizer(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized = quantizer(torch.randn(4).bfloat16())
+    assert all(t.dtype == torch.float32 for t in quantized if t.is_floating_point())
