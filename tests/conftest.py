@@ -1,6 +1,5 @@
-"""What tests of several folders share: real photographs, shards of them, a network of a few thousand weights."""
+"""Shared by tests of several folders: photographs, shards of them, a network of few weights."""
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,12 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.support import MICRO, PHOTOS, photo
+
 settings.register_profile("deterministic", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("deterministic")
 
 torch.set_num_threads(1)
-
-PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
-"""Photographs inside scikit-image's wheel; its other ones would be downloaded."""
-
-MICRO: dict[str, Any] = {
-    "transform.widths": [0, 8, 12, 16],
-    "transform.latent_channels": 8,
-    "transform.attention_mask_channels": 8,
-    "hyper.channels": 8,
-    "hyper.latent_channels": 4,
-    "hyper.out_channels": 12,
-    "hyper.entropy_widths": [16, 16],
-    "context.channels": 6,
-    "context.out_channels": 12,
-    "centres": 40,
-}
-"""`tiny` with everything that costs time made small."""
-
-
-def photo(name: str, width: int, height: int, left: int = 100, top: int = 60) -> NDArray[np.uint8]:
-    """A part of a photograph, H×W×3."""
-    with Image.open(str(files("skimage") / "data" / name)) as image:
-        box = (left, top, left + width, top + height)
-        return np.array(image.convert("RGB").crop(box))
 
 
 @pytest.fixture(scope="session")

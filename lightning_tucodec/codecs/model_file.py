@@ -9,6 +9,7 @@ The metadata field `tucodec` is JSON: format, name, config, card. A model's id i
 SHA-256 of its config and tensors; the name and the card can be edited without changing it.
 """
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -183,7 +184,7 @@ def freeze(
     Raises:
         ModelFileError: a layer's sums would not be exact, or the centres cannot be held.
     """
-    network = network.cpu()
+    network = copy.deepcopy(network).cpu()
     tensors: dict[str, Tensor] = {}
     for key, value in network.state_dict().items():
         if not key.startswith(_INTEGER_PARTS):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_tucodec.nn.blocks import conv3x3
+from lightning_tucodec.nn.blocks import conv3x3, transposed3x3
 from lightning_tucodec.nn.context import POINT, TapConv2d, leaky
 
 HYPER_STRIDE = 4
@@ -72,9 +72,9 @@ class HyperSynthesis(nn.Module):
         super().__init__()
         c = config.channels
         self.conv1 = conv3x3(config.latent_channels, c)
-        self.up1 = nn.ConvTranspose2d(c, c, 3, stride=2, padding=1, output_padding=1)
+        self.up1 = transposed3x3(c, c)
         self.conv2 = conv3x3(c, c)
-        self.up2 = nn.ConvTranspose2d(c, c, 3, stride=2, padding=1, output_padding=1)
+        self.up2 = transposed3x3(c, c)
         self.conv3 = conv3x3(c, config.out_channels)
 
     def forward(self, z_hat: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,7 +1,9 @@
 """`tucodec fit | validate | test`: LightningCLI with run folders, resume and preemption."""
 
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +175,16 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         Exit status: 0, or 75 when a signal stopped the run after it had saved itself.
     """
+    # Advice that says nothing to a user of this command: tips, devices found, deprecations inside.
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric.utilities.seed").setLevel(logging.WARNING)
+    for message in (
+        ".*LightningCLI's args parameter is intended.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*Total length of `list` across ranks is zero.*",
+        ".*does not have many workers.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
     cli = TucodecCLI(
         VAE,
         PatchDataModule,

@@ -33,8 +33,8 @@ class Preemption(pl.Callback):
             raise KeyboardInterrupt  # asked twice at the keyboard: now
         self.received = signal.Signals(number)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Install the handlers; earlier Lightning would put its own in their place."""
         self._owner = os.getpid()
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)

@@ -2,13 +2,20 @@
 
 import dataclasses
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_tucodec.codecs.model_file import freeze
+from lightning_tucodec.codecs.tuc import TucModel
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.images import write_png
 from lightning_tucodec.losses import make_loss
 from lightning_tucodec.metrics import ms_ssim, psnr
 from lightning_tucodec.nn.codec import (
@@ -19,6 +26,7 @@ from lightning_tucodec.nn.codec import (
     config_to_dict,
 )
 from lightning_tucodec.training.runs import NonFiniteLossError
+from lightning_tucodec.training.tracking import WandbView
 
 
 def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> CodecConfig:
@@ -161,13 +169,13 @@ class VAE(pl.LightningModule):
         self.opt_step += 1
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last validation's centre usage and images."""
+        """Freeze the network as an export would, and forget the last validation's numbers."""
         self.used_centres.zero_()
-        self.beyond_ends = 0.0
         self.validation_rows: list[dict[str, float]] = []
+        self.coder = TucModel(freeze(self.network, "validation", {}, torch.float32))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Rate of the hard symbols, distortion of the 8-bit image; whole images, one a batch."""
+        """Rate of the hard symbols and of a real file, distortion of the 8-bit image; one a batch."""
         x = batch["image"]
         output = self.network(x)
         pixels = x.shape[-1] * x.shape[-2]
@@ -178,16 +186,29 @@ class VAE(pl.LightningModule):
         self.used_centres += torch.bincount(
             output.index.flatten().cpu(), minlength=len(self.used_centres)
         )
+        original = _eight_bits(x)
         row = {
             "index": float(batch["index"][0]),
             "bpp_y": float(bits_y.mean()) / pixels,
             "bpp_z": float(bits_z.mean()) / pixels,
+            "real_bpp": 8 * len(self.coder.encode(original)) / pixels,
             "psnr": float(psnr(x_hat, x).mean()),
             "ms_ssim": float(ms_ssim(x_hat, x).mean()),
             "beyond_ends": float(outside.float().mean()),
             "loss": float(self.loss(output, x).loss),
         }
         self.validation_rows.append(row)
+        if batch_idx == 0 and self.trainer.is_global_zero:
+            self._keep_picture(original, _eight_bits(x_hat))
+
+    def _keep_picture(self, original: NDArray[np.uint8], shown: NDArray[np.uint8]) -> None:
+        """Original and reconstruction side by side, as a file of the run folder and in W&B."""
+        folder = Path(self.trainer.default_root_dir) / "images"
+        path = folder / f"step-{self.opt_step:08d}.png"
+        write_png(path, np.concatenate([original, shown], axis=1))
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbView):
+                logger.log_pictures({"val/original_and_reconstruction": path})
 
     def on_validation_epoch_end(self) -> None:
         """Means over the validation images, each image once whatever the number of ranks."""
@@ -195,12 +216,17 @@ class VAE(pl.LightningModule):
         names = [name for name in rows[0] if name != "index"]
         means = {f"val/{name}": sum(row[name] for row in rows) / len(rows) for name in names}
         means["val/bpp"] = means["val/bpp_y"] + means["val/bpp_z"]
-        used = self.used_centres.to(self.device)
-        if self.trainer.world_size > 1:
-            used = self.all_gather(used).sum(0)
+        means["val/real_over_estimated"] = means["val/real_bpp"] / means["val/bpp"]
+        used = self.trainer.strategy.reduce(self.used_centres.to(self.device), reduce_op="sum")
+        assert isinstance(used, Tensor)
         means["val/centres_used"] = float((used > 0).sum())
         means["val/centres_dead"] = float((used == 0).sum())
         self.log_dict(means, rank_zero_only=True)
+        # The container's header is part of the file; small validation images may exceed this.
+        ratio = means["val/real_over_estimated"]
+        if ratio > 1.01 and self.trainer.is_global_zero:
+            text = f"step {self.opt_step}: real files are {ratio:.3f} times the estimated bits"
+            print(text, file=sys.stderr)
 
     def _rows_of_all_ranks(self) -> list[dict[str, float]]:
         """Rows by image; ranks are padded with repeats, which the index removes again."""
@@ -226,6 +252,12 @@ class VAE(pl.LightningModule):
         """Continue our own counters."""
         self.opt_step = checkpoint["tucodec"]["opt_step"]
         self.images_seen = checkpoint["tucodec"]["images_seen"]
+
+
+def _eight_bits(x: Tensor) -> NDArray[np.uint8]:
+    """The first image of a batch in [0, 1] as H×W×3."""
+    image = (x[0] * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return np.ascontiguousarray(image.cpu().numpy())
 
 
 def _plain(value: Any) -> Any:

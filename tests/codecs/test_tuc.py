@@ -11,9 +11,10 @@ import lightning_tucodec as tuc
 from lightning_tucodec.codecs import tuc as room
 from lightning_tucodec.codecs.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.tuc import TucModel, strip_bounds
+from lightning_tucodec.images import read_image
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec
-from tests.conftest import MICRO, photo
+from tests.support import MICRO, photo
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -115,7 +116,7 @@ def test_shipped_models_code_and_their_golden_stream_decodes() -> None:
         golden = GOLDEN / f"{name}.tuc"
         if golden.exists():
             container_pixels = np.array(model.decompress(golden.read_bytes()))
-            expected = np.array(Image.open(GOLDEN / f"{name}.png").convert("RGB"))
+            expected = read_image(GOLDEN / f"{name}.png").astype(int)
             difference = np.abs(container_pixels.astype(int) - expected)
             assert difference.max() <= 1
             assert (difference > 0).mean() <= 1e-4

@@ -15,7 +15,7 @@ from lightning_tucodec.coding.fixed_point import (
 from lightning_tucodec.errors import ModelFileError
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec
-from tests.conftest import MICRO
+from tests.support import MICRO
 
 VARIANTS: dict[str, dict[str, object]] = {
     "one level": {},

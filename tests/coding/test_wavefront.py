@@ -10,7 +10,7 @@ from lightning_tucodec.coding import wavefront
 from lightning_tucodec.errors import CorruptStreamError
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec
-from tests.conftest import MICRO
+from tests.support import MICRO
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "one level": {},

@@ -16,7 +16,7 @@ from lightning_tucodec.nn.codec import (
     config_to_dict,
 )
 from lightning_tucodec.training.vae import resolve_codec
-from tests.conftest import MICRO
+from tests.support import MICRO
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from lightning_tucodec.nn.context import (
     TapConv2d,
 )
 from lightning_tucodec.training.vae import resolve_codec
-from tests.conftest import MICRO
+from tests.support import MICRO
 
 HEIGHT, WIDTH = 4, 7
 

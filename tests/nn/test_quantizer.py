@@ -102,7 +102,7 @@ def test_gradient_reaches_y_and_the_centres() -> None:
 def test_sigma_times_gap_is_the_hardness() -> None:
     quantizer = learned(np.linspace(-1, 2, 30, dtype=np.float32), hardness=3.0)
     centres = quantizer.centres().detach()
-    product = float(quantizer.sigma(centres) * centres.diff().mean())
+    product = float((quantizer.sigma(centres) * centres.diff().mean()).detach())
     assert product == pytest.approx(3.0, rel=1e-5)
 
 

@@ -23,7 +23,7 @@ from lightning_tucodec.nn.blocks import (
 from lightning_tucodec.nn.codec import PRESETS, CodecConfig, TucodecVAE
 from lightning_tucodec.nn.transforms import AnalysisTransform, SynthesisTransform, TransformConfig
 from lightning_tucodec.training.vae import resolve_codec
-from tests.conftest import MICRO
+from tests.support import MICRO
 
 
 def narrow(config: CodecConfig) -> CodecConfig:

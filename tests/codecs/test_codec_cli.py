@@ -1,0 +1,251 @@
+"""compress, decompress, info, models, export: files in, files out, and every bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_tucodec.cli import main
+from lightning_tucodec.codecs.model_file import freeze
+from lightning_tucodec.images import read_image
+from lightning_tucodec.nn.codec import TucodecVAE
+from lightning_tucodec.training.vae import resolve_codec
+from tests.support import MICRO, photo
+
+
+@pytest.fixture(autouse=True)
+def model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one small untrained model, `micro`."""
+    folder = tmp_path / "models"
+    torch.manual_seed(0)
+    network = TucodecVAE(resolve_codec("tiny", MICRO))
+    freeze(network, "micro", {"opt_step": 0}).save(folder / "micro.safetensors")
+    monkeypatch.setenv("TUCODEC_MODELS", str(folder))
+    return folder
+
+
+def save(path: Path, image: Image.Image, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def picture(width: int = 48, height: int = 40) -> Image.Image:
+    return Image.fromarray(photo("coffee.png", width, height))
+
+
+def compress(*words: object) -> int:
+    return main(["compress", *map(str, words), "--model", "micro"])
+
+
+def test_round_trip_in_another_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = [save(tmp_path / "a.png", picture()), save(tmp_path / "b.jpg", picture(33, 17))]
+    out, recon = tmp_path / "out", tmp_path / "recon"
+    assert compress(*sources, "-o", out, "--recon", recon, "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(row["output"]).name for row in rows] == ["a.tuc", "b.tuc"]
+    for row, source in zip(rows, sources, strict=True):
+        assert set(row) >= {
+            "file", "output", "width", "height", "bytes", "bpp", "estimated_bits", "psnr",
+            "ms_ssim", "seconds", "model",
+        }  # fmt: skip
+        assert row["file"] == str(source)
+        assert row["bytes"] == Path(row["output"]).stat().st_size
+        assert row["bpp"] == pytest.approx(8 * row["bytes"] / (row["width"] * row["height"]))
+    decoded = tmp_path / "decoded"
+    code = "import torch, sys; torch.set_num_threads(1)\nfrom lightning_tucodec.cli import main\n"
+    code += "sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, "decompress", str(out / "a.tuc"), str(out / "b.tuc")]
+    subprocess.run([*words, "-o", str(decoded)], check=True, timeout=120, capture_output=True)
+    for name in ("a.png", "b.png"):
+        np.testing.assert_array_equal(read_image(decoded / name), read_image(recon / name))
+
+
+def cmyk(path: Path) -> Path:
+    return save(path / "cmyk.jpg", picture().convert("CMYK"))
+
+
+def sixteen_bits(path: Path) -> Path:
+    values = np.array(picture().convert("L")).astype(np.uint16) * 257
+    return save(path / "deep.png", Image.fromarray(values))
+
+
+def palette(path: Path) -> Path:
+    image = picture().convert("P")
+    return save(path / "palette.png", image, transparency=3)
+
+
+def rotated(path: Path) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown rotated by 90 degrees
+    return save(path / "rotated.jpg", picture(), exif=exif)
+
+
+def one_pixel(path: Path) -> Path:
+    return save(path / "one.png", picture(1, 1))
+
+
+def very_wide(path: Path) -> Path:
+    return save(path / "wide.png", Image.new("RGB", (20000, 8), (10, 200, 90)))
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (cmyk, (48, 40)),
+        (sixteen_bits, (48, 40)),
+        (palette, (48, 40)),
+        (rotated, (40, 48)),
+        (one_pixel, (1, 1)),
+        (very_wide, (20000, 8)),
+    ],
+)
+def test_unusual_images_are_converted(make: Any, size: tuple[int, int], tmp_path: Path) -> None:
+    source = make(tmp_path)
+    assert compress(source, "-o", tmp_path / "x.tuc") == 0
+    assert main(["decompress", str(tmp_path / "x.tuc"), "-o", str(tmp_path / "x.png")]) == 0
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.size == size
+
+
+def test_one_bad_file_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [save(tmp_path / f"{name}.png", picture()) for name in "ab"]
+    text = tmp_path / "text.jpg"
+    text.write_text("not an image")
+    cut = save(tmp_path / "cut.jpg", picture(200, 160))
+    cut.write_bytes(cut.read_bytes()[:2000])
+    missing = tmp_path / "missing.png"
+    out = tmp_path / "out"
+    assert compress(good[0], text, cut, missing, good[1], "-o", out) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for line, bad in zip(lines, (text, cut, missing), strict=True):
+        assert str(bad) in line
+    assert sorted(p.name for p in out.iterdir()) == ["a.tuc", "b.tuc"]
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> bytes:
+    assert compress(save(tmp_path / "a.png", picture()), "-o", tmp_path / "a.tuc") == 0
+    return (tmp_path / "a.tuc").read_bytes()
+
+
+def changed(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda d: d[:-5], "truncated"),
+        (lambda d: d[:7], "truncated"),
+        (lambda d: b"", "not a .tuc"),
+        (lambda d: changed(d, len(d) // 2), "damaged"),
+        (lambda d: changed(d, 3), "version"),
+        (lambda d: changed(d, 6), "damaged"),
+        (lambda d: d[:13] + b"\xff\xff\x03" + d[14:], ""),
+    ],
+)
+def test_bad_streams_end_in_one_line_and_no_file(
+    damage: Any, text: str, stream: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.tuc"
+    bad.write_bytes(damage(stream))
+    capsys.readouterr()
+    assert main(["decompress", str(bad), "-o", str(tmp_path / "bad.png")]) == 1
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1
+    assert "bad.tuc" in errors
+    assert text in errors
+    assert not (tmp_path / "bad.png").exists()
+    assert main(["info", str(bad)]) == 1
+    assert "bad.tuc" in capsys.readouterr().err
+
+
+def test_unknown_model_is_named(
+    stream: bytes, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    (model_folder / "micro.safetensors").rename(elsewhere)
+    words = ["decompress", str(tmp_path / "a.tuc"), "-o", str(tmp_path / "out.png")]
+    assert main(words) == 1
+    assert "--model" in capsys.readouterr().err
+    assert main([*words, "--model", str(elsewhere)]) == 0
+
+
+def test_info_and_models(stream: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "a.tuc"), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["width"], row["height"], row["model"], row["kind"]) == (48, 40, "micro", "learned")
+    assert row["bytes"] == len(stream)
+    assert row["header_bytes"] <= 32
+    assert main(["models", "--json"]) == 0
+    assert "micro" in [row["name"] for row in json.loads(capsys.readouterr().out)]
+
+
+def test_targets_that_collide_or_do_not_fit_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sub").mkdir()
+    first = save(tmp_path / "a.png", picture())
+    second = save(tmp_path / "sub" / "a.png", picture())
+    assert compress(first, second, "-o", tmp_path / "out") == 1
+    assert "would both be written" in capsys.readouterr().err
+    assert compress(first, second, "-o", tmp_path / "one.tuc") == 1
+    assert "name a folder" in capsys.readouterr().err
+    assert compress(tmp_path / "sub", "-o", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "a.tuc").exists()
+
+
+def test_damaged_models_are_named_and_do_not_stop_decoding(
+    stream: bytes, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model_folder / "broken.safetensors").write_bytes(b"nothing")
+    assert main(["decompress", str(tmp_path / "a.tuc"), "-o", str(tmp_path / "out.png")]) == 0
+    assert main(["models"]) == 1
+    assert "broken.safetensors" in capsys.readouterr().err
+
+
+def test_help_is_instant() -> None:
+    code = (
+        "import sys; from lightning_tucodec.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'numba', 'scipy', 'pytorch_lightning'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_export_of_a_run_codes(
+    tmp_path: Path, shard_folder: Path, micro: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    values = {
+        "run": {"name": "r", "runs_dir": str(tmp_path / "runs")},
+        "model": {"preset": "tiny", "codec": micro},
+        "data": {"shards": str(shard_folder), "batch_size": 2, "crop": 32},
+        "trainer": {
+            "accelerator": "cpu", "devices": 1, "max_steps": 2, "max_epochs": -1,
+            "log_every_n_steps": 1, "enable_model_summary": False,
+        },
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main(["fit", "--config", str(path)]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    out = tmp_path / "exported.safetensors"
+    assert main(["export", str(run), "-o", str(out)]) == 0
+    source = save(tmp_path / "a.png", picture())
+    words = ["compress", str(source), "-o", str(tmp_path / "e.tuc"), "--model", str(out)]
+    assert main(words) == 0
+    assert main(["export", str(tmp_path / "nothing"), "-o", str(out)]) == 1
+    assert "nothing" in capsys.readouterr().err

@@ -1,0 +1,32 @@
+"""Real photographs, and the shape of a network of a few thousand weights."""
+
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+"""Photographs inside scikit-image's wheel; its other ones would be downloaded."""
+
+MICRO: dict[str, Any] = {
+    "transform.widths": [0, 8, 12, 16],
+    "transform.latent_channels": 8,
+    "transform.attention_mask_channels": 8,
+    "hyper.channels": 8,
+    "hyper.latent_channels": 4,
+    "hyper.out_channels": 12,
+    "hyper.entropy_widths": [16, 16],
+    "context.channels": 6,
+    "context.out_channels": 12,
+    "centres": 40,
+}
+"""Overrides of `tiny` that make everything that costs time small."""
+
+
+def photo(name: str, width: int, height: int, left: int = 100, top: int = 60) -> NDArray[np.uint8]:
+    """A part of a photograph, H×W×3."""
+    with Image.open(str(files("skimage") / "data" / name)) as image:
+        box = (left, top, left + width, top + height)
+        return np.array(image.convert("RGB").crop(box))

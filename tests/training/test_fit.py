@@ -1,0 +1,292 @@
+"""`tucodec fit` from configuration to resumed run, in process and as a process that is stopped."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_tucodec.cli import main
+from lightning_tucodec.training.runs import RunFolder, run_id
+from lightning_tucodec.training.tracking import read_metrics
+from lightning_tucodec.training.vae import VAE
+
+RECIPES = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
+
+
+def config(
+    tmp_path: Path, shards: Path, micro: dict[str, Any], steps: int = 6, **model: Any
+) -> dict[str, Any]:
+    return {
+        "seed_everything": 0,
+        "run": {"name": "test", "runs_dir": str(tmp_path / "runs"), "checkpoint_minutes": 60.0},
+        "model": {"preset": "tiny", "codec": micro, "lr": 1e-3, "warmup_steps": 2, **model},
+        "data": {"shards": str(shards), "batch_size": 4, "crop": 32},
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": steps,
+            "max_epochs": -1,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            "val_check_interval": 3,
+            "check_val_every_n_epoch": None,
+        },
+    }
+
+
+def write(tmp_path: Path, values: dict[str, Any]) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def runs(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "runs").iterdir())
+
+
+def state(folder: Path) -> dict[str, Any]:
+    found = RunFolder(folder).latest()
+    assert found is not None
+    return found[1]
+
+
+def same(first: Any, second: Any) -> bool:
+    """Equal to the last bit, through nested containers."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "time"} for row in rows]
+
+
+def test_a_run_leaves_config_metrics_checkpoint_and_pictures(
+    tmp_path: Path, shard_folder: Path, val_folder: Path, micro: dict[str, Any]
+) -> None:
+    values = config(tmp_path, shard_folder, micro)
+    values["data"]["val_images"] = str(val_folder)
+    assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    (folder,) = runs(tmp_path)
+    assert folder.name.startswith("test-")
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert resolved["model"]["final_lr"] == 1e-6  # a default: the config is fully resolved
+    assert run_id(resolved) == folder.name.removeprefix("test-")
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["opt_step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    validations = [row for row in rows if "val/bpp" in row]
+    assert [row["opt_step"] for row in validations] == [3, 6]
+    last = validations[-1]
+    assert last["images_seen"] == 24
+    assert 0 < last["val/real_bpp"] < 1.2 * last["val/bpp"] + 1
+    assert last["val/centres_used"] + last["val/centres_dead"] == micro["centres"]
+    assert [p.name for p in sorted((folder / "images").iterdir())] == [
+        "step-00000003.png",
+        "step-00000006.png",
+    ]
+    assert state(folder)["tucodec"]["opt_step"] == 6
+
+
+def test_a_resumed_run_ends_like_the_straight_one(
+    tmp_path: Path, shard_folder: Path, micro: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by its own flag after batch 3, called again: weights, optimiser, metrics, to the bit."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    straight = config(tmp_path / "a", shard_folder, micro, steps=8)
+    assert main(["fit", "--config", write(tmp_path / "a", straight)]) == 0
+
+    stopped = config(tmp_path / "b", shard_folder, micro, steps=8)
+    words = ["fit", "--config", write(tmp_path / "b", stopped)]
+    original = VAE.on_before_optimizer_step
+
+    def interrupt(self: VAE, optimizer: torch.optim.Optimizer) -> None:
+        original(self, optimizer)
+        if self.opt_step == 3:
+            signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(VAE, "on_before_optimizer_step", interrupt)
+    assert main(words) == 75
+    monkeypatch.setattr(VAE, "on_before_optimizer_step", original)
+    (folder,) = runs(tmp_path / "b")
+    assert state(folder)["tucodec"]["opt_step"] == 4
+    assert main(words) == 0
+    (folder,) = runs(tmp_path / "b")
+
+    first, second = state(runs(tmp_path / "a")[0]), state(folder)
+    assert same(first["state_dict"], second["state_dict"])
+    assert same(first["optimizer_states"], second["optimizer_states"])
+    assert first["tucodec"] == second["tucodec"]
+    expected = without_time(read_metrics(runs(tmp_path / "a")[0] / "metrics.jsonl"))
+    assert without_time(read_metrics(folder / "metrics.jsonl")) == expected
+
+
+def test_a_terminated_process_saves_and_goes_on(
+    tmp_path: Path, shard_folder: Path, micro: dict[str, Any]
+) -> None:
+    path = write(tmp_path, config(tmp_path, shard_folder, micro, steps=4000))
+    command = [sys.executable, "-m", "lightning_tucodec.cli", "fit", "--config", path]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "Traceback" not in errors
+    (folder,) = runs(tmp_path)
+    assert 0 < state(folder)["tucodec"]["opt_step"] < 4000
+
+
+def test_a_finished_run_does_nothing_more(
+    tmp_path: Path, shard_folder: Path, micro: dict[str, Any]
+) -> None:
+    words = ["fit", "--config", write(tmp_path, config(tmp_path, shard_folder, micro, steps=2))]
+    assert main(words) == 0
+    before = (runs(tmp_path)[0] / "metrics.jsonl").read_text()
+    assert main(words) == 0
+    assert (runs(tmp_path)[0] / "metrics.jsonl").read_text() == before
+
+
+def test_a_damaged_checkpoint_falls_back_a_generation(
+    tmp_path: Path, shard_folder: Path, micro: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = config(tmp_path, shard_folder, micro, steps=4)
+    values["run"]["checkpoint_minutes"] = 0.0
+    words = ["fit", "--config", write(tmp_path, values)]
+    assert main(words) == 0
+    (folder,) = runs(tmp_path)
+    newest = folder / "checkpoints" / "last.ckpt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert state(folder)["tucodec"]["opt_step"] == 3
+    assert "last.ckpt: damaged" in capsys.readouterr().out
+    assert main(words) == 0
+    assert state(folder)["tucodec"]["opt_step"] == 4
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_state_saved(
+    tmp_path: Path, shard_folder: Path, micro: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = config(tmp_path, shard_folder, micro, lmbda=1e39)
+    assert main(["fit", "--config", write(tmp_path, values)]) == 1
+    errors = capsys.readouterr().err
+    assert "loss is not finite at optimiser step 0; state saved in" in errors
+    assert (runs(tmp_path)[0] / "checkpoints" / "nonfinite-0.ckpt").exists()
+
+
+def test_warm_start_crosses_kinds_of_quantiser_and_refuses_other_networks(
+    tmp_path: Path, shard_folder: Path, micro: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise = {**micro, "quantizer": "noise"}
+    assert main(["fit", "--config", write(tmp_path, config(tmp_path, shard_folder, noise, 2))]) == 0
+    checkpoint = runs(tmp_path)[0] / "checkpoints" / "last.ckpt"
+    values = config(tmp_path, shard_folder, micro, 1)
+    values["run"].update(name="warm", init_from=str(checkpoint))
+    assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    values["model"]["codec"] = {**micro, "hyper.channels": 12}
+    assert main(["fit", "--config", write(tmp_path, values)]) == 1
+    assert "another network" in capsys.readouterr().err
+
+
+def test_identity_ignores_where_and_knows_what(tmp_path: Path, shard_folder: Path) -> None:
+    values = config(tmp_path, shard_folder, {})
+    base = run_id(values)
+    values["run"].update(runs_dir="/elsewhere", threads=2, wandb=True)
+    values["trainer"].update(devices=4, accelerator="gpu")
+    values["data"]["num_workers"] = 3
+    assert run_id(values) == base
+    for group, change in [("model", {"lr": 2e-3}), ("data", {"batch_size": 8}),
+                          ("trainer", {"max_steps": 7}), ("run", {"name": "other"})]:  # fmt: skip
+        changed = {**values, group: {**values[group], **change}}
+        assert run_id(changed) != base
+
+
+def test_learning_rate_is_a_function_of_the_step() -> None:
+    module = VAE(preset="tiny", lr=1e-3, final_lr=1e-5, warmup_steps=10, decay_start=0.5)
+    rates = [module.learning_rate(step, 100) for step in (0, 9, 10, 49, 75, 100)]
+    assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 1e-3, 5.05e-4, 1e-5])
+
+
+def test_ms_ssim_recipe_runs_and_refuses_small_crops(
+    tmp_path: Path,
+    large_shard_folder: Path,
+    micro: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values = config(tmp_path, large_shard_folder, micro, steps=2, recipe="ssim", lmbda=0.3)
+    values["data"].update(crop=176, batch_size=2)
+    assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    values["data"]["crop"] = 160
+    assert main(["fit", "--config", write(tmp_path, values)]) == 1
+    assert "crops of at least 176" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "text"),
+    [
+        ({"data": {"shards": "/nowhere"}}, 1, "/nowhere"),
+        ({"model": {"preset": "huge"}}, 1, "huge"),
+        ({"model": {"codec": {"centers": 3}}}, 1, "centers"),
+        ({"model": {"learning_rate": 3}}, 2, "learning_rate"),
+    ],
+)
+def test_mistakes_get_one_clear_line(
+    tmp_path: Path,
+    shard_folder: Path,
+    micro: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, dict[str, Any]],
+    status: int,
+    text: str,
+) -> None:
+    values = config(tmp_path, shard_folder, micro)
+    for group, entries in change.items():
+        values[group].update(entries)
+    try:
+        got = main(["fit", "--config", write(tmp_path, values)])
+    except SystemExit as exit_:
+        got = int(exit_.code or 0)
+    errors = capsys.readouterr().err
+    assert got == status
+    assert text in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_build_and_run_two_steps(
+    path: Path, tmp_path: Path, large_shard_folder: Path, micro: dict[str, Any]
+) -> None:
+    """With the network made small and everything else as it stands in the file."""
+    values = yaml.safe_load(path.read_text())
+    values["run"].update(runs_dir=str(tmp_path / "runs"), threads=None, wandb=False)
+    values["model"]["preset"] = "tiny"
+    values["model"]["codec"] = {**micro, **values["model"].get("codec", {})}
+    values["data"].update(shards=str(large_shard_folder), batch_size=2, num_workers=0)
+    values["data"]["crop"] = min(values["data"]["crop"], 192)
+    values["trainer"].update(
+        max_steps=2, devices=1, accelerator="cpu", log_every_n_steps=1, enable_model_summary=False
+    )
+    assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    assert state(runs(tmp_path)[0])["tucodec"]["opt_step"] == 2
+
+
+def test_checkpoint_names_are_frozen(
+    tmp_path: Path, shard_folder: Path, micro: dict[str, Any]
+) -> None:
+    """Renaming a module makes older checkpoints useless; this list changes on purpose only."""
+    assert main(["fit", "--config", write(tmp_path, config(tmp_path, shard_folder, micro, 1))]) == 0
+    names = sorted(state(runs(tmp_path)[0])["state_dict"])
+    golden = Path(__file__).parents[1] / "golden" / "checkpoint_keys.json"
+    assert names == json.loads(golden.read_text())
