@@ -17,6 +17,9 @@ T = TypeVar("T")
 ATTEMPTS = 5
 """How often a remote operation is tried before the error is given to the user."""
 
+PAUSE_SECONDS = 0.1
+"""First pause between two attempts; each further one is twice as long."""
+
 _PIECE = 1 << 22
 _ABANDONED_SECONDS = 3600
 
@@ -166,7 +169,7 @@ class Storage:
                     raise DatasetError(
                         f"{url}: failed {ATTEMPTS} times, last with: {_one_line(error)}"
                     ) from error
-                time.sleep(0.1 * 2**attempt * (1 + random.random()))
+                time.sleep(PAUSE_SECONDS * 2**attempt * (1 + random.random()))
         raise AssertionError("unreachable")
 
 

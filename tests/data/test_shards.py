@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import OPTIONS, photo_folder, picture
+from generated import OPTIONS, photo_folder, picture
 from PIL import Image
 
 from data_pipelines import shards as builder
