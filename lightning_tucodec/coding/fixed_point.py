@@ -13,11 +13,13 @@ convolution, whose algorithms need not be exact, and no transcendental function.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_tucodec.coding import kernels
 from lightning_tucodec.coding.laplace import MU_BITS, SCALE_MIN, SCALE_STEPS
 from lightning_tucodec.errors import ModelFileError
 from lightning_tucodec.nn.codec import TucodecVAE
@@ -35,7 +37,7 @@ from lightning_tucodec.nn.context import (
 FRACTION_BITS = MU_BITS
 """Fractional bits of every activation; the means leave the network in the coder's own format."""
 
-LIMIT = 2**20 - 1
+LIMIT = kernels.ACTIVATION_LIMIT
 """Activations lie in ±LIMIT: just below ±256 in latent units."""
 
 EXACT = 2**52
@@ -43,12 +45,6 @@ EXACT = 2**52
 
 GATE_RANGE = 12
 """The sigmoid's table covers arguments in ±GATE_RANGE; outside it is 0 or 1 within 1e-5."""
-
-GATE_STEP_BITS = 3
-"""Arguments are looked up in steps of 2^3 fixed-point units, 2^-9."""
-
-GATE_BITS = 16
-"""Fractional bits of the sigmoid's values."""
 
 _WEIGHT_MAX = 2**15 - 1
 _SHIFT_MAX = 24
@@ -73,6 +69,8 @@ class IntegerLinear:
         self.bias = bias.double() + 2.0 ** (shift - 1)
         self.shift = shift
         worst = self.weight.abs().sum(0) * LIMIT + self.bias.abs()
+        if bool((self.weight.abs() > _WEIGHT_MAX).any()):
+            raise ModelFileError(f"{name}: a weight has more than 16 bits")
         if not 1 <= shift <= 40 or not bool((worst < EXACT).all()):
             raise ModelFileError(f"{name}: sums of up to {float(worst.max()):.3g} are not exact")
 
@@ -100,25 +98,15 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 
 def sigmoid_table() -> Tensor:
-    """int32 values of the sigmoid at the middle of every step, GATE_BITS fractional bits."""
-    half = GATE_RANGE << (FRACTION_BITS - GATE_STEP_BITS)
+    """int32 values of the sigmoid at the middle of every step, kernels.GATE_BITS fractional bits."""
+    half = GATE_RANGE << (FRACTION_BITS - kernels.GATE_STEP_BITS)
     steps = torch.arange(-half, half, dtype=torch.float64) + 0.5
-    argument = steps * 2.0 ** (GATE_STEP_BITS - FRACTION_BITS)
-    return torch.round(torch.sigmoid(argument) * 2**GATE_BITS).to(torch.int32)
-
-
-class Planes(Protocol):
-    """Where a network finds its earlier activations: a whole plane, or diagonals of one."""
-
-    def put(self, name: str, values: Tensor) -> None:
-        """Keep the activations `values`, n×C, of the current points under `name`."""
-
-    def taps(self, name: str, taps: Sequence[Tap]) -> Tensor:
-        """Activations around the current points: n×(taps·C), zero outside the plane."""
+    argument = steps * 2.0 ** (kernels.GATE_STEP_BITS - FRACTION_BITS)
+    return torch.round(torch.sigmoid(argument) * 2**kernels.GATE_BITS).to(torch.int32)
 
 
 class WholePlane:
-    """Planes whose current points are all positions of an h×w plane, row by row."""
+    """Activations of all positions of an h×w plane, row by row, and those around them."""
 
     def __init__(self, height: int, width: int) -> None:
         self.height, self.width = height, width
@@ -129,7 +117,7 @@ class WholePlane:
         self._planes[name] = values.unflatten(0, (self.height, self.width))
 
     def taps(self, name: str, taps: Sequence[Tap]) -> Tensor:
-        """Gather shifted copies."""
+        """Activations around every position: (h·w)×(taps·C), zero outside the plane."""
         reach = [max(0, *(sign * tap[axis] for tap in taps)) for axis in (0, 1) for sign in (-1, 1)]
         up, down, left, right = reach
         padded = nn.functional.pad(self._planes[name], (0, 0, left, right, up, down))
@@ -278,6 +266,26 @@ def restore_network(network: TucodecVAE, tensors: dict[str, Tensor]) -> None:
     )
 
 
+def _context_layers(levels: int, points: bool) -> list[tuple[str, Sequence[Tap]]]:
+    """Names and taps of the context's layers but the last; no taps: one point."""
+    layers: list[tuple[str, Sequence[Tap]]] = [
+        ("context.vertical_input", VERTICAL_INPUT_TAPS),
+        ("context.horizontal_input", HORIZONTAL_INPUT_TAPS),
+    ]
+    for level in range(levels):
+        vertical, horizontal = f"context.vertical.{level}", f"context.horizontal.{level}"
+        layers += [
+            (f"{vertical}.conv1", VERTICAL_TAPS),
+            (f"{vertical}.conv2", VERTICAL_TAPS),
+            (f"{horizontal}.conv1", HORIZONTAL_TAPS),
+            (f"{horizontal}.conv2", HORIZONTAL_TAPS),
+            (f"{horizontal}.shortcut", ()),
+        ]
+        if points:
+            layers += [(f"context.point.{level}.conv{i}", ()) for i in (1, 2)]
+    return layers
+
+
 class IntegerEntropyModel:
     """h_s, context and entropy parameters over integers; see the module's text for the promise.
 
@@ -290,6 +298,8 @@ class IntegerEntropyModel:
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         try:
+            if any(v.is_floating_point() for v in tensors.values()):
+                raise ModelFileError("the entropy networks of a model file must be integers")
             self._sigmoid = tensors["sigmoid"].double()
             names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight")]
             self._layers = {
@@ -308,16 +318,78 @@ class IntegerEntropyModel:
         self.has_context = "context.out" in self._layers
         self._levels = sum(name.endswith(".shortcut") for name in self._layers)
         self._points = f"context.point.{self._levels - 1}.conv1" in self._layers
+        self._check_shapes()
 
-    def plane_channels(self) -> dict[str, int]:
-        """Channels of every plane that the context keeps, by name."""
-        planes = {"y": self.latent_channels} if self.has_context else {}
-        for level in range(self._levels):
-            for stream in ("vertical", "horizontal"):
-                block = f"context.{stream}.{level}"
-                channels = self._layers[f"{block}.conv1"].weight.shape[1]
-                planes[f"{block}.conv1"] = planes[f"{block}.conv2"] = channels
-        return planes
+    def _check_shapes(self) -> None:
+        """Refuse layers that do not fit together: the compiled decoder trusts these sizes."""
+        wide = self._layers["parameters.gamma"].weight.shape[1]
+        narrow = self._layers["parameters.hidden"].weight.shape[1]
+        expected = {
+            "parameters.hidden": (wide, narrow),
+            "parameters.mu": (narrow, self.latent_channels),
+            "parameters.scale": (narrow, self.latent_channels),
+        }
+        if self.has_context:
+            channels, upsilon = self._layers["context.out"].weight.shape
+            for name, taps in _context_layers(self._levels, self._points):
+                points = max(1, len(taps))
+                reads_y = name.endswith("_input")
+                expected[name] = (
+                    points * (self.latent_channels if reads_y else channels),
+                    channels * (2 if name.endswith(".conv2") else 1),
+                )
+            expected |= {
+                "context.out": (channels, upsilon),
+                "parameters.upsilon": (upsilon, wide),
+            }
+        for name, (rows, columns) in expected.items():
+            layer = self._layers.get(name)
+            if layer is None or layer.weight.shape != (rows, columns):
+                raise ModelFileError(f"{name}: a layer of {rows}×{columns} is missing")
+            if layer.bias.shape != (columns,):
+                raise ModelFileError(f"{name}: {columns} biases are missing")
+        if self._sigmoid.ndim != 1 or self._sigmoid.numel() < 2:
+            raise ModelFileError("the table of the sigmoid is missing")
+
+    @cached_property
+    def compiled(self) -> kernels.Network:
+        """The layers that `kernels.decode_strip` runs, in its order."""
+        names: list[tuple[str, Sequence[Tap]]] = [
+            *_context_layers(0, False),
+            ("context.out", ()),
+            ("parameters.upsilon", ()),
+            ("parameters.hidden", ()),
+            ("parameters.mu", ()),
+            ("parameters.scale", ()),
+            *_context_layers(self._levels, True)[2:],
+        ]
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        taps: list[Tap] = []
+        rows = []
+        weight_start = bias_start = 0
+        for name, layer_taps in names:
+            layer = self._layers.get(name)
+            if layer is None:  # a level without its 1×1 block
+                rows.append([0] * 7)
+                continue
+            shape = layer.weight.shape
+            ends = (len(taps), len(layer_taps))
+            rows.append([weight_start, *shape, bias_start, layer.shift, *ends])
+            weights.append(layer.weight.flatten())
+            biases.append(layer.bias)
+            taps += layer_taps
+            weight_start += layer.weight.numel()
+            bias_start += layer.bias.numel()
+        return kernels.Network(
+            torch.cat(weights).to(torch.int16).numpy(),
+            torch.cat(biases).numpy(),
+            np.array(rows, np.int64),
+            np.array(taps, np.int64),
+            self._sigmoid.numpy(),
+            self._levels,
+            self._points,
+        )
 
     def hyper(self, z: Tensor, height: int, width: int) -> Tensor:
         """The Γ part of the first entropy-parameter layer, before its shift.
@@ -341,42 +413,42 @@ class IntegerEntropyModel:
         plane.put("x", x.flatten(0, 1))
         return self._layers[name](plane.taps("x", _NEIGHBOURS)).unflatten(0, x.shape[:2])
 
-    def parameters(self, gamma: Tensor, planes: Planes) -> tuple[Tensor, Tensor]:
-        """Means and scale indices of the current points.
+    def parameters(self, gamma: Tensor, plane: WholePlane) -> tuple[Tensor, Tensor]:
+        """Means and scale indices of all positions of a plane.
 
         Args:
-            gamma: rows of `hyper` for the current points, n×wide; overwritten.
-            planes: holds ŷ of earlier points under "y"; the context's activations are put there.
+            gamma: what `hyper` returned, (h·w)×wide; overwritten.
+            plane: holds ŷ under "y"; the context's activations are put there.
 
         Returns:
-            (μ, s), float64 n×M each: integers, μ with FRACTION_BITS fractional bits.
+            (μ, s), float64 (h·w)×M each: integers, μ with FRACTION_BITS fractional bits.
         """
         first = self._layers["parameters.gamma"]
         if self.has_context:
-            upsilon = self._context(planes)
+            upsilon = self._context(plane)
             gamma = gamma.addmm_(upsilon, self._layers["parameters.upsilon"].weight)
         hidden = leaky(self._layers["parameters.hidden"](leaky(first.finish(gamma))))
         return self._layers["parameters.mu"](hidden), self._layers["parameters.scale"](hidden)
 
-    def _context(self, planes: Planes) -> Tensor:
+    def _context(self, plane: WholePlane) -> Tensor:
         layers = self._layers
-        vertical = layers["context.vertical_input"](planes.taps("y", VERTICAL_INPUT_TAPS))
-        horizontal = layers["context.horizontal_input"](planes.taps("y", HORIZONTAL_INPUT_TAPS))
+        vertical = layers["context.vertical_input"](plane.taps("y", VERTICAL_INPUT_TAPS))
+        horizontal = layers["context.horizontal_input"](plane.taps("y", HORIZONTAL_INPUT_TAPS))
         horizontal = add(horizontal, vertical)
         for level in range(self._levels):
-            vertical = self._gated(f"context.vertical.{level}", VERTICAL_TAPS, planes, vertical)
+            vertical = self._gated(f"context.vertical.{level}", VERTICAL_TAPS, plane, vertical)
             horizontal = self._gated(
-                f"context.horizontal.{level}", HORIZONTAL_TAPS, planes, horizontal, vertical
+                f"context.horizontal.{level}", HORIZONTAL_TAPS, plane, horizontal, vertical
             )
             if self._points:
-                horizontal = self._gated(f"context.point.{level}", POINT, planes, horizontal)
+                horizontal = self._gated(f"context.point.{level}", POINT, plane, horizontal)
         return layers["context.out"](leaky(horizontal))
 
     def _gated(
         self,
         name: str,
         taps: Sequence[Tap],
-        planes: Planes,
+        plane: WholePlane,
         x: Tensor,
         shortcut: Tensor | None = None,
     ) -> Tensor:
@@ -384,8 +456,8 @@ class IntegerEntropyModel:
 
         def convolve(layer: str, values: Tensor) -> Tensor:
             if taps is not POINT:
-                planes.put(layer, values)
-                values = planes.taps(layer, taps)
+                plane.put(layer, values)
+                values = plane.taps(layer, taps)
             return self._layers[layer](values)
 
         hidden = convolve(f"{name}.conv1", leaky(x))
@@ -393,9 +465,9 @@ class IntegerEntropyModel:
             hidden = add(hidden, self._layers[f"{name}.shortcut"](leaky(shortcut)))
         value, gate = convolve(f"{name}.conv2", leaky(hidden)).chunk(2, dim=1)
         half = self._sigmoid.numel() // 2
-        step = (gate * 2.0**-GATE_STEP_BITS).floor_().clamp_(-half, half - 1)
+        step = (gate * 2.0**-kernels.GATE_STEP_BITS).floor_().clamp_(-half, half - 1)
         opened = value * self._sigmoid[(step + half).long()]
-        return add(x, opened.mul_(2.0**-GATE_BITS).add_(0.5).floor_())
+        return add(x, opened.mul_(2.0**-kernels.GATE_BITS).add_(0.5).floor_())
 
 
 def _insert_zeros(x: Tensor) -> Tensor:

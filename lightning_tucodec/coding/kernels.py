@@ -1,17 +1,17 @@
-"""The compiled loops of the entropy coder. Signed 64-bit integers throughout; no floating point.
+"""The compiled loops of the entropy coder: integers throughout, some of them carried in float64.
 
 All of them stand in this one file because numba's disk cache watches only the file that a
 function is defined in: a kernel that inlined a helper from elsewhere would go on running the
 helper's old code after an update. The typed interfaces are in `rans`, `laplace` and
-`categorical`; the functions here trust their arguments, except that no stream, however hostile,
-makes one read or write outside an array.
+`categorical`, that of `decode_strip` in `fixed_point` and `wavefront`; the functions here trust
+their arguments, except that no stream, however hostile, makes one read or write outside an array.
 
 A decoder's state is `head = int64[2]`: the rANS state and the index of the next unread word.
 Its `words` end with a sentinel, which a sound stream never uses up.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -275,4 +275,284 @@ def table_decode(words: Ints, head: Ints, cumulative: Ints, offset: Ints, out: I
             out[c, i] = index + np.int64(offset[c])
     head[0] = state
     head[1] = position
+    return True
+
+
+# The context model and the entropy parameters, one diagonal of a strip at a time. Rows of
+# `Network.layers` in this order; those of a level repeat from LEVELS on, LEVEL_LAYERS each.
+VERTICAL_INPUT, HORIZONTAL_INPUT, OUT, UPSILON, HIDDEN, MU, SCALE, LEVELS = range(8)
+VERTICAL, HORIZONTAL, SHORTCUT, POINT, LEVEL_LAYERS = 0, 2, 4, 5, 7
+
+ACTIVATION_LIMIT = (1 << 20) - 1  # also exact in float32, in which the planes are held
+SLOPE = 3  # positions with equal j + SLOPE·i make a diagonal
+REACH = 2  # a tap lies at most so many rows above and so many columns to either side
+BLOCK = 8  # rows of a weight matrix that are added in one pass over the sums
+GATE_STEP_BITS = 3  # the sigmoid's argument is looked up in steps of 2^3
+GATE_BITS = 16  # fractional bits of the sigmoid's values
+
+
+class Network(NamedTuple):
+    """The layers that run at every diagonal, in flat arrays.
+
+    Attributes:
+        weights: int16, all matrices [in, out], row by row.
+        biases: float64, all biases with their rounding offsets.
+        layers: int64[L, 7], for every layer: where its weights begin, in, out, where its bias
+            begins, shift, where its taps begin, their number (0: it reads one point).
+        taps: int64[T, 2], (Δi, Δj).
+        sigmoid: float64[G], values of the gates.
+        levels: pairs of vertical and horizontal blocks.
+        points: whether a 1×1 block follows each pair.
+    """
+
+    weights: Ints
+    biases: Ints
+    layers: Ints
+    taps: Ints
+    sigmoid: Ints
+    levels: int
+    points: bool
+
+
+class Tables(NamedTuple):
+    """What `laplace_decode` knows of a model, and the centres."""
+
+    centres: Ints
+    edges: Ints
+    inverse_scale: Ints
+    tail: Ints
+    bins: Ints
+    bin_shift: int
+
+
+class _Points(NamedTuple):
+    """Positions (i, d − SLOPE·i), top ≤ i < bottom."""
+
+    d: int
+    top: int
+    bottom: int
+
+
+class _Work(NamedTuple):
+    """Scratch: inputs of a layer, a block of its weights, and results."""
+
+    inputs: Ints
+    block: Ints
+    result: Ints
+
+
+@compiled
+def _multiply(network: Network, layer: int, n: int, work: _Work, sums: Ints) -> None:
+    """Add inputs · W to the sums of n points."""
+    start, rows, columns = network.layers[layer, :3]
+    inputs, block = work.inputs, work.block
+    a, b, c, d = block[0], block[1], block[2], block[3]
+    e, f, g, h = block[4], block[5], block[6], block[7]
+    for k in range(0, rows, BLOCK):
+        # The weights become float64 here, in the first cache, once for all points: as int16 they
+        # cost a quarter of the traffic, which is what short diagonals wait for.
+        for row in range(BLOCK):
+            target = block[row]
+            if k + row < rows:
+                first = start + (k + row) * columns
+                source = network.weights[first : first + columns]
+                for j in range(columns):
+                    target[j] = source[j]
+            else:
+                target[:columns] = 0
+        for p in range(n):
+            x = inputs[p, k : k + BLOCK]
+            out = sums[p, :columns]
+            x0, x1, x2, x3, x4, x5, x6, x7 = x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]
+            for j in range(out.size):
+                out[j] += (
+                    x0 * a[j] + x1 * b[j] + x2 * c[j] + x3 * d[j]
+                    + x4 * e[j] + x5 * f[j] + x6 * g[j] + x7 * h[j]
+                )  # fmt: skip
+
+
+@compiled
+def _finish(network: Network, layer: int, n: int, sums: Ints) -> None:
+    """Shift, round and clamp the sums of n points."""
+    columns = network.layers[layer, 2]
+    scale = 0.5 ** network.layers[layer, 4]
+    for p in range(n):
+        for j in range(columns):
+            value = np.floor(sums[p, j] * scale)
+            sums[p, j] = min(max(value, -ACTIVATION_LIMIT), ACTIVATION_LIMIT)
+
+
+@compiled
+def _affine(network: Network, layer: int, n: int, work: _Work, out: Ints) -> None:
+    """An affine layer over the inputs of n points."""
+    columns, start = network.layers[layer, 2], network.layers[layer, 3]
+    for p in range(n):
+        out[p, :columns] = network.biases[start : start + columns]
+    _multiply(network, layer, n, work, out)
+    _finish(network, layer, n, out)
+
+
+@compiled
+def _leaky(x: Any) -> Any:
+    return max(x, np.floor(x * 0.125))
+
+
+@compiled
+def _gather(network: Network, layer: int, plane: Ints, points: _Points, work: _Work) -> None:
+    """The activations at all taps around every point become the layer's inputs."""
+    first, count = network.layers[layer, 5], network.layers[layer, 6]
+    channels = plane.shape[2]
+    for i in range(points.top, points.bottom):
+        row = work.inputs[i - points.top]
+        for t in range(count):
+            di, dj = network.taps[first + t]
+            source = plane[i + di + REACH, points.d - SLOPE * i + dj + REACH]
+            target = row[t * channels : (t + 1) * channels]
+            for c in range(channels):
+                target[c] = source[c]
+
+
+@compiled
+def _convolve(
+    network: Network, layer: int, x: Ints, plane: Ints, points: _Points, work: _Work, out: Ints
+) -> None:
+    """A layer over φ(x) of the points and, where it has taps, of earlier ones in `plane`."""
+    n = points.bottom - points.top
+    channels = plane.shape[2]
+    if network.layers[layer, 6] == 0:
+        for p in range(n):
+            for c in range(channels):
+                work.inputs[p, c] = _leaky(x[p, c])
+    else:
+        for p in range(n):
+            i = points.top + p
+            here = plane[i + REACH, points.d - SLOPE * i + REACH]
+            for c in range(channels):
+                here[c] = _leaky(x[p, c])
+        _gather(network, layer, plane, points, work)
+    _affine(network, layer, n, work, out)
+
+
+@compiled
+def _gated(
+    network: Network,
+    layer: int,
+    x: Ints,
+    shortcut: Ints,
+    shortcut_layer: int,
+    hidden: Ints,
+    planes: Ints,
+    points: _Points,
+    work: _Work,
+) -> None:
+    """`nn.context.GatedBlock` in integers, in place; shortcut_layer < 0: it has none."""
+    n = points.bottom - points.top
+    channels = planes.shape[3]
+    _convolve(network, layer, x, planes[0], points, work, hidden)
+    if shortcut_layer >= 0:
+        _convolve(network, shortcut_layer, shortcut, planes[0], points, work, work.result)
+        _add(hidden, work.result, n, channels)
+    _convolve(network, layer + 1, hidden, planes[1], points, work, work.result)
+    half = network.sigmoid.size // 2
+    for p in range(n):
+        for c in range(channels):
+            step = np.floor(work.result[p, channels + c] * 0.5**GATE_STEP_BITS)
+            gate = network.sigmoid[np.int64(min(max(step, -half), half - 1)) + half]
+            work.result[p, c] = np.floor(work.result[p, c] * gate * 0.5**GATE_BITS + 0.5)
+    _add(x, work.result, n, channels)
+
+
+@compiled
+def _add(x: Ints, y: Ints, n: int, channels: int) -> None:
+    """x + y of n points, clamped, in x."""
+    for p in range(n):
+        for c in range(channels):
+            x[p, c] = min(max(x[p, c] + y[p, c], -ACTIVATION_LIMIT), ACTIVATION_LIMIT)
+
+
+@compiled
+def decode_strip(
+    network: Network, tables: Tables, gamma: Ints, words: Ints, head: Ints, y: Ints
+) -> bool:
+    """Decode y, int32 h×w×M; returns False when the words ran out.
+
+    gamma is float64 (h·w)×wide: the Γ part of the first entropy-parameter layer, before its shift.
+    """
+    height, width, latent = y.shape
+    channels = network.layers[VERTICAL_INPUT, 2]
+    wide = gamma.shape[1]
+    n_max = min(height, (width + SLOPE - 1) // SLOPE)
+    most_in = BLOCK * ((network.layers[:, 1].max() + BLOCK - 1) // BLOCK)
+    most_out = network.layers[:, 2].max()
+    work = _Work(
+        np.zeros((n_max, most_in)), np.zeros((BLOCK, most_out)), np.zeros((n_max, most_out))
+    )
+    vertical = np.empty((n_max, channels))
+    horizontal = np.empty((n_max, channels))
+    hidden = np.empty((n_max, max(channels, wide)))
+    mean = np.empty((n_max, latent), np.int32)
+    scale = np.empty((n_max, latent), np.int32)
+    symbols = np.empty((n_max, latent), np.int32)
+    extent = (height + REACH, width + 2 * REACH)
+    y_plane = np.zeros((*extent, latent), np.float32)
+    planes = np.zeros((2 * network.levels, 2, *extent, channels), np.float32)
+
+    for d in range(width + SLOPE * (height - 1)):
+        points = _Points(d, max(0, (d - width + SLOPE) // SLOPE), min(height - 1, d // SLOPE) + 1)
+        n = points.bottom - points.top
+        if n <= 0:
+            continue
+        _gather(network, VERTICAL_INPUT, y_plane, points, work)
+        _affine(network, VERTICAL_INPUT, n, work, vertical)
+        _gather(network, HORIZONTAL_INPUT, y_plane, points, work)
+        _affine(network, HORIZONTAL_INPUT, n, work, horizontal)
+        _add(horizontal, vertical, n, channels)
+        for level in range(network.levels):
+            base = LEVELS + LEVEL_LAYERS * level
+            down, right = planes[2 * level], planes[2 * level + 1]
+            _gated(network, base + VERTICAL, vertical, vertical, -1, hidden, down, points, work)
+            _gated(
+                network, base + HORIZONTAL, horizontal, vertical, base + SHORTCUT,
+                hidden, right, points, work,
+            )  # fmt: skip
+            if network.points:
+                _gated(
+                    network, base + POINT, horizontal, horizontal, -1, hidden, right, points, work
+                )
+        for p in range(n):
+            for c in range(channels):
+                work.inputs[p, c] = _leaky(horizontal[p, c])
+        _affine(network, OUT, n, work, work.result)
+
+        work.inputs[:n, : network.layers[OUT, 2]] = work.result[:n, : network.layers[OUT, 2]]
+        for p in range(n):
+            i = points.top + p
+            hidden[p, :wide] = gamma[i * width + d - SLOPE * i]
+        _multiply(network, UPSILON, n, work, hidden)
+        _finish(network, UPSILON, n, hidden)
+        for p in range(n):
+            for c in range(wide):
+                work.inputs[p, c] = _leaky(hidden[p, c])
+        _affine(network, HIDDEN, n, work, work.result)
+        for p in range(n):
+            for c in range(network.layers[HIDDEN, 2]):
+                work.inputs[p, c] = _leaky(work.result[p, c])
+        _affine(network, MU, n, work, work.result)
+        mean[:n] = work.result[:n, :latent]
+        _affine(network, SCALE, n, work, work.result)
+        scale[:n] = work.result[:n, :latent]
+
+        if not laplace_decode(
+            words, head, mean[:n].reshape(-1), scale[:n].reshape(-1), tables.edges,
+            tables.inverse_scale, tables.tail, tables.bins, tables.bin_shift,
+            symbols[:n].reshape(-1),
+        ):  # fmt: skip
+            return False
+        for p in range(n):
+            i = points.top + p
+            j = d - SLOPE * i
+            for c in range(latent):
+                symbol = symbols[p, c]
+                y[i, j, c] = symbol
+                y_plane[i + REACH, j + REACH, c] = tables.centres[symbol]
     return True

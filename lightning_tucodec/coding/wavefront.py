@@ -1,14 +1,15 @@
 """Latents to a stream and back, diagonal by diagonal.
 
 Positions with equal d = j + 3·i do not depend on one another (`nn.context`), so the decoder takes them
-together: h×w latents need w + 3·(h − 1) steps. The encoder knows all of ŷ and runs the same integer
+together: h×w latents need w + 3·(h − 1) steps, which one compiled function takes
+(`kernels.decode_strip`). The encoder knows all of ŷ and runs the same integer
 network over the whole plane at once; integers make both agree to the last bit.
 
 A stream holds the hyperlatent's symbols, channel by channel, then y's symbols, diagonal by diagonal, from
 top to bottom inside a diagonal, all channels of a position together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,18 +18,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_tucodec.coding import rans
+from lightning_tucodec.coding import kernels, rans
 from lightning_tucodec.coding.categorical import CategoricalTables, decode_table, encode_table
-from lightning_tucodec.coding.fixed_point import FRACTION_BITS, IntegerEntropyModel, WholePlane
+from lightning_tucodec.coding.fixed_point import (
+    FRACTION_BITS,
+    LIMIT,
+    IntegerEntropyModel,
+    WholePlane,
+)
 from lightning_tucodec.coding.laplace import LaplaceTables, decode_laplace, encode_laplace
-from lightning_tucodec.nn.context import DIAGONAL_SLOPE, Tap
+from lightning_tucodec.errors import CorruptStreamError, ModelFileError
+from lightning_tucodec.nn.context import DIAGONAL_SLOPE
 from lightning_tucodec.nn.hyperprior import HYPER_STRIDE
 
 Z_LIMIT = 127
 """Hyperlatent symbols are clamped to ±Z_LIMIT around their medians."""
-
-_BACK = 8
-"""Diagonals that a tap reaches back at most: Δj + 3·Δi ≥ −8 for all taps of `nn.context`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,13 @@ class EntropyModel:
     laplace: LaplaceTables
     categorical: CategoricalTables
     medians: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        """Prove that what enters the networks is within their bound; ModelFileError."""
+        centres = np.abs(self.laplace.centres.astype(np.int64)).max()
+        medians = np.abs(self.medians.astype(np.int64)).max(initial=0)
+        if centres > LIMIT or medians + (Z_LIMIT << FRACTION_BITS) > LIMIT:
+            raise ModelFileError("a centre or a median lies beyond what the integers can hold")
 
 
 class Diagonal(NamedTuple):
@@ -77,49 +88,6 @@ def _scan(height: int, width: int, has_context: bool) -> NDArray[np.int64]:
     if not has_context:
         return positions
     return np.concatenate([positions[_rows(d, width)] for d in diagonals(height, width)])
-
-
-class _Ring:
-    """Planes whose current points are one diagonal: the last diagonals, sheared.
-
-    Slot d mod 9 holds diagonal d as rows of the plane, so that every tap of every point of a diagonal is
-    one contiguous slice. Rows outside the plane stay zero.
-    """
-
-    _ABOVE = 2
-
-    def __init__(self, height: int, channels: dict[str, int]) -> None:
-        rows = height + self._ABOVE
-        self._slots = {
-            name: torch.zeros(_BACK + 1, rows, count, dtype=torch.float64)
-            for name, count in channels.items()
-        }
-        self._now = Diagonal(0, 0, 0)
-
-    def move(self, diagonal: Diagonal) -> None:
-        """Make `diagonal` the current points; the slot it takes over is cleared."""
-        self._now = diagonal
-        slot = diagonal.number % (_BACK + 1)
-        for plane in self._slots.values():
-            plane[slot].zero_()
-
-    def put(self, name: str, values: Tensor) -> None:
-        """Keep the current diagonal's activations."""
-        d, top, bottom = self._now
-        self._slots[name][d % (_BACK + 1), top + self._ABOVE : bottom + self._ABOVE] = values
-
-    def taps(self, name: str, taps: Sequence[Tap]) -> Tensor:
-        """Gather around the current diagonal."""
-        d, top, bottom = self._now
-        plane = self._slots[name]
-        around = [
-            plane[
-                (d + dj + DIAGONAL_SLOPE * di) % (_BACK + 1),
-                top + self._ABOVE + di : bottom + self._ABOVE + di,
-            ]
-            for di, dj in taps
-        ]
-        return torch.cat(around, dim=1)
 
 
 def _hyper(model: EntropyModel, z: NDArray[np.int32], height: int, width: int) -> Tensor:
@@ -179,30 +147,34 @@ def decode(model: EntropyModel, stream: bytes, height: int, width: int) -> NDArr
     z = decode_table(decoder, z_size[0] * z_size[1], model.categorical)
     z = z.clip(-Z_LIMIT, Z_LIMIT).reshape(-1, *z_size)
     gamma = _hyper(model, z, height, width)
-    channels = model.network.latent_channels
-    y = np.empty((height * width, channels), np.int32)
-
-    def take(mu: Tensor, scale: Tensor) -> NDArray[np.int32]:
+    y = np.empty((height, width, model.network.latent_channels), np.int32)
+    if model.network.has_context:
+        tables = model.laplace
+        sound = kernels.decode_strip(
+            model.network.compiled,
+            kernels.Tables(
+                tables.centres,
+                tables.edges,
+                tables.inverse_scale,
+                tables.tail,
+                tables.bins,
+                tables.bin_shift,
+            ),
+            gamma.numpy(),
+            decoder.words,
+            decoder.head,
+            y,
+        )
+        if not sound:
+            raise CorruptStreamError("an entropy-coded segment ends too early")
+    else:
+        mu, scale = model.network.parameters(gamma, WholePlane(height, width))
         symbols = decode_laplace(
             decoder,
             mu.to(torch.int32).numpy().reshape(-1),
             scale.to(torch.int32).numpy().reshape(-1),
             model.laplace,
         )
-        return symbols.reshape(-1, channels)
-
-    if not model.network.has_context:
-        y[:] = take(*model.network.parameters(gamma, WholePlane(height, width)))
-    else:
-        centres = torch.from_numpy(model.laplace.centres.astype(np.float64))
-        ring = _Ring(height, model.network.plane_channels())
-        for diagonal in diagonals(height, width):
-            rows = _rows(diagonal, width)
-            ring.move(diagonal)
-            if diagonal.top == diagonal.bottom:
-                continue
-            symbols = take(*model.network.parameters(gamma[rows].clone(), ring))
-            ring.put("y", centres[torch.from_numpy(symbols).long()])
-            y[rows] = symbols
+        y[:] = symbols.reshape(y.shape)
     decoder.finish()
-    return y.reshape(height, width, channels)
+    return y
