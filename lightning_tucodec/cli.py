@@ -195,6 +195,26 @@ def _register_bench(subparsers: Any) -> None:
     )
     complexity_command.add_argument("--json", action="store_true")
 
+    def run_data(arguments: argparse.Namespace) -> int:
+        import json
+
+        from lightning_tucodec.bench import data
+
+        measure = {"shards": data.run_shards, "loader": data.run_loader}[arguments.bench_command]
+        result = measure(arguments.photos, arguments.count, repeats=arguments.repeats)
+        print(json.dumps(result, indent=1) if arguments.json else data.table_text(result))
+        return 0
+
+    for name, summary in (
+        ("shards", "building shards against bare encoding of the same patches"),
+        ("loader", "loading patches against plain webdataset on PNG, and bare decoding"),
+    ):
+        command = _command(commands, name, run_data, summary)
+        command.add_argument("--photos", metavar="SRC", help="by default generated ones")
+        command.add_argument("--count", type=int, default=600, help="patches of 256×256")
+        command.add_argument("--repeats", type=int, default=3)
+        command.add_argument("--json", action="store_true")
+
 
 def _register_clic(subparsers: Any) -> None:
     def run(arguments: argparse.Namespace) -> int:
