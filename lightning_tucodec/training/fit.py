@@ -123,7 +123,7 @@ class TucodecCLI(LightningCLI):
         callbacks: list[pl.Callback] = [
             _Counters(),
             self.preemption,
-            Checkpointing(self.folder, run["checkpoint_minutes"]),
+            Checkpointing(self.folder, run["checkpoint_minutes"], self.preemption),
         ]
         if not interactive:
             callbacks.append(_PlainProgress())

@@ -19,10 +19,14 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption(pl.Callback):
-    """Stops the trainer after the batch in which a signal came; all ranks agree on the batch."""
+    """Stops the trainer after the batch in which a signal came; all ranks agree on the batch.
+
+    `stopping` is set at the end of that batch, for `Checkpointing` to save. The module skips the next batch.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.stopping = False
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
 
@@ -42,13 +46,19 @@ class Preemption(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        """Stop when any rank was told to."""
-        told = self.received is not None
+        """Find out whether any rank was told to stop."""
+        self.stopping = self.received is not None
         if trainer.world_size > 1:
-            flag = torch.tensor(float(told), device=pl_module.device)
-            told = bool(trainer.strategy.reduce(flag, reduce_op="sum") > 0)
-        if told:
+            flag = torch.tensor(float(self.stopping), device=pl_module.device)
+            self.stopping = bool(trainer.strategy.reduce(flag, reduce_op="sum") > 0)
+        if self.stopping:
             self.received = self.received or signal.SIGUSR1
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Stop here, not in `on_train_batch_end`, where Lightning would validate and log once more."""
+        if self.stopping:
             trainer.should_stop = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -16,6 +16,7 @@ import yaml
 
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.files import atomic_write
+from lightning_tucodec.training.preemption import Preemption
 
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")
 """Two generations: a save renames last to previous before the new file takes its name."""
@@ -128,10 +129,11 @@ class RunFolder:
 
 
 class Checkpointing(pl.Callback):
-    """Saves every so many minutes, after every validation, and when the run ends or stops."""
+    """Saves every so many minutes, and when the run ends or is told to stop."""
 
-    def __init__(self, folder: RunFolder, minutes: float) -> None:
+    def __init__(self, folder: RunFolder, minutes: float, preemption: Preemption) -> None:
         self.folder = folder
+        self.preemption = preemption
         self.seconds = 60 * minutes
         self._saved_at = 0.0
         self._saved_step = -1
@@ -149,7 +151,7 @@ class Checkpointing(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         """Save when the time has come; rank 0's clock decides for all."""
         due = trainer.strategy.broadcast(_now() - self._saved_at >= self.seconds)
-        if due or trainer.should_stop:
+        if due or self.preemption.stopping:
             self._save(trainer, pl_module.opt_step)
             self._saved_at = _now()
 

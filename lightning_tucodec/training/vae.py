@@ -129,14 +129,17 @@ class VAE(pl.LightningModule):
                 f"got {crop}: MS-SSIM halves the image four times and its window has 11 pixels"
             )
 
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Set the step's learning rate and its noise."""
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> int | None:
+        """Set the step's learning rate and its noise; -1 leaves a run that is told to stop."""
+        if self.trainer.should_stop:
+            return -1
         rate = self.learning_rate(self.opt_step, self.trainer.max_steps)
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         first = int(batch["index"][0])
         torch.manual_seed((self.seed * 1_000_003 + first * 7_919 + 1) % 2**63)
+        return None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Rate and distortion of one batch of crops."""

@@ -1,0 +1,69 @@
+"""Stopped anywhere and called again, a run leaves what the straight run leaves, validations included."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_tucodec.cli import main
+from lightning_tucodec.training.tracking import read_metrics
+from lightning_tucodec.training.vae import VAE
+from tests.training.test_fit import config, runs, same, state, without_time, write
+
+STEPS = 8
+BATCHES_A_PASS = 3
+
+
+def settings(folder: Path, shards: Path, val: Path, micro: dict[str, Any]) -> list[str]:
+    """Logs every third step and validates every fourth; a pass over the data has three batches."""
+    folder.mkdir()
+    values = config(folder, shards, micro, STEPS)
+    values["data"]["val_images"] = str(val)
+    values["trainer"].update(log_every_n_steps=3, val_check_interval=4)
+    return ["fit", "--config", write(folder, values)]
+
+
+@pytest.fixture(scope="module")
+def straight(
+    tmp_path_factory: pytest.TempPathFactory, shard_folder: Path, val_folder: Path
+) -> Path:
+    from tests.support import MICRO
+
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    assert main(settings(folder, shard_folder, val_folder, MICRO)) == 0
+    return runs(folder)[0]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 6])
+def test_stopped_after_any_step(
+    stop: int,
+    straight: Path,
+    tmp_path: Path,
+    shard_folder: Path,
+    val_folder: Path,
+    micro: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = settings(tmp_path / "run", shard_folder, val_folder, micro)
+    original = VAE.on_before_optimizer_step
+
+    def interrupt(self: VAE, optimizer: torch.optim.Optimizer) -> None:
+        original(self, optimizer)
+        if self.opt_step == stop - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VAE, "on_before_optimizer_step", interrupt)
+        assert main(words) == 75
+    (folder,) = runs(tmp_path / "run")
+    assert state(folder)["tucodec"]["opt_step"] == stop
+    assert main(words) == 0
+    first, second = state(straight), state(folder)
+    for part in ("state_dict", "optimizer_states", "tucodec"):
+        assert same(first[part], second[part]), part
+    expected = without_time(read_metrics(straight / "metrics.jsonl"))
+    assert without_time(read_metrics(folder / "metrics.jsonl")) == expected
+    pictures = [sorted(p.name for p in (f / "images").iterdir()) for f in (straight, folder)]
+    assert pictures[0] == pictures[1]
