@@ -140,7 +140,8 @@ def stats(location: str, out: str) -> dict[str, Any]:
         contrasts.append(contrast(np.asarray(reader.pixels(sample))))
         mix[_metadata(reader, sample)["source"]] += 1
     figure = Figure(figsize=(16, 9), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[9, 7])
+    halves: Any = figure.subfigures(1, 2, width_ratios=[9, 7])
+    left, right = halves
     side = round(_CONTACT**0.5)
     for axes, sample in zip(left.subplots(side, side).flat, order[:_CONTACT], strict=False):
         axes.imshow(reader.pixels(sample))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipelines.patches import decode_patch, encode_patch
 from data_pipelines.shards import BuildOptions, build
@@ -188,21 +189,19 @@ def _plain(shards: Path, workers: int) -> Iterator[Any]:
 
 def _bare(shards: Path, workers: int) -> Iterator[Any]:
     """Nothing but decoding in `workers` processes; only a number comes back for each batch."""
-    from torch.utils.data import DataLoader
-
-    data = DataLoader(
+    data: DataLoader[int] = DataLoader(
         _Decode(str(shards)), batch_size=None, num_workers=workers, multiprocessing_context="fork",
         sampler=_Forever(),
     )  # fmt: skip
     yield from data
 
 
-class _Forever:
+class _Forever(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         return itertools.count()
 
 
-class _Decode:
+class _Decode(Dataset[int]):
     def __init__(self, shards: str) -> None:
         reader = ShardReader(shards)
         self.format = reader.index.format

@@ -174,8 +174,9 @@ class PlanLoader:
             raise type(error)(
                 last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
             ) from None
-        image = batch["image"].to(torch.float32).div_(255)
-        return {"image": image, "index": batch["index"]}
+        # NumPy asks the kernel for huge pages, which makes touching a fresh batch three times faster.
+        image = torch.from_numpy(np.empty(batch["image"].shape, np.float32))
+        return {"image": image.copy_(batch["image"]).div_(255), "index": batch["index"]}
 
 
 class _Starts(Sampler[int]):
