@@ -69,10 +69,10 @@ class IntegerLinear:
         self.bias = bias.double() + 2.0 ** (shift - 1)
         self.shift = shift
         worst = self.weight.abs().sum(0) * LIMIT + self.bias.abs()
-        if bool((self.weight.abs() > _WEIGHT_MAX).any()):
-            raise ModelFileError(f"{name}: a weight has more than 16 bits")
         if not 1 <= shift <= 40 or not bool((worst < EXACT).all()):
             raise ModelFileError(f"{name}: sums of up to {float(worst.max()):.3g} are not exact")
+        if bool((self.weight.abs() > _WEIGHT_MAX).any()):
+            raise ModelFileError(f"{name}: a weight has more than 16 bits")
 
     def accumulate(self, x: Tensor) -> Tensor:
         """x·W + b before the shift; n×in to n×out."""
