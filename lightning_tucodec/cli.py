@@ -200,8 +200,13 @@ def _register_bench(subparsers: Any) -> None:
 
         from lightning_tucodec.bench import data
 
-        measure = {"shards": data.run_shards, "loader": data.run_loader}[arguments.bench_command]
-        result = measure(arguments.photos, arguments.count, repeats=arguments.repeats)
+        runners: dict[str, Callable[..., dict[str, Any]]] = {
+            "shards": data.run_shards,
+            "loader": data.run_loader,
+        }
+        result = runners[arguments.bench_command](
+            arguments.photos, arguments.count, repeats=arguments.repeats
+        )
         print(json.dumps(result, indent=1) if arguments.json else data.table_text(result))
         return 0
 
