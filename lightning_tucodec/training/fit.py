@@ -11,7 +11,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from jsonargparse import ArgumentError
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.data import PatchDataModule
@@ -106,7 +108,7 @@ class TucodecCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Loggers and callbacks of the run folder."""
         if self.subcommand != "fit":
-            return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+            return self._build_trainer(logger=False, enable_checkpointing=False, **kwargs)
         config = self._plain_config()
         run = config["run"]
         if run["threads"]:
@@ -127,7 +129,7 @@ class TucodecCLI(LightningCLI):
         ]
         if not interactive:
             callbacks.append(_PlainProgress())
-        trainer: pl.Trainer = super().instantiate_trainer(
+        trainer = self._build_trainer(
             logger=loggers,
             callbacks=callbacks,
             enable_checkpointing=False,
@@ -137,6 +139,18 @@ class TucodecCLI(LightningCLI):
         )
         if trainer.is_global_zero:
             self.folder.write_config(config)
+        return trainer
+
+    def _build_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer as Lightning builds it.
+
+        Raises:
+            ConfigError: its options do not fit together or this machine.
+        """
+        try:
+            trainer: pl.Trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
         return trainer
 
     def fit(self, model: VAE, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
@@ -154,6 +168,34 @@ class TucodecCLI(LightningCLI):
             if init_from:
                 load_weights(model.network, init_from)
         self.trainer.fit(model, datamodule, ckpt_path=path, weights_only=True)
+
+    def validate(self, model: VAE, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+        """Measure a checkpoint on the whole images."""
+        path = self._checkpoint(kwargs["ckpt_path"], datamodule)
+        self.trainer.validate(model, datamodule, ckpt_path=path, weights_only=True)
+
+    def test(self, model: VAE, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+        """As `validate`, under another name."""
+        path = self._checkpoint(kwargs["ckpt_path"], datamodule)
+        self.trainer.test(model, datamodule, ckpt_path=path, weights_only=True)
+
+    def _checkpoint(self, named: str | None, datamodule: pl.LightningDataModule) -> Path:
+        """The checkpoint that was named, else the newest of this config's run.
+
+        Raises:
+            ConfigError: there is none, or no images to measure it on.
+        """
+        if not getattr(datamodule, "val_images", None):
+            raise ConfigError("no images: name a folder of them with --data.val_images")
+        if named is not None:
+            if not Path(named).is_file():
+                raise ConfigError(f"{named}: no such checkpoint")
+            return Path(named)
+        folder = RunFolder.of(self._plain_config())
+        found = folder.latest()
+        if found is None:
+            raise ConfigError(f"{folder.path}: nothing was trained with this config; --ckpt_path?")
+        return found[0]
 
     def _plain_config(self) -> dict[str, Any]:
         """The resolved config of the subcommand as plain types."""
@@ -173,7 +215,11 @@ def main(arguments: Sequence[str]) -> int:
         arguments: words from the subcommand on, as in ["fit", "--config", "recipe.yaml"].
 
     Returns:
-        Exit status: 0, or 75 when a signal stopped the run after it had saved itself.
+        Exit status: 0; 2 when the words or the file are not understood; 75 when a signal stopped the
+        run after it had saved itself.
+
+    Raises:
+        ConfigError: the configuration cannot work.
     """
     # Advice that says nothing to a user of this command: tips, devices found, deprecations inside.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
@@ -183,14 +229,25 @@ def main(arguments: Sequence[str]) -> int:
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*Total length of `list` across ranks is zero.*",
         ".*does not have many workers.*",
+        # It counts steps over all passes, whatever one pass holds.
+        ".*number of training batches .* is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-    cli = TucodecCLI(
-        VAE,
-        PatchDataModule,
-        save_config_callback=None,
-        seed_everything_default=0,
-        args=list(arguments),
-    )
+    raising = {"exit_on_error": False}
+    try:
+        cli = TucodecCLI(
+            VAE,
+            PatchDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "tucodec", **raising}
+            | dict.fromkeys(TucodecCLI.subcommands(), raising),
+            args=list(arguments),
+        )
+    except ArgumentError as error:
+        print(f"tucodec {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except MisconfigurationException as error:
+        raise ConfigError(" ".join(str(error).split())) from None
     preemption = getattr(cli, "preemption", None)
     return PREEMPTED if preemption is not None and preemption.received else 0

@@ -16,6 +16,7 @@ import yaml
 
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.files import atomic_write
+from lightning_tucodec.storage import Storage
 from lightning_tucodec.training.preemption import Preemption
 
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")
@@ -30,10 +31,10 @@ _VOLATILE_RUN = {"runs_dir", "wandb", "init_from", "checkpoint_minutes", "thread
 
 
 class NonFiniteLossError(TucodecError):
-    """The loss became NaN or infinite; the run has saved its state and stopped."""
+    """Loss or gradient became NaN or infinite; the run has saved its state and stopped."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"loss is not finite at optimiser step {step}")
+        super().__init__(f"loss or gradient is not finite at optimiser step {step}")
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -51,12 +52,12 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
         "model": config["model"],
         "data": {
             **{k: v for k, v in data.items() if k not in _VOLATILE_DATA},
-            "index_sha256": _sha256(Path(data["shards"]) / "index.json"),
+            "index_sha256": _sha256(data["shards"], "index.json"),
         },
         "trainer": {k: v for k, v in config["trainer"].items() if k not in _VOLATILE_TRAINER},
         "run": {
             **{k: v for k, v in run.items() if k not in _VOLATILE_RUN},
-            "init_from_sha256": _sha256(Path(run["init_from"])) if run.get("init_from") else None,
+            "init_from_sha256": _sha256(run["init_from"]) if run.get("init_from") else None,
         },
         "seed": config.get("seed_everything"),
     }
@@ -68,11 +69,13 @@ def run_id(config: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _sha256(path: Path) -> str:
+def _sha256(location: str, name: str = "") -> str:
+    """SHA-256 of a file, or of `name` in a folder or URL."""
+    storage = Storage(location)
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(storage.read(name)).hexdigest()
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
+        raise ConfigError(f"{storage.path(name)}: {error.strerror or error}") from None
 
 
 class RunFolder:
@@ -117,7 +120,7 @@ class RunFolder:
         """
         aside = self.checkpoints / "saving.ckpt"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(aside)
+        trainer.save_checkpoint(aside, weights_only=False)
         if trainer.is_global_zero:
             with open(aside, "rb") as stream:
                 os.fsync(stream.fileno())
@@ -161,10 +164,10 @@ class Checkpointing(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Keep the state of a run whose loss was not finite for whoever looks for the cause."""
-        if isinstance(exception, NonFiniteLossError) and trainer.is_global_zero:
+        if isinstance(exception, NonFiniteLossError):
             path = self.folder.checkpoints / f"nonfinite-{pl_module.opt_step}.ckpt"
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             exception.args = (f"{exception.args[0]}; state saved in {path}",)
 
 

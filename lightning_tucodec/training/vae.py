@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_tucodec.codecs.model_file import freeze
 from lightning_tucodec.codecs.tuc import TucModel
-from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.errors import ConfigError, ModelFileError
 from lightning_tucodec.images import write_png
 from lightning_tucodec.losses import make_loss
 from lightning_tucodec.metrics import ms_ssim, psnr
@@ -25,6 +25,7 @@ from lightning_tucodec.nn.codec import (
     config_from_dict,
     config_to_dict,
 )
+from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.runs import NonFiniteLossError
 from lightning_tucodec.training.tracking import WandbView
 
@@ -122,8 +123,11 @@ class VAE(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Check what can be known before any time is spent."""
-        crop = getattr(self.trainer.datamodule, "crop", None)  # type: ignore[attr-defined]
-        if crop is not None and crop < self.loss.min_crop:
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(datamodule, PatchDataModule):
+            return
+        crop = datamodule.train_dataloader().batches.crop
+        if crop < self.loss.min_crop:
             raise ConfigError(
                 f"recipe {self.recipe!r} needs crops of at least {self.loss.min_crop} pixels, "
                 f"got {crop}: MS-SSIM halves the image four times and its window has 11 pixels"
@@ -146,8 +150,6 @@ class VAE(pl.LightningModule):
         x = batch["image"].contiguous(memory_format=torch.channels_last)
         output = self.network(x)
         terms = self.loss(output, x)
-        if not torch.isfinite(terms.loss):
-            raise NonFiniteLossError(self.opt_step)
         self.images_seen += x.shape[0] * self.trainer.world_size
         self.log_dict(
             {
@@ -162,8 +164,14 @@ class VAE(pl.LightningModule):
         return terms.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip, and log what came in."""
+        """Clip, and log what came in; a loss that is not finite shows here, on all ranks at once.
+
+        Raises:
+            NonFiniteLossError: before the step, so that weights and optimiser are still sound.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        if not torch.isfinite(norm):
+            raise NonFiniteLossError(self.opt_step)
         self.log("train/grad_norm", norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -175,7 +183,12 @@ class VAE(pl.LightningModule):
         """Freeze the network as an export would, and forget the last validation's numbers."""
         self.used_centres.zero_()
         self.validation_rows: list[dict[str, float]] = []
-        self.coder = TucModel(freeze(self.network, "validation", {}, torch.float32))
+        self.coder: TucModel | None = None
+        try:
+            self.coder = TucModel(freeze(self.network, "validation", {}, torch.float32))
+        except ModelFileError as error:  # a state of training, and no reason to end it
+            if self.trainer.is_global_zero:
+                print(f"step {self.opt_step}: no real files, {error}", file=sys.stderr)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Rate of the hard symbols and of a real file, distortion of the 8-bit image; one a batch."""
@@ -194,14 +207,15 @@ class VAE(pl.LightningModule):
             "index": float(batch["index"][0]),
             "bpp_y": float(bits_y.mean()) / pixels,
             "bpp_z": float(bits_z.mean()) / pixels,
-            "real_bpp": 8 * len(self.coder.encode(original)) / pixels,
             "psnr": float(psnr(x_hat, x).mean()),
             "ms_ssim": float(ms_ssim(x_hat, x).mean()),
             "beyond_ends": float(outside.float().mean()),
             "loss": float(self.loss(output, x).loss),
         }
+        if self.coder is not None:
+            row["real_bpp"] = 8 * len(self.coder.encode(original)) / pixels
         self.validation_rows.append(row)
-        if batch_idx == 0 and self.trainer.is_global_zero:
+        if batch_idx == 0 and self.trainer.is_global_zero and self.trainer.loggers:
             self._keep_picture(original, _eight_bits(x_hat))
 
     def _keep_picture(self, original: NDArray[np.uint8], shown: NDArray[np.uint8]) -> None:
@@ -214,22 +228,38 @@ class VAE(pl.LightningModule):
                 logger.log_pictures({"val/original_and_reconstruction": path})
 
     def on_validation_epoch_end(self) -> None:
-        """Means over the validation images, each image once whatever the number of ranks."""
+        """Log the means."""
+        self._log_means("val")
+
+    def on_test_epoch_start(self) -> None:
+        """A test is a validation under another name."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """See `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means."""
+        self._log_means("test")
+
+    def _log_means(self, stage: str) -> None:
+        """Means over the images, each image once whatever the number of ranks."""
         rows = self._rows_of_all_ranks()
         names = [name for name in rows[0] if name != "index"]
-        means = {f"val/{name}": sum(row[name] for row in rows) / len(rows) for name in names}
-        means["val/bpp"] = means["val/bpp_y"] + means["val/bpp_z"]
-        means["val/real_over_estimated"] = means["val/real_bpp"] / means["val/bpp"]
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+        means["bpp"] = means["bpp_y"] + means["bpp_z"]
         used = self.trainer.strategy.reduce(self.used_centres.to(self.device), reduce_op="sum")
         assert isinstance(used, Tensor)
-        means["val/centres_used"] = float((used > 0).sum())
-        means["val/centres_dead"] = float((used == 0).sum())
-        self.log_dict(means, rank_zero_only=True)
-        # The container's header is part of the file; small validation images may exceed this.
-        ratio = means["val/real_over_estimated"]
-        if ratio > 1.01 and self.trainer.is_global_zero:
-            text = f"step {self.opt_step}: real files are {ratio:.3f} times the estimated bits"
-            print(text, file=sys.stderr)
+        means["centres_used"] = float((used > 0).sum())
+        means["centres_dead"] = float((used == 0).sum())
+        if "real_bpp" in means:
+            ratio = means["real_over_estimated"] = means["real_bpp"] / means["bpp"]
+            # The container's header is part of the file; small images may exceed this.
+            if ratio > 1.01 and self.trainer.is_global_zero:
+                text = f"step {self.opt_step}: real files are {ratio:.3f} times the estimated bits"
+                print(text, file=sys.stderr)
+        self.log_dict({f"{stage}/{k}": v for k, v in means.items()}, rank_zero_only=True)
 
     def _rows_of_all_ranks(self) -> list[dict[str, float]]:
         """Rows by image; ranks are padded with repeats, which the index removes again."""
