@@ -27,6 +27,11 @@ STRIDE = 16
 _LATENT_GAIN = 8.0
 """Initial gain of the last layer of g_a; pixels have a standard deviation near 0.25."""
 
+_IGDN_GAIN = 12**-0.5
+"""Initial gain of the enlarging layers of a g_s with IGDN. An IGDN squares large values; three in a row
+behind layers that keep the variance make pixels of 10⁴. PyTorch's default, with which codecs with GDN
+are known to train, has this gain."""
+
 
 @dataclass(frozen=True)
 class TransformConfig:
@@ -143,6 +148,15 @@ class SynthesisTransform(nn.Module):
     def __init__(self, config: TransformConfig) -> None:
         super().__init__()
         w2, w4, w8, w16 = config.widths
+
+        def enlarge(channels_in: int, channels_out: int) -> nn.Module:
+            layer = upsample(channels_in, channels_out, config.upsampling)
+            if config.gdn:
+                with torch.no_grad():
+                    for parameter in layer.parameters():
+                        parameter.mul_(_IGDN_GAIN)
+            return layer
+
         layers: list[nn.Module] = []
         if config.latent_channels != w16:
             layers.append(preserving(nn.Conv2d(config.latent_channels, w16, 1)))
@@ -153,14 +167,14 @@ class SynthesisTransform(nn.Module):
         for level, (width_in, width) in ((2, (w16, w8)), (1, (w8, w4)), (0, (w4, w2))):
             if width == 0:
                 continue
-            layers.append(upsample(width_in, width, config.upsampling))
+            layers.append(enlarge(width_in, width))
             if level == 1 and config.attention_quarter:
                 layers.append(config.attention(width))
             if config.gdn:
                 layers.append(GDN(width, inverse=True))
             layers.append(residual_blocks(width, config.blocks[level]))
         if w2:
-            layers.append(upsample(w2, 3, config.upsampling))
+            layers.append(enlarge(w2, 3))
         else:
             last = conv3x3(w4, 3 * 16)
             with torch.no_grad():

@@ -23,7 +23,7 @@ from lightning_tucodec.nn.blocks import (
 from lightning_tucodec.nn.codec import PRESETS, CodecConfig, TucodecVAE
 from lightning_tucodec.nn.transforms import AnalysisTransform, SynthesisTransform, TransformConfig
 from lightning_tucodec.training.vae import resolve_codec
-from tests.support import MICRO
+from tests.support import MICRO, photo
 
 
 def narrow(config: CodecConfig) -> CodecConfig:
@@ -75,6 +75,19 @@ def test_presets_as_they_are(preset: str) -> None:
     bits_y, bits_z = output.bits()
     assert bits_y.shape == bits_z.shape == (1,)
     assert torch.isfinite(bits_y + bits_z).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["paper", "fast", "tiny"])
+def test_training_starts_from_sound_numbers(preset: str) -> None:
+    """A photograph's latent spans a few centres, and the first picture is no explosion."""
+    torch.manual_seed(0)
+    network = TucodecVAE(PRESETS[preset]).eval()
+    pixels = torch.from_numpy(photo("chelsea.png", 64, 64)).permute(2, 0, 1)[None]
+    output = network(pixels.float() / 255)
+    assert 0.5 < float(output.y.std()) < 8
+    assert float(output.x_hat.std()) < 1
+    assert float((output.x_hat - 0.5).abs().max()) < 5
 
 
 def test_images_of_a_batch_do_not_touch_each_other(any_network: TucodecVAE) -> None:
