@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.priors import (
     MAX_SCALE,
     MIN_SCALE,
@@ -15,6 +16,8 @@ from lightning_tucodec.nn.priors import (
     laplace_interval,
 )
 from lightning_tucodec.nn.quantizer import ClusterQuantizer, NoiseQuantizer, RoundQuantizer
+from lightning_tucodec.training.vae import resolve_codec
+from tests.support import MICRO
 
 gaps = st.integers(3, 200).flatmap(
     lambda n: arrays(np.float32, n, elements=st.floats(0.5, 5, width=32))
@@ -57,6 +60,56 @@ def test_end_cells_are_open() -> None:
     assert float(masses[-1]) == pytest.approx(1)
     masses = LaplacePrior().cell_masses(centres, torch.tensor(-50.0), torch.tensor(0.0))
     assert float(masses[0]) == pytest.approx(1)
+
+
+def test_open_ends_have_finite_gradients() -> None:
+    """An infinite edge times a zero density would be NaN, and one such symbol spoils every weight."""
+    quantizer = ClusterQuantizer(5)
+    y = torch.tensor([-9.0, -2.6, 0.3, 9.0], requires_grad=True)
+    q = quantizer(y)
+    mu, log_scale = torch.zeros(4, requires_grad=True), torch.zeros(4, requires_grad=True)
+    mass = LaplacePrior()(q.y_hat, q.below, q.above, mu, log_scale)
+    assert q.below[0] == q.above[3] == torch.inf
+    mass.log2().sum().backward()
+    for leaf in (y, mu, log_scale, quantizer.raw_gaps, quantizer.middle):
+        assert leaf.grad is not None
+        assert torch.isfinite(leaf.grad).all()
+    assert log_scale.grad is not None
+    assert (log_scale.grad[[0, 3]] != 0).all()
+
+
+def test_noise_of_the_rate_proxy_fills_the_cell() -> None:
+    """u ~ U(−δ⁺, δ⁻): the mass around y + u then averages over every place of the cell."""
+    torch.manual_seed(0)
+    quantizer = ClusterQuantizer(7)
+    with torch.no_grad():
+        quantizer.raw_gaps.copy_(torch.tensor([-1.0, 1.0, 0.0, 2.0, -2.0, 1.0]))
+    centres = quantizer.centres().detach()
+    for index in range(7):
+        q = quantizer(centres[index].expand(4000))
+        below, above = float(q.below[0].detach()), float(q.above[0].detach())
+        # An open side counts as wide as the closed one.
+        below, above = (min(side, other) if math.isinf(side) else side
+                        for side, other in ((below, above), (above, below)))  # fmt: skip
+        noise = (TucodecVAE._noisy(q.y_hat, q.below, q.above) - q.y_hat).detach()
+        assert float(noise.min()) == pytest.approx(-above, abs=0.02)
+        assert float(noise.max()) == pytest.approx(below, abs=0.02)
+        assert float(noise.min()) >= -above - 1e-5
+        assert float(noise.max()) <= below + 1e-5
+        assert float(noise.mean()) == pytest.approx((below - above) / 2, abs=0.05)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_likelihoods_of_the_network_are_float32_under_autocast(training: bool) -> None:
+    torch.manual_seed(0)
+    network = TucodecVAE(resolve_codec("tiny", MICRO)).train(training)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = network(torch.rand(1, 3, 32, 48))
+    assert output.x_hat.dtype == torch.bfloat16
+    for likelihoods in (output.y_likelihoods, output.z_likelihoods):
+        assert likelihoods.dtype == torch.float32
+        assert (likelihoods > 0).all()
+        assert (likelihoods <= 1).all()
 
 
 def test_interval_keeps_relative_precision_in_the_tails() -> None:
