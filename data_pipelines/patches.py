@@ -54,9 +54,14 @@ def grid(
     return [(left + x * step, top + y * step) for y in range(rows) for x in range(columns)]
 
 
-def contrast(pixels: NDArray[np.uint8]) -> float:
-    """Standard deviation of the luma (Rec. 601), in gray levels of 255; small where all is flat."""
-    return float(np.asarray(Image.fromarray(pixels).convert("L")).std())
+def luma(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Rec. 601 luma, uint8 H×W."""
+    return np.asarray(Image.fromarray(image).convert("L"))
+
+
+def contrast(gray: NDArray[np.uint8]) -> float:
+    """Standard deviation of a patch's luma, in gray levels of 255; small where all is flat."""
+    return float(gray.std())
 
 
 def perceptual_hash(image: NDArray[np.uint8]) -> int:
@@ -92,4 +97,4 @@ def decode_patch(data: bytes, encoding: str) -> NDArray[np.uint8]:
 
 def pixel_hash(pixels: NDArray[np.uint8]) -> str:
     """Hexadecimal SHA-256 of the pixels, row by row, RGB interleaved."""
-    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()

@@ -32,6 +32,7 @@ from data_pipelines.patches import (
     contrast,
     encode_patch,
     grid,
+    luma,
     perceptual_hash,
     pixel_hash,
     scaled,
@@ -193,7 +194,10 @@ class _Build:
         self.fingerprint = fingerprint(self.sources, self.entries, settings)
 
     def run(self, merge: bool) -> Summary:
-        self._claim()
+        complete = self._claim()
+        if complete is not None:
+            self._clean()
+            return self._summary(complete)
         chunks = range(-(-len(self.entries) // _CHUNK))
         missing = self._inspect(chunks)
         if missing and not merge:
@@ -205,8 +209,12 @@ class _Build:
             return Summary(None, f"{left} of {plan.shards} shards to write" if left else "")
         return self._finish(plan)
 
-    def _claim(self) -> None:
-        """Refuse an output that holds another build; otherwise put our name on it."""
+    def _claim(self) -> dict[str, Any] | None:
+        """Refuse an output that holds another build; otherwise put our name on it.
+
+        Returns:
+            The index, if the build is complete already.
+        """
         self.previous: dict[str, Any] = {}
         name = f"{_STATE}/build.json"
         for file in (INDEX, name):
@@ -223,8 +231,11 @@ class _Build:
                 )
             if file == INDEX:
                 self.previous = {shard["name"]: shard for shard in found["shards"]}
-            return
+                if all(self._record(n) is not None for n in range(len(self.previous))):
+                    return dict(found)
+            return None
         self.storage.write(name, _json({"fingerprint": self.fingerprint}))
+        return None
 
     def _inspect(self, chunks: range) -> int:
         """Inspect this part's chunks; returns how many chunks of other parts are missing."""
@@ -283,6 +294,9 @@ class _Build:
         self.storage.write(REJECTED, b"".join(_json(row) for row in plan.rejected))
         self.storage.write(INDEX, _json(index))
         self._clean()
+        return self._summary(index)
+
+    def _summary(self, index: dict[str, Any]) -> Summary:
         short = self.options.count is not None and index["samples"] < self.options.count
         return Summary(index, wanted=self.options.count if short else None)
 
@@ -291,9 +305,12 @@ class _Build:
             self.storage.remove(f"{_STATE}/{name}")
         if not self.storage.remote:
             folder = Path(self.storage.location)
-            (folder / _STATE).rmdir()
-            for leftover in (*folder.glob(".shard-*.tmp"), *folder.glob(".index*.tmp")):
-                leftover.unlink(missing_ok=True)
+            if (folder / _STATE).is_dir():
+                (folder / _STATE).rmdir()
+            # What atomic writes of killed processes have left.
+            for name in ("shard-*", INDEX, REJECTED):
+                for leftover in folder.glob(f".{name}.*.tmp"):
+                    leftover.unlink(missing_ok=True)
 
     def _chunk(self, chunk: int) -> list[Entry]:
         return self.entries[chunk * _CHUNK : (chunk + 1) * _CHUNK]
@@ -433,10 +450,11 @@ def _inspect_image(source: Source, entry: Entry, options: BuildOptions) -> dict[
     patches, flat = [], 0
     for number, scale in enumerate(options.scales):
         view = scaled(image, options.long_edge, scale)
-        height, width = view.shape[:2]
+        gray = luma(view)
+        height, width = gray.shape
         corners = grid(width, height, options.patch, options.max_overlap, derive(key, number))
         for x, y in corners:
-            if contrast(view[y : y + options.patch, x : x + options.patch]) < options.min_contrast:
+            if contrast(gray[y : y + options.patch, x : x + options.patch]) < options.min_contrast:
                 flat += 1
             else:
                 patches.append((number, x, y))
@@ -495,7 +513,8 @@ def _cut(
         if patch.scale not in views:
             views[patch.scale] = scaled(image, options.long_edge, patch.scale)
         view = views[patch.scale]
-        pixels = view[patch.y : patch.y + options.patch, patch.x : patch.x + options.patch]
+        window = view[patch.y : patch.y + options.patch, patch.x : patch.x + options.patch]
+        pixels = np.ascontiguousarray(window)
         factor = min(1.0, options.long_edge / max(image.shape[:2])) * patch.scale
         meta = {
             "source": source.name, "image": entry.name, "image_sha256": digest,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipelines.patches import EXTENSION, contrast, decode_patch, pixel_hash
+from data_pipelines.patches import EXTENSION, contrast, decode_patch, luma, pixel_hash
 from data_pipelines.tasks import progress
 from lightning_tucodec.errors import DatasetError, TucodecError
 from lightning_tucodec.files import atomic_write
@@ -137,7 +137,7 @@ def stats(location: str, out: str) -> dict[str, Any]:
     mix: Counter[str] = Counter()
     contrasts = []
     for sample in progress(order, len(order), "stats"):
-        contrasts.append(contrast(np.asarray(reader.pixels(sample))))
+        contrasts.append(contrast(luma(reader.pixels(sample))))
         mix[_metadata(reader, sample)["source"]] += 1
     figure = Figure(figsize=(16, 9), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=[9, 7])

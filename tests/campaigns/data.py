@@ -153,7 +153,9 @@ def build_case(seed: int, case: int, scratch: Path) -> tuple[int, str]:
     )
     if redone:
         return kills, f"complete shards were written again: {sorted(set(redone))}"
-    return kills, "" if fingerprint(out) == fingerprint(scratch / "honest") else "other bytes"
+    found, expected = fingerprint(out), fingerprint(scratch / "honest")
+    other = [name for name in found | expected if found.get(name) != expected.get(name)]
+    return kills, f"not the same: {', '.join(sorted(other))}" if other else ""
 
 
 # --- Loaders ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_pipelines import shards as builder
 from data_pipelines.duplicates import near_duplicates
-from data_pipelines.patches import contrast, decode_patch, encode_patch, grid
+from data_pipelines.patches import contrast, decode_patch, encode_patch, grid, luma
 from data_pipelines.shards import BuildOptions, Part, build
 from data_pipelines.verify import stats, verify
 from lightning_tucodec.cli import main
@@ -215,7 +215,8 @@ def test_an_interrupted_build_goes_on(
     monkeypatch.setattr(builder, "_write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
         build([str(photos)], str(out), OPTIONS)
-    (out / ".shard-000004.tar.abc.tmp").write_bytes(b"half a shard of a killed process")
+    for name in (".shard-000004.tar.abc.tmp", ".rejected.jsonl.x.tmp", ".index.json.y.tmp"):
+        (out / name).write_bytes(b"half a file of a killed process")
     build([str(photos)], str(out), OPTIONS)
     assert calls == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
     assert content(out) == content(shards)
@@ -319,9 +320,9 @@ def test_user_errors_are_one_line(tmp_path: Path, photos: Path, capsys: Any) -> 
 
 
 def test_contrast_and_encodings() -> None:
-    assert contrast(np.full((8, 8, 3), 77, np.uint8)) == 0
+    assert contrast(luma(np.full((8, 8, 3), 77, np.uint8))) == 0
     pixels = picture(3, 40, 40)
-    assert contrast(pixels) > 10
+    assert contrast(luma(pixels)) > 10
     for encoding in ("webp", "png", "raw"):
         assert np.array_equal(decode_patch(encode_patch(pixels, encoding), encoding), pixels)
 
