@@ -33,7 +33,7 @@ TRAINING_PHOTOS = (
 )
 HELD_OUT_PHOTOS = ("coffee.png", "china.jpg")
 
-STAGES = ((800.0, 300), (200.0, 150))
+STAGES = ((800.0, 250), (200.0, 120))
 """λ and optimiser steps; the second model starts from the first one's weights."""
 
 CLASSICAL = {
