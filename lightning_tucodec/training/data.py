@@ -2,8 +2,12 @@
 
 import itertools
 import math
+import os
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +167,7 @@ class PlanLoader:
                 # Forked workers share the index, and end when this process is killed; those of a
                 # fork server would wait for ever.
                 multiprocessing_context="fork" if self.num_workers else None,
+                worker_init_fn=partial(_end_with_parent, os.getpid()),
             )
             self._stream = iter(loader)
         try:
@@ -176,6 +181,20 @@ class PlanLoader:
             ) from None
         image = batch["image"].to(torch.float32).div_(255)
         return {"image": image, "index": batch["index"]}
+
+
+def _end_with_parent(parent: int, worker: int) -> None:
+    """End this worker when its parent is gone.
+
+    PyTorch watches too, but not if the parent was killed before the worker first looked.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Starts(Sampler[int]):
