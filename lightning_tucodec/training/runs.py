@@ -26,7 +26,7 @@ _VOLATILE_TRAINER = {
     "accelerator", "devices", "num_nodes", "strategy", "logger", "callbacks", "default_root_dir",
     "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "plugins", "profiler",
 }  # fmt: skip
-_VOLATILE_DATA = {"shards", "val_images", "num_workers"}
+_VOLATILE_DATA = {"shards", "val_images", "num_workers", "cache_dir", "cache_gb"}
 _VOLATILE_RUN = {"runs_dir", "wandb", "init_from", "checkpoint_minutes", "threads"}
 
 
