@@ -31,7 +31,7 @@ from lightning_tucodec.codecs.colour import conversion_ceiling
 from lightning_tucodec.codecs.video import VideoCodec
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.files import atomic_write
-from lightning_tucodec.images import IMAGE_SUFFIXES, read_image
+from lightning_tucodec.images import image_files, read_image
 
 FORMAT = "tucodec-evaluation-1"
 
@@ -60,8 +60,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files = (file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            found += sorted(files)
+            found += image_files(path)
         elif path.exists():
             found.append(path)
         else:

@@ -21,6 +21,11 @@ MAX_PIXELS = 1 << 27
 """Images above 134 million pixels are refused before they are decoded."""
 
 
+def image_files(folder: Path | str) -> list[Path]:
+    """Files directly in a folder whose names say that they are images, sorted."""
+    return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def read_image(file: Path | str | BinaryIO) -> NDArray[np.uint8]:
     """Read one image as RGB.
 

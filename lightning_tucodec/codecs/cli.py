@@ -193,13 +193,13 @@ def run_models(arguments: argparse.Namespace) -> int:
 
 def _images(names: Iterable[str]) -> list[Path]:
     """Files as named, folders replaced by the image files in them, in order of name."""
-    from lightning_tucodec.images import IMAGE_SUFFIXES
+    from lightning_tucodec.images import image_files
 
     files: list[Path] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = image_files(path)
             if not inside:
                 raise ImageInputError(f"{path}: no image files in this folder")
             files += inside

@@ -18,7 +18,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError
-from lightning_tucodec.images import IMAGE_SUFFIXES, read_image
+from lightning_tucodec.images import image_files, read_image
 from lightning_tucodec.training.plan import DataPlan, derive, hash_positions
 from lightning_tucodec.training.shards import ShardReader
 
@@ -225,8 +225,7 @@ class WholeImages(Dataset[dict[str, Any]]):
     def __init__(self, folder: str, rank: int = 0, world_size: int = 1) -> None:
         if not Path(folder).is_dir():
             raise DatasetError(f"{folder}: no such folder of validation images")
-        files = (p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        self.files = sorted(files)
+        self.files = image_files(folder)
         if not self.files:
             raise DatasetError(f"{folder}: holds no images")
         self.rank, self.world_size = rank, world_size

@@ -14,7 +14,7 @@ from lightning_tucodec.codecs.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.models import SUFFIX
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
-from lightning_tucodec.training.runs import RunFolder
+from lightning_tucodec.training.runs import RunFolder, network_weights
 from lightning_tucodec.training.tracking import read_metrics
 
 
@@ -45,14 +45,7 @@ def export(run: Path, name: str, extra: dict[str, Any]) -> ModelFile:
         folder = run.parent.parent
     state = content["tucodec"]
     network = TucodecVAE(config_from_dict(state["codec"]))
-    prefix = "network."
-    network.load_state_dict(
-        {
-            key.removeprefix(prefix): value
-            for key, value in content["state_dict"].items()
-            if key.startswith(prefix)
-        }
-    )
+    network.load_state_dict(network_weights(content))
     return freeze(network.eval(), name, {**_card(folder, state), **extra})
 
 

@@ -18,7 +18,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.preemption import PREEMPTED, Preemption
-from lightning_tucodec.training.runs import Checkpointing, RunFolder, run_id
+from lightning_tucodec.training.runs import Checkpointing, RunFolder, network_weights, run_id
 from lightning_tucodec.training.tracking import JsonlLogger, WandbView
 from lightning_tucodec.training.vae import VAE
 
@@ -30,8 +30,8 @@ class RunConfig:
     Attributes:
         name: first part of the folder's name.
         runs_dir: parent of all run folders.
-        init_from: checkpoint or exported model whose weights a fresh run starts with; a run that can
-            be resumed ignores it.
+        init_from: checkpoint whose weights a fresh run starts with; a run that can be resumed
+            ignores it.
         checkpoint_minutes: time between two saves.
         wandb: mirror metrics to W&B (offline unless WANDB_API_KEY is set).
         project: W&B project.
@@ -83,10 +83,7 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
         ConfigError: the checkpoint is of another network.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
-    prefix = "network."
-    weights = {
-        k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)
-    }
+    weights = network_weights(content)
     own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in weights.items()}
     differing = [

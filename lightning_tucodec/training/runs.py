@@ -7,6 +7,7 @@ finds the same folder and continues there; there is nothing else to say to resum
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def _sha256(location: str, name: str = "") -> str:
         return hashlib.sha256(storage.read(name)).hexdigest()
     except OSError as error:
         raise ConfigError(f"{storage.path(name)}: {error.strerror or error}") from None
+
+
+def network_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """State of the TucodecVAE inside a checkpoint of `fit`, by the network's own names."""
+    prefix = "network."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith(prefix)
+    }
 
 
 class RunFolder:
@@ -148,15 +159,15 @@ class Checkpointing(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Start the clock."""
-        self._saved_at = _now()
+        self._saved_at = time.monotonic()
         self._saved_step = pl_module.opt_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         """Save when the time has come; rank 0's clock decides for all."""
-        due = trainer.strategy.broadcast(_now() - self._saved_at >= self.seconds)
+        due = trainer.strategy.broadcast(time.monotonic() - self._saved_at >= self.seconds)
         if due or self.preemption.stopping:
             self._save(trainer, pl_module.opt_step)
-            self._saved_at = _now()
+            self._saved_at = time.monotonic()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The final state."""
@@ -169,9 +180,3 @@ class Checkpointing(pl.Callback):
             self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
             trainer.save_checkpoint(path, weights_only=False)
             exception.args = (f"{exception.args[0]}; state saved in {path}",)
-
-
-def _now() -> float:
-    import time
-
-    return time.monotonic()
