@@ -4,15 +4,22 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_tucodec.errors import ImageInputError, TucodecError
+from lightning_tucodec.errors import ConfigError, ImageInputError, TucodecError
 from lightning_tucodec.files import atomic_write
 
 if TYPE_CHECKING:
-    from lightning_tucodec.codecs.tuc import TucModel
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lightning_tucodec.codecs.tuc import Latents, TucModel
+    from lightning_tucodec.coding.container import Container
+
+Job = tuple[Path, Path]
+"""A file and what is made of it."""
 
 DEFAULT_MODEL = "tiny-mse"
 
@@ -22,6 +29,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMG", help="image files, or folders of them")
     parser.add_argument("-o", "--out", required=True, help="a .tuc file, or a folder")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="name or file (%(default)s)")
+    _add_device(parser)
     parser.add_argument("--recon", metavar="PNG", help="also write what a decoder will show")
     parser.add_argument("--json", action="store_true", help="one object a file, with quality")
 
@@ -31,53 +39,109 @@ def add_decompress_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="TUC")
     parser.add_argument("-o", "--out", required=True, help="a .png file, or a folder")
     parser.add_argument("--model", help="file of the model, when it is not among the known ones")
+    _add_device(parser)
+    parser.add_argument(
+        "--salvage",
+        action="store_true",
+        help="decode what is undamaged of a damaged file and hatch the rest; the exit status is 1",
+    )
     parser.add_argument("--json", action="store_true", help="one object a file")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="where the networks run; a GPU when there is one. Bits are decided on the CPU",
+    )
 
 
 def run_compress(arguments: argparse.Namespace) -> int:
     """Code images; a bad one is named, the others succeed, the status says that one failed."""
+    from lightning_tucodec.codecs import pipeline
     from lightning_tucodec.codecs.models import load
+    from lightning_tucodec.codecs.tuc import WHOLE_POSITIONS
+    from lightning_tucodec.coding.container import check_size
+    from lightning_tucodec.images import read_image, write_png
+    from lightning_tucodec.metrics import bits_per_pixel
+    from lightning_tucodec.nn.transforms import STRIDE
 
-    model = load(arguments.model)
+    model = load(arguments.model, _device(arguments.device))
     jobs = _targets(_images(arguments.images), arguments.out, ".tuc")
     recons = dict(_targets([source for source, _ in jobs], arguments.recon, ".png")
                   if arguments.recon else [])  # fmt: skip
 
-    def compress(source: Path, target: Path) -> dict[str, Any]:
-        return _compress(model, source, target, recons.get(source), measure=arguments.json)
+    def prepare(job: Job) -> "NDArray[np.uint8]":
+        pixels = read_image(job[0])
+        check_size(pixels.shape[1], pixels.shape[0])
+        return pixels
 
-    return _each(jobs, compress, arguments.json)
+    def network(images: "Sequence[NDArray[np.uint8]]") -> "list[tuple[Latents, float]]":
+        started = time.perf_counter()
+        latents = model.analyse_batch(images)
+        seconds = (time.perf_counter() - started) / len(images)
+        return [(one, seconds) for one in latents]
+
+    def finish(
+        job: Job, pixels: "NDArray[np.uint8]", result: "tuple[Latents, float]"
+    ) -> dict[str, Any]:
+        source, target = job
+        latents, seconds = result
+        height, width = pixels.shape[:2]
+        started = time.perf_counter()
+        data = model.write(latents, width, height)
+        seconds += time.perf_counter() - started
+        with atomic_write(target) as stream:
+            stream.write(data)
+        row: dict[str, Any] = {
+            "file": str(source),
+            "output": str(target),
+            "width": width,
+            "height": height,
+            "bytes": len(data),
+            "bpp": bits_per_pixel(len(data), width * height),
+        }
+        if source in recons or arguments.json:
+            shown = model.synthesise(latents.y, width, height)
+            if source in recons:
+                write_png(recons[source], shown)
+            if arguments.json:
+                row["estimated_bits"] = model.estimated_bits(pixels)
+                row.update(_quality(pixels, shown))
+        return {**row, "seconds": seconds, "model": model.name}
+
+    stages = pipeline.Stages(
+        pixels=lambda job: _image_size(job[0]),
+        prepare=prepare,
+        group=lambda pixels: pixels.shape,
+        batch=lambda pixels: max(1, WHOLE_POSITIONS * STRIDE**2 // (pixels.size // 3)),
+        network=network,
+        finish=finish,
+    )
+    return _report(pipeline.run(stages, jobs), len(jobs), arguments.json)
 
 
-def _compress(
-    model: "TucModel", source: Path, target: Path, recon: Path | None, measure: bool
-) -> dict[str, Any]:
-    from lightning_tucodec.images import read_image, write_png
-    from lightning_tucodec.metrics import bits_per_pixel
+def _image_size(path: Path) -> int:
+    """Pixels of an image by its header; 0 when it has none."""
+    from PIL import Image
 
-    pixels = read_image(source)
-    started = time.perf_counter()
-    coded = model.code(pixels)
-    seconds = time.perf_counter() - started
-    with atomic_write(target) as stream:
-        stream.write(coded.data)
-    height, width = pixels.shape[:2]
-    row: dict[str, Any] = {
-        "file": str(source),
-        "output": str(target),
-        "width": width,
-        "height": height,
-        "bytes": len(coded.data),
-        "bpp": bits_per_pixel(len(coded.data), width * height),
-    }
-    if recon or measure:
-        shown = model.synthesise(coded.latents.y, width, height)
-        if recon:
-            write_png(recon, shown)
-        if measure:
-            row["estimated_bits"] = model.estimated_bits(pixels)
-            row.update(_quality(pixels, shown))
-    return {**row, "seconds": seconds, "model": model.name}
+    try:
+        with Image.open(path) as image:
+            return image.width * image.height
+    except Exception:  # reading the image will say what is wrong
+        return 0
+
+
+def _device(name: str) -> str:
+    """Where the networks run: `auto` is a GPU when there is one."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no GPU here; leave the option out")
+    return name
 
 
 def _quality(pixels: Any, shown: Any) -> dict[str, float | None]:
@@ -99,32 +163,79 @@ def _quality(pixels: Any, shown: Any) -> dict[str, float | None]:
     return quality
 
 
+class _Symbols(NamedTuple):
+    """A file between the entropy decoder and g_s."""
+
+    model: "TucModel"
+    container: "Container"
+    y: "NDArray[np.int32]"
+    damaged: list[int]
+    seconds: float
+
+
 def run_decompress(arguments: argparse.Namespace) -> int:
-    """Decode files; a bad one is named and leaves no output."""
+    """Decode files; a bad one is named and leaves no output, unless it is to be salvaged."""
+    from lightning_tucodec.codecs import pipeline
     from lightning_tucodec.codecs.models import load, load_by_id
+    from lightning_tucodec.codecs.tuc import WHOLE_POSITIONS, mark
     from lightning_tucodec.coding.container import unpack
     from lightning_tucodec.images import write_png
 
-    chosen = load(arguments.model) if arguments.model else None
+    device = _device(arguments.device)
+    chosen = load(arguments.model, device) if arguments.model else None
 
-    def decompress(source: Path, target: Path) -> dict[str, Any]:
-        container = unpack(_read(source))
-        model = chosen or load_by_id(container.model_id)
+    def prepare(job: Job) -> _Symbols:
+        container = unpack(_read(job[0]), salvage=arguments.salvage)
+        model = chosen or load_by_id(container.model_id, device)
         started = time.perf_counter()
-        pixels = model.decode_pixels(container)
-        seconds = time.perf_counter() - started
+        y, damaged = model.read(container, arguments.salvage)
+        return _Symbols(model, container, y, damaged, time.perf_counter() - started)
+
+    def network(batch: Sequence[_Symbols]) -> "list[tuple[NDArray[np.uint8], float]]":
+        started = time.perf_counter()
+        images = batch[0].model.synthesise_batch([one.y for one in batch])
+        seconds = (time.perf_counter() - started) / len(batch)
+        return [(pixels, seconds) for pixels in images]
+
+    def finish(
+        job: Job, symbols: _Symbols, result: "tuple[NDArray[np.uint8], float]"
+    ) -> dict[str, Any]:
+        source, target = job
+        width, height = symbols.container.width, symbols.container.height
+        pixels = result[0][:height, :width]
+        lost = mark(pixels, symbols.damaged)
         write_png(target, pixels)
-        return {
+        row = {
             "file": str(source),
             "output": str(target),
-            "width": container.width,
-            "height": container.height,
-            "seconds": seconds,
-            "model": model.name,
+            "width": width,
+            "height": height,
+            "seconds": symbols.seconds + result[1],
+            "model": symbols.model.name,
         }
+        return {**row, "damaged_rows": lost} if arguments.salvage else row
 
+    stages = pipeline.Stages(
+        pixels=lambda job: _coded_size(job[0]),
+        prepare=prepare,
+        group=lambda symbols: (symbols.model.id, symbols.y.shape),
+        batch=lambda symbols: max(1, WHOLE_POSITIONS // (symbols.y.shape[0] * symbols.y.shape[1])),
+        network=network,
+        finish=finish,
+    )
     jobs = _targets([Path(name) for name in arguments.files], arguments.out, ".png")
-    return _each(jobs, decompress, arguments.json)
+    return _report(pipeline.run(stages, jobs), len(jobs), arguments.json)
+
+
+def _coded_size(path: Path) -> int:
+    """Pixels of a `.tuc` by its header; 0 when it has none."""
+    from lightning_tucodec.coding.container import unpack
+
+    try:
+        container = unpack(_read(path), salvage=True)
+    except TucodecError:  # decoding the file will say what is wrong
+        return 0
+    return container.width * container.height
 
 
 def run_info(arguments: argparse.Namespace) -> int:
@@ -234,26 +345,32 @@ def _read(path: Path) -> bytes:
         raise ImageInputError(f"{path}: {error.strerror}") from None
 
 
-def _each(
-    jobs: list[tuple[Path, Path]], work: Callable[[Path, Path], dict[str, Any]], as_json: bool
+def _report(
+    outcomes: Iterable[tuple[Job, dict[str, Any] | Exception]], count: int, as_json: bool
 ) -> int:
-    """Do every job, with progress; exit status 1 when any failed."""
+    """Print every outcome, with progress; exit status 1 when anything failed."""
     from tqdm import tqdm
 
-    failed = 0
-    interactive = sys.stderr.isatty() and len(jobs) > 1
-    for source, target in tqdm(jobs, unit="file", disable=not interactive, leave=False):
-        try:
-            row = work(source, target)
-        except (TucodecError, OSError) as error:
-            failed += 1
-            text = str(error)
+    status = 0
+    interactive = sys.stderr.isatty() and count > 1
+    for (source, _), row in tqdm(
+        outcomes, total=count, unit="file", disable=not interactive, leave=False
+    ):
+        if isinstance(row, Exception):
+            status = 1
+            text = str(row)
             named = text if str(source) in text else f"{source}: {text}"
             tqdm.write(f"tucodec: {named}", file=sys.stderr)
             continue
-        text = json.dumps(row) if as_json else _line(row)
-        tqdm.write(text, file=sys.stdout)
-    return 1 if failed else 0
+        tqdm.write(json.dumps(row) if as_json else _line(row), file=sys.stdout)
+        if lost := row.get("damaged_rows"):
+            status = 1
+            rows = ", ".join(f"{top}–{bottom - 1}" for top, bottom in lost)
+            tqdm.write(
+                f"tucodec: {source}: rows {rows} are damaged; they are hatched in {row['output']}",
+                file=sys.stderr,
+            )
+    return status
 
 
 def _line(row: dict[str, Any]) -> str:

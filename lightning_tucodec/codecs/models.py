@@ -35,21 +35,21 @@ def model_files() -> list[Path]:
 
 
 @cache
-def _load(path: Path, modified_ns: int) -> TucModel:
-    return TucModel(ModelFile.load(path))
+def _load(path: Path, modified_ns: int, device: str) -> TucModel:
+    return TucModel(ModelFile.load(path), device)
 
 
-def _cached(path: Path) -> TucModel:
+def _cached(path: Path, device: str = "cpu") -> TucModel:
     """One load a file and version of it."""
     try:
         modified = path.stat().st_mtime_ns
     except OSError as error:
         raise ModelFileError(f"{path}: {error.strerror}") from None
-    return _load(path.resolve(), modified)
+    return _load(path.resolve(), modified, device)
 
 
-def load(name: str | Path) -> TucModel:
-    """A model by name, or from a path to an exported file.
+def load(name: str | Path, device: str = "cpu") -> TucModel:
+    """A model by name, or from a path to an exported file; its networks run on `device`.
 
     Raises:
         UnknownModelError: no model has this name.
@@ -57,29 +57,29 @@ def load(name: str | Path) -> TucModel:
     """
     text = str(name)
     if text.endswith(SUFFIX) or os.sep in text:
-        return _cached(Path(text))
+        return _cached(Path(text), device)
     for path in model_files():
         if path.name == text + SUFFIX:
-            return _cached(path)
+            return _cached(path, device)
     known = ", ".join(sorted({path.stem for path in model_files()})) or "none"
     raise UnknownModelError(f"no model is called {text!r} (known: {known}; or give a path)")
 
 
-def _loadable() -> Iterator[TucModel]:
+def _loadable(device: str = "cpu") -> Iterator[TucModel]:
     for path in model_files():
         try:
-            yield _cached(path)
+            yield _cached(path, device)
         except ModelFileError:
             continue  # `tucodec models` names it; a damaged neighbour must not stop a decode
 
 
-def load_by_id(identity: bytes) -> TucModel:
+def load_by_id(identity: bytes, device: str = "cpu") -> TucModel:
     """The model that wrote a stream.
 
     Raises:
         UnknownModelError: no known model has this id.
     """
-    for model in _loadable():
+    for model in _loadable(device):
         if model.id == identity:
             return model
     raise UnknownModelError(

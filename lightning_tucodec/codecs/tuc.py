@@ -1,6 +1,7 @@
 """The learned codec: images to `.tuc` bytes and back, with one exported model."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,7 +21,12 @@ from lightning_tucodec.coding.container import (
     pack,
     unpack,
 )
-from lightning_tucodec.errors import CorruptStreamError, UnknownModelError
+from lightning_tucodec.errors import (
+    CorruptStreamError,
+    UnknownModelError,
+    UnsupportedVersionError,
+)
+from lightning_tucodec.nn import tiles
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.hyperprior import HYPER_STRIDE
 from lightning_tucodec.nn.transforms import STRIDE
@@ -28,6 +34,12 @@ from lightning_tucodec.nn.transforms import STRIDE
 STRIP_POSITIONS = 8192
 """A strip has about this many positions of y at most (2 megapixels): it bounds the memory of the entropy
 path and what a damaged byte can cost."""
+
+TILE_MEMORY = 640 << 20
+"""About so many bytes of activations are held at a time; larger planes are transformed in tiles."""
+
+WHOLE_POSITIONS = 8192
+"""Planes of so many latent positions (2 megapixels) are never tiled."""
 
 ImageLike = Image.Image | NDArray[np.uint8] | Tensor
 
@@ -42,6 +54,18 @@ class Latents(NamedTuple):
 
     y: NDArray[np.int32]
     z: list[NDArray[np.int32]]
+
+
+class Decoded(NamedTuple):
+    """One decoded image.
+
+    Attributes:
+        pixels: H×W×3.
+        damaged: rows of pixels [top, bottom) that are lost, in order; none unless salvaged.
+    """
+
+    pixels: NDArray[np.uint8]
+    damaged: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -80,6 +104,32 @@ def as_pixels(image: ImageLike) -> NDArray[np.uint8]:
     return image
 
 
+def _scaled(positions: slice) -> slice:
+    """Latent positions as pixels."""
+    return slice(STRIDE * positions.start, STRIDE * positions.stop)
+
+
+def mark(pixels: NDArray[np.uint8], strips: Sequence[int]) -> list[tuple[int, int]]:
+    """Overwrite damaged strips of an H×W×3 image with bars in magenta and black.
+
+    Returns:
+        The rows [top, bottom) of the bars, from the top.
+    """
+    height, width = pixels.shape[:2]
+    bounds = strip_bounds(math.ceil(height / STRIDE), math.ceil(width / STRIDE))
+    marked: list[tuple[int, int]] = []
+    for number in strips:
+        top, bottom = (min(STRIDE * row, height) for row in bounds[number])
+        rows, columns = np.ogrid[top:bottom, :width]
+        bars = ((rows + columns) // 16 % 2).astype(np.uint8) * 255
+        pixels[top:bottom, :, 0] = pixels[top:bottom, :, 2] = bars
+        pixels[top:bottom, :, 1] = 0
+        if marked and marked[-1][1] == top:
+            top = marked.pop()[0]
+        marked.append((top, bottom))
+    return marked
+
+
 class TucModel:
     """An exported model, ready to code.
 
@@ -87,9 +137,11 @@ class TucModel:
     file) or a decoded pixel by one grey level. Everything that decides bits runs in exact integers.
     """
 
-    def __init__(self, file: ModelFile) -> None:
+    def __init__(self, file: ModelFile, device: str = "cpu") -> None:
+        """`device` runs g_a, h_a and g_s; bits are decided on the CPU."""
         self.file = file
         self.id = file.id
+        self.device = torch.device(device)
 
     @property
     def name(self) -> str:
@@ -104,47 +156,99 @@ class TucModel:
     @cached_property
     def network(self) -> TucodecVAE:
         """The floating-point network (nn.Module) in eval mode."""
-        return self.file.network().to(memory_format=torch.channels_last)
+        return self.file.network().to(memory_format=torch.channels_last).to(self.device)
 
     @cached_property
     def entropy_model(self) -> wavefront.EntropyModel:
         """The integers that decide bits."""
         return self.file.entropy_model()
 
+    @cached_property
+    def _halo_analysis(self) -> tiles.Halo:
+        return tiles.measure(self.network.g_a, 3, STRIDE, 1)
+
+    @cached_property
+    def _halo_synthesis(self) -> tiles.Halo:
+        return tiles.measure(
+            self.network.g_s, self.network.config.transform.latent_channels, 1, STRIDE
+        )
+
     @torch.inference_mode()
+    def _latent(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """y, float32 N×M×h×w, of N images H×W×3 of one size."""
+        height, width = (math.ceil(side / STRIDE) for side in images[0].shape[:2])
+
+        def transform(rows: slice, columns: slice) -> Tensor:
+            x = np.stack([pixels[_scaled(rows), _scaled(columns)] for pixels in images])
+            x = torch.from_numpy(x).to(self.device).permute(0, 3, 1, 2).float().div_(255)
+            return self.network.g_a(self.network.pad(x))
+
+        if height * width <= WHOLE_POSITIONS:
+            return transform(slice(0, height), slice(0, width))
+        channels = self.network.config.transform.latent_channels
+        y = torch.empty(len(images), height, width, channels, device=self.device)
+        y = y.permute(0, 3, 1, 2)
+        for rows, columns in tiles.tiles(height, width, self._halo_analysis, TILE_MEMORY):
+            tile = transform(rows.read, columns.read)
+            y[:, :, rows.keep, columns.keep] = tile[:, :, rows.inside, columns.inside]
+        return y
+
     def analyse(self, pixels: NDArray[np.uint8]) -> Latents:
         """Symbols of an H×W×3 image."""
-        x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div_(255)
-        y = self.network.g_a(self.network.pad(x))
-        tables = self.entropy_model.laplace
-        scale = 2.0**-wavefront.FRACTION_BITS
-        edges = torch.from_numpy(tables.edges.astype(np.float32) * np.float32(scale))
-        symbols = torch.bucketize(y[0].permute(1, 2, 0).contiguous(), edges, out_int32=True)
-        hyper_input = y
-        if self.network.config.hyper.as_drawn:
-            hyper_input = self._dequantise(symbols.numpy()).abs()
-        medians = torch.from_numpy(
-            self.entropy_model.medians.astype(np.float32) * np.float32(scale)
-        )
-        z = []
-        for top, bottom in strip_bounds(*symbols.shape[:2]):
-            hyper = self.network.h_a(hyper_input[:, :, top:bottom])[0]
-            distance = torch.round(hyper - medians[:, None, None])
-            limited = distance.clamp(-wavefront.Z_LIMIT, wavefront.Z_LIMIT)
-            z.append(limited.to(torch.int32).contiguous().numpy())
-        return Latents(symbols.numpy(), z)
-
-    def _dequantise(self, y: NDArray[np.int32]) -> Tensor:
-        """ŷ, float32 1×M×h×w."""
-        centres = self.entropy_model.laplace.centres.astype(np.float32)
-        centres *= np.float32(2.0**-wavefront.FRACTION_BITS)
-        return torch.from_numpy(centres[y]).permute(2, 0, 1)[None]
+        return self.analyse_batch([pixels])[0]
 
     @torch.inference_mode()
+    def analyse_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[Latents]:
+        """Symbols of H×W×3 images of one size."""
+        y = self._latent(images)
+        scale = 2.0**-wavefront.FRACTION_BITS
+        edges, medians = (
+            torch.from_numpy(fixed.astype(np.float32) * np.float32(scale)).to(self.device)
+            for fixed in (self.entropy_model.laplace.edges, self.entropy_model.medians)
+        )
+        symbols = torch.bucketize(y.permute(0, 2, 3, 1).contiguous(), edges, out_int32=True)
+        hyper_input = y
+        if self.network.config.hyper.as_drawn:
+            hyper_input = self._dequantise(symbols).abs()
+        strips = []
+        for top, bottom in strip_bounds(*symbols.shape[1:3]):
+            hyper = self.network.h_a(hyper_input[:, :, top:bottom])
+            distance = torch.round(hyper - medians[:, None, None])
+            limited = distance.clamp(-wavefront.Z_LIMIT, wavefront.Z_LIMIT)
+            strips.append(limited.to(torch.int32).contiguous().cpu().numpy())
+        return [
+            Latents(indices, [z[n] for z in strips])
+            for n, indices in enumerate(symbols.cpu().numpy())
+        ]
+
+    def _dequantise(self, y: Tensor) -> Tensor:
+        """ŷ, float32 N×M×h×w, of indices N×h×w×M."""
+        centres = self.entropy_model.laplace.centres.astype(np.float32)
+        centres *= np.float32(2.0**-wavefront.FRACTION_BITS)
+        return torch.from_numpy(centres).to(self.device)[y].permute(0, 3, 1, 2)
+
     def synthesise(self, y: NDArray[np.int32], width: int, height: int) -> NDArray[np.uint8]:
         """The H×W×3 image of the symbols y; what every decoder shows."""
-        x_hat = self.network.g_s(self._dequantise(y))[0, :, :height, :width]
-        return x_hat.clamp_(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).numpy()
+        return self.synthesise_batch([y])[0][:height, :width]
+
+    @torch.inference_mode()
+    def synthesise_batch(self, latents: Sequence[NDArray[np.int32]]) -> list[NDArray[np.uint8]]:
+        """The 16h×16w×3 images of symbols h×w×M, all of one size."""
+
+        def transform(rows: slice, columns: slice) -> NDArray[np.uint8]:
+            y = torch.from_numpy(np.stack([y[rows, columns] for y in latents])).to(self.device)
+            x_hat = self.network.g_s(self._dequantise(y)).clamp_(0, 1).mul_(255).round_()
+            return x_hat.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+        height, width = latents[0].shape[:2]
+        if height * width <= WHOLE_POSITIONS:
+            return list(transform(slice(0, height), slice(0, width)))
+        images = np.empty((len(latents), STRIDE * height, STRIDE * width, 3), np.uint8)
+        for rows, columns in tiles.tiles(height, width, self._halo_synthesis, TILE_MEMORY):
+            tile = transform(rows.read, columns.read)
+            kept = tile[:, _scaled(rows.inside), _scaled(columns.inside)]
+            images[:, _scaled(rows.keep), _scaled(columns.keep)] = kept
+        return list(images)
 
     def code(self, pixels: NDArray[np.uint8]) -> Coded:
         """Code an H×W×3 image and keep its symbols.
@@ -155,29 +259,47 @@ class TucModel:
         height, width = pixels.shape[:2]
         check_size(width, height)
         latents = self.analyse(pixels)
+        return Coded(self.write(latents, width, height), latents)
+
+    def write(self, latents: Latents, width: int, height: int) -> bytes:
+        """The `.tuc` file of the latents of an H×W image; the same ones give the same bytes."""
         bounds = strip_bounds(*latents.y.shape[:2])
         strips = tuple(
             wavefront.encode(self.entropy_model, z, latents.y[top:bottom])
             for (top, bottom), z in zip(bounds, latents.z, strict=True)
         )
-        data = pack(Container(CodecKind.LEARNED, self.id, width, height, strips))
-        return Coded(data, latents)
+        return pack(Container(CodecKind.LEARNED, self.id, width, height, strips))
 
     def compress(self, image: ImageLike) -> bytes:
         """The `.tuc` file of an image."""
         return self.code(as_pixels(image)).data
 
-    def decode_pixels(self, container: Container) -> NDArray[np.uint8]:
-        """H×W×3 pixels of an unpacked file of this model.
+    def read(
+        self, container: Container, salvage: bool = False
+    ) -> tuple[NDArray[np.int32], list[int]]:
+        """Symbols of an unpacked file of this model.
+
+        Args:
+            container: from `unpack`.
+            salvage: take a strip that is missing or cannot be decoded for damaged, and go on.
+
+        Returns:
+            int32 h×w×M, and the numbers of the damaged strips, whose symbols are those of a plain
+            gray.
 
         Raises:
             UnknownModelError: another model wrote it.
-            CorruptStreamError: a strip is not what the encoder writes.
+            UnsupportedVersionError: it has flags, which only a newer program writes.
+            CorruptStreamError: a strip is not what the encoder writes; with `salvage`: none is.
         """
         if container.kind != CodecKind.LEARNED or container.model_id != self.id:
             raise UnknownModelError(
                 f"the file was written with model {container.model_id.hex()}, "
                 f"not with {self.name} ({self.id.hex()})"
+            )
+        if container.flags:
+            raise UnsupportedVersionError(
+                f"the file has flags {container.flags:#x} that are unknown: update lightning-tucodec"
             )
         height = math.ceil(container.height / STRIDE)
         width = math.ceil(container.width / STRIDE)
@@ -186,25 +308,55 @@ class TucModel:
             raise CorruptStreamError(
                 f"the header claims {len(container.strips)} strips where the image has {len(bounds)}"
             )
-        rows = []
-        for (top, bottom), strip in zip(bounds, container.strips, strict=True):
-            assert strip is not None
-            rows.append(wavefront.decode(self.entropy_model, strip, bottom - top, width))
-        return self.synthesise(np.concatenate(rows), container.width, container.height)
+        rows, damaged = [], []
+        for number, ((top, bottom), strip) in enumerate(zip(bounds, container.strips, strict=True)):
+            try:
+                if strip is None:
+                    raise CorruptStreamError(f"strip {number + 1} of {len(bounds)} is damaged")
+                rows.append(wavefront.decode(self.entropy_model, strip, bottom - top, width))
+            except CorruptStreamError:
+                if not salvage:
+                    raise
+                damaged.append(number)
+                channels = self.entropy_model.network.latent_channels
+                neutral = int(np.abs(self.entropy_model.laplace.centres).argmin())
+                rows.append(np.full((bottom - top, width, channels), neutral, np.int32))
+        if len(damaged) == len(bounds):
+            raise CorruptStreamError("nothing can be salvaged: every strip is damaged")
+        return np.concatenate(rows), damaged
+
+    def decode_pixels(self, container: Container) -> NDArray[np.uint8]:
+        """H×W×3 pixels of an unpacked file of this model.
+
+        Raises:
+            UnknownModelError, UnsupportedVersionError, CorruptStreamError: see `read`.
+        """
+        return self.synthesise(self.read(container)[0], container.width, container.height)
+
+    def salvage(self, container: Container) -> Decoded:
+        """What the sound strips of `unpack(data, salvage=True)` show, the lost rows hatched.
+
+        Rows next to a damaged strip, as far as g_s reaches, may look different from the true ones.
+
+        Raises:
+            UnknownModelError, UnsupportedVersionError, CorruptStreamError: see `read`.
+        """
+        y, strips = self.read(container, salvage=True)
+        pixels = self.synthesise(y, container.width, container.height)
+        return Decoded(pixels, mark(pixels, strips))
 
     def decompress(self, data: bytes) -> Image.Image:
         """The image of a `.tuc` file that this model wrote.
 
         Raises:
-            CorruptStreamError, UnsupportedVersionError, UnknownModelError: see `decode_pixels`.
+            CorruptStreamError, UnsupportedVersionError, UnknownModelError: see `read`.
         """
         return Image.fromarray(self.decode_pixels(unpack(data)))
 
     @torch.inference_mode()
     def estimated_bits(self, pixels: NDArray[np.uint8]) -> float:
         """Bits of the floating-point likelihoods of `forward()`, for an H×W×3 image."""
-        x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div_(255)
-        _, y, z = self.network.rate(self.network.g_a(self.network.pad(x)))
+        _, y, z = self.network.rate(self._latent([pixels]))
         return float(-(y.log2().sum(dtype=torch.float64) + z.log2().sum(dtype=torch.float64)))
 
     # The ImageCodec protocol, so that evaluation and allocation treat this like any other codec.

@@ -402,9 +402,9 @@ class IntegerEntropyModel:
             float64 (h·w)×wide.
         """
         x = self._dense("h_s.conv1", z)
-        x = leaky(self._dense("h_s.up1", _insert_zeros(x)))
+        x = leaky(self._upsampled("h_s.up1", x))
         x = self._dense("h_s.conv2", x)
-        x = leaky(self._dense("h_s.up2", _insert_zeros(x)))
+        x = leaky(self._upsampled("h_s.up2", x))
         gamma = leaky(self._dense("h_s.conv3", x))[:height, :width]
         return self._layers["parameters.gamma"].accumulate(gamma.flatten(0, 1))
 
@@ -412,6 +412,23 @@ class IntegerEntropyModel:
         plane = WholePlane(x.shape[0], x.shape[1])
         plane.put("x", x.flatten(0, 1))
         return self._layers[name](plane.taps("x", _NEIGHBOURS)).unflatten(0, x.shape[:2])
+
+    def _upsampled(self, name: str, x: Tensor) -> Tensor:
+        """The layer over x with zeros between its values; what meets a zero is left out."""
+        height, width = x.shape[:2]
+        plane = WholePlane(height, width)
+        plane.put("x", x.flatten(0, 1))
+        layer = self._layers[name]
+        weight = layer.weight.unflatten(0, (len(_NEIGHBOURS), -1))
+        out = x.new_empty(2 * height, 2 * width, layer.weight.shape[1])
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            # Around (2·row + i, 2·column + j) only even places hold values.
+            places = [(i + di, j + dj) for di, dj in _NEIGHBOURS]
+            met = [t for t, (row, column) in enumerate(places) if row % 2 == column % 2 == 0]
+            taps = [(places[t][0] // 2, places[t][1] // 2) for t in met]
+            sums = torch.addmm(layer.bias, plane.taps("x", taps), weight[met].flatten(0, 1))
+            out[i::2, j::2] = layer.finish(sums).unflatten(0, (height, width))
+        return out
 
     def parameters(self, gamma: Tensor, plane: WholePlane) -> tuple[Tensor, Tensor]:
         """Means and scale indices of all positions of a plane.
@@ -468,11 +485,3 @@ class IntegerEntropyModel:
         step = (gate * 2.0**-kernels.GATE_STEP_BITS).floor_().clamp_(-half, half - 1)
         opened = value * self._sigmoid[(step + half).long()]
         return add(x, opened.mul_(2.0**-kernels.GATE_BITS).add_(0.5).floor_())
-
-
-def _insert_zeros(x: Tensor) -> Tensor:
-    """h×w×C to 2h×2w×C with the values at even positions."""
-    height, width, channels = x.shape
-    spread = x.new_zeros(2 * height, 2 * width, channels)
-    spread[::2, ::2] = x
-    return spread

@@ -214,6 +214,89 @@ def test_damaged_models_are_named_and_do_not_stop_decoding(
     assert "broken.safetensors" in capsys.readouterr().err
 
 
+def test_a_folder_of_many_sizes_is_coded_as_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches by size, bad files between them: each file's bytes and pixels are those it has alone."""
+    from lightning_tucodec.codecs import pipeline, tuc
+
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    sizes = [(48, 40), (40, 48), (48, 40), (17, 5), (48, 33), (40, 48), (48, 40), (48, 40)]
+    for number, size in enumerate(sizes):
+        pixels = np.roll(photo("coffee.png", *size), number, axis=0)
+        save(folder / f"{number}.png", Image.fromarray(pixels))
+    (folder / "3b.png").write_bytes(b"no image")
+    monkeypatch.setattr(pipeline, "PIXELS_IN_FLIGHT", 6000)
+    monkeypatch.setattr(tuc, "WHOLE_POSITIONS", 27)  # three of 48×40
+    batches: list[int] = []
+    analyse = tuc.TucModel.analyse_batch
+
+    def noted(self: tuc.TucModel, images: Any) -> Any:
+        batches.append(len(images))
+        return analyse(self, images)
+
+    threads = torch.get_num_threads()
+    with monkeypatch.context() as patch:
+        patch.setattr(tuc.TucModel, "analyse_batch", noted)
+        assert compress(folder, "-o", out, "--json") == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "3b.png" in captured.err
+    rows = [json.loads(line) for line in captured.out.splitlines()]
+    assert [Path(row["file"]).stem for row in rows] == list("01234567")
+    assert sum(batches) == 8
+    assert 1 < max(batches) <= 3
+    assert torch.get_num_threads() == threads
+    for name in "01234567":
+        assert compress(folder / f"{name}.png", "-o", tmp_path / "alone.tuc") == 0
+        assert (tmp_path / "alone.tuc").read_bytes() == (out / f"{name}.tuc").read_bytes()
+    files = sorted(out.glob("*.tuc"))
+    assert main(["decompress", *map(str, files), "-o", str(tmp_path / "png")]) == 0
+    for file in files:
+        assert main(["decompress", str(file), "-o", str(tmp_path / "alone.png")]) == 0
+        alone = read_image(tmp_path / "alone.png")
+        np.testing.assert_array_equal(alone, read_image(tmp_path / "png" / f"{file.stem}.png"))
+
+
+def test_salvage_hatches_what_is_lost_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_tucodec.codecs import tuc
+
+    monkeypatch.setattr(tuc, "STRIP_POSITIONS", 16)
+    assert compress(save(tmp_path / "a.png", picture(60, 300)), "-o", tmp_path / "a.tuc") == 0
+    data = (tmp_path / "a.tuc").read_bytes()
+    (tmp_path / "cut.tuc").write_bytes(data[:-2])
+    capsys.readouterr()
+    words = ["decompress", str(tmp_path / "cut.tuc"), "-o", str(tmp_path / "cut.png")]
+    assert main(words) == 1
+    assert not (tmp_path / "cut.png").exists()
+    assert "truncated" in capsys.readouterr().err
+    assert main([*words, "--salvage", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["damaged_rows"] == [[256, 300]]
+    assert "rows 256–299" in captured.err
+    assert captured.err.count("\n") == 1
+    shown = read_image(tmp_path / "cut.png")
+    assert shown.shape == (300, 60, 3)
+    assert set(np.unique(shown[256:])) == {0, 255}
+    assert (
+        main(["decompress", str(tmp_path / "a.tuc"), "-o", str(tmp_path / "a2.png"), "--salvage"])
+        == 0
+    )
+
+
+def test_a_device_that_is_not_there_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    source = save(tmp_path / "a.png", picture())
+    assert compress(source, "-o", tmp_path / "a.tuc", "--device", "cuda") == 1
+    assert "no GPU" in capsys.readouterr().err
+
+
 def test_help_is_instant() -> None:
     code = (
         "import sys; from lightning_tucodec.cli import main\n"

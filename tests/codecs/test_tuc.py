@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import lightning_tucodec as tuc
 from lightning_tucodec.codecs import tuc as room
 from lightning_tucodec.codecs.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.tuc import TucModel, strip_bounds
+from lightning_tucodec.coding.container import pack, unpack
 from lightning_tucodec.images import read_image
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec
@@ -53,6 +55,66 @@ def test_strips_restart_and_cover_the_image(
     np.testing.assert_array_equal(
         model.decode(coded.data), model.synthesise(coded.latents.y, 101, 180)
     )
+
+
+def test_large_images_are_coded_in_tiles_without_seams(
+    model: TucModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = photo("chelsea.png", 16 * 70 - 3, 1000)
+    whole = model.analyse(pixels)
+    shown = model.synthesise(whole.y, *pixels.shape[1::-1])
+    monkeypatch.setattr(room, "WHOLE_POSITIONS", 100)
+    monkeypatch.setattr(room, "TILE_MEMORY", 0)
+    cut = model.analyse(pixels)
+    assert (cut.y != whole.y).mean() < 1e-4
+    difference = np.abs(model.synthesise(whole.y, *pixels.shape[1::-1]).astype(int) - shown)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-4
+
+
+def strips_of(data: bytes) -> list[bytes]:
+    return [strip for strip in unpack(data).strips if strip is not None]
+
+
+@pytest.mark.parametrize("damage", ["payload", "checksum"])
+def test_salvage_shows_the_sound_strips_and_marks_the_others(
+    model: TucModel, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(room, "STRIP_POSITIONS", 40 * 4)
+    pixels = photo("chelsea.png", 101, 2000)  # 7×125 positions: strips of 20 rows
+    data = model.encode(pixels)
+    whole = model.decode(data)
+    strips = strips_of(data)
+    assert len(strips) == 7
+    if damage == "payload":  # under a valid checksum
+        broken = dataclasses.replace(unpack(data), strips=(*strips[:3], strips[3][:9], *strips[4:]))
+        data = pack(broken)
+    else:
+        at = len(data) - sum(len(strip) + 4 for strip in strips[3:]) + 5
+        data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+    with pytest.raises(tuc.CorruptStreamError):
+        model.decode(data)
+    decoded = model.salvage(unpack(data, salvage=True))
+    assert decoded.damaged == [(16 * 60, 16 * 80)]
+    assert set(np.unique(decoded.pixels[960:1280])) == {0, 255}
+    reach = 16 * (model._halo_synthesis.before + model._halo_synthesis.after)
+    assert reach < 900
+    np.testing.assert_array_equal(decoded.pixels[: 960 - reach], whole[: 960 - reach])
+    np.testing.assert_array_equal(decoded.pixels[1280 + reach :], whole[1280 + reach :])
+
+
+def test_nothing_to_salvage_is_an_error(model: TucModel) -> None:
+    data = model.encode(photo("chelsea.png", 32, 32))
+    with pytest.raises(tuc.CorruptStreamError, match="nothing can be salvaged"):
+        model.salvage(unpack(data[:-1], salvage=True))
+
+
+def test_flags_that_nobody_writes_are_refused(model: TucModel) -> None:
+    container = unpack(model.encode(photo("chelsea.png", 32, 32)))
+    assert container.flags == 0
+    for flags in (1, 2, 4, 8):
+        with pytest.raises(tuc.UnsupportedVersionError, match="flags"):
+            model.decode(pack(dataclasses.replace(container, flags=flags)))
 
 
 def test_input_kinds_of_the_python_api(model: TucModel) -> None:
