@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_tucodec.nn.blocks import Upsampling
+from lightning_tucodec.nn.blocks import Block, Upsampling
 from lightning_tucodec.nn.context import CausalContext, ContextConfig
 from lightning_tucodec.nn.hyperprior import (
     EntropyParameters,
@@ -64,6 +64,7 @@ class CodecConfig:
             ("quantizer", self.quantizer, get_args(QuantizerKind)),
             ("rate_proxy", self.rate_proxy, get_args(RateProxy)),
             ("transform.upsampling", self.transform.upsampling, get_args(Upsampling)),
+            ("transform.block", self.transform.block, get_args(Block)),
         )
         for name, value, known in choices:
             if value not in known:
@@ -79,17 +80,16 @@ PRESETS: dict[str, CodecConfig] = {
     ),
     "tiny": CodecConfig(
         transform=TransformConfig(
-            widths=(0, 64, 96, 112),
+            widths=(0, 0, 128, 192),
             latent_channels=96,
-            blocks=(0, 1, 2, 0),
-            head_blocks=1,
+            blocks=(0, 0, 6, 3),
+            head_blocks=0,
             gdn=False,
             pyramid=False,
             attention_quarter=False,
-            attention_trunk=1,
-            attention_mask=1,
-            attention_mask_channels=48,
-            upsampling="pixel_shuffle",
+            attention_latent=False,
+            upsampling="pointwise",
+            block="depthwise",
         ),
         hyper=HyperConfig(
             channels=64, latent_channels=48, out_channels=128, entropy_widths=(192, 192)

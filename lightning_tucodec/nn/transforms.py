@@ -1,7 +1,7 @@
 """Analysis transform g_a and synthesis transform g_s (Z19 Fig. 1 and section 2.1).
 
 The figure's networks are one point of a family: widths per resolution, residual blocks per stage,
-where the attention stands, whether the first stage halves (as drawn) or quarters the resolution.
+where the attention stands, whether pixels are folded into channels before the first convolution.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from lightning_tucodec.nn.blocks import (
     GDN,
+    Block,
     PixelShuffle,
     PixelUnshuffle,
     ResidualAttentionBlock,
     Upsampling,
+    conv1x1,
     conv3x3,
-    preserving,
+    downsample,
     residual_blocks,
     upsample,
 )
@@ -39,7 +41,8 @@ class TransformConfig:
 
     Attributes:
         widths: channels at 1/2, 1/4, 1/8 and 1/16 of the image's resolution. A zero at 1/2 skips
-            that stage: pixels are folded 4×4 instead, which is much cheaper.
+            that stage: pixels are folded 4×4 instead, which is much cheaper; zeros at 1/2 and 1/4 fold
+            8×8.
         latent_channels: channels of y.
         blocks: residual blocks after each stage, at 1/2, 1/4, 1/8, 1/16 (none drawn).
         head_blocks: residual blocks at the head of g_s (2 as drawn).
@@ -50,6 +53,7 @@ class TransformConfig:
         attention_trunk, attention_mask, attention_mask_channels: see ResidualAttentionBlock.
         non_local: a windowed non-local block inside each RNAB.
         upsampling: how g_s enlarges.
+        block: kind of the residual blocks. "depthwise" makes g_a's other convolutions 1×1.
     """
 
     widths: tuple[int, int, int, int] = (192, 192, 192, 192)
@@ -65,6 +69,20 @@ class TransformConfig:
     attention_mask_channels: int | None = None
     non_local: bool = False
     upsampling: Upsampling = "transposed"
+    block: Block = "residual"
+
+    def __post_init__(self) -> None:
+        """Refuse stages and taps that do not exist."""
+        w2, w4, w8, w16 = self.widths
+        if (w2 and not w4) or not (w8 and w16):
+            raise ValueError(f"widths {self.widths}: only 1/2, or 1/2 and 1/4, may be left out")
+        if self.attention_quarter and not w4:
+            raise ValueError("attention_quarter needs a stage at 1/4 resolution")
+
+    @property
+    def fold(self) -> int:
+        """Side of the squares of pixels that become channels before the first convolution."""
+        return 1 if self.widths[0] else 4 if self.widths[1] else 8
 
     def attention(self, channels: int) -> ResidualAttentionBlock:
         """One RNAB of this family."""
@@ -91,18 +109,21 @@ class AnalysisTransform(nn.Module):
     def __init__(self, config: TransformConfig) -> None:
         super().__init__()
         w2, w4, w8, w16 = config.widths
+        pointwise = config.block == "depthwise"
+        entry = conv1x1 if pointwise else conv3x3
         stages: list[nn.Module] = []
         for level, (width_in, width) in enumerate([(3, w2), (w2, w4), (w4, w8), (w8, w16)]):
             if width == 0:
                 continue
             layers: list[nn.Module]
             if width_in == 0:
-                layers = [PixelUnshuffle(4), conv3x3(3 * 16, width)]
+                fold = config.fold
+                layers = [PixelUnshuffle(fold), entry(3 * fold**2, width)]
             else:
-                layers = [conv3x3(width_in, width, stride=2)]
+                layers = [downsample(width_in, width, pointwise)]
             if config.gdn and level < 3:
                 layers.append(GDN(width))
-            layers.append(residual_blocks(width, config.blocks[level]))
+            layers.append(residual_blocks(width, config.blocks[level], config.block))
             stages.append(nn.Sequential(*layers))
         self.stages = nn.ModuleList(stages)
         self.attention_quarter = config.attention(w4) if config.attention_quarter else nn.Identity()
@@ -112,7 +133,7 @@ class AnalysisTransform(nn.Module):
             conv3x3(width, w16, stride=stride) for width, stride in taps if config.pyramid
         )
         fused = w16 * (1 + len(self.branches))
-        self.to_latent = preserving(nn.Conv2d(fused, config.latent_channels, 1))
+        self.to_latent = conv1x1(fused, config.latent_channels)
         with torch.no_grad():
             # A photograph's y should span a few centres from the first step on.
             self.to_latent.weight.mul_(_LATENT_GAIN)
@@ -123,7 +144,8 @@ class AnalysisTransform(nn.Module):
             raise ValueError(f"image sides must be multiples of {STRIDE}, got {tuple(x.shape)}")
         x = x - 0.5
         taps = []
-        quarter = len(self.stages) - 3  # index of the stage that ends at 1/4 resolution
+        # Index of the stage that ends at 1/4 resolution; there is none behind a fold of 8.
+        quarter = len(self.stages) - 3
         for index, stage in enumerate(self.stages):
             x = stage(x)
             taps.append(x)
@@ -159,11 +181,11 @@ class SynthesisTransform(nn.Module):
 
         layers: list[nn.Module] = []
         if config.latent_channels != w16:
-            layers.append(preserving(nn.Conv2d(config.latent_channels, w16, 1)))
-        layers.append(residual_blocks(w16, config.head_blocks))
+            layers.append(conv1x1(config.latent_channels, w16))
+        layers.append(residual_blocks(w16, config.head_blocks, config.block))
         if config.attention_latent:
             layers.append(config.attention(w16))
-        layers.append(residual_blocks(w16, config.blocks[3]))
+        layers.append(residual_blocks(w16, config.blocks[3], config.block))
         for level, (width_in, width) in ((2, (w16, w8)), (1, (w8, w4)), (0, (w4, w2))):
             if width == 0:
                 continue
@@ -172,14 +194,16 @@ class SynthesisTransform(nn.Module):
                 layers.append(config.attention(width))
             if config.gdn:
                 layers.append(GDN(width, inverse=True))
-            layers.append(residual_blocks(width, config.blocks[level]))
+            layers.append(residual_blocks(width, config.blocks[level], config.block))
         if w2:
             layers.append(enlarge(w2, 3))
         else:
-            last = conv3x3(w4, 3 * 16)
+            fold = config.fold
+            leave = conv1x1 if config.block == "depthwise" else conv3x3
+            last = leave(w4 or w8, 3 * fold**2)
             with torch.no_grad():
                 last.weight.mul_(0.1)  # the first reconstructions are gray, not noise
-            layers += [last, PixelShuffle(4)]
+            layers += [last, PixelShuffle(fold)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, y_hat: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -26,6 +26,7 @@ from lightning_tucodec.nn.codec import (
     config_to_dict,
 )
 from lightning_tucodec.training.data import PatchDataModule
+from lightning_tucodec.training.optimizers import muon_adam
 from lightning_tucodec.training.runs import NonFiniteLossError
 from lightning_tucodec.training.tracking import WandbView
 
@@ -69,7 +70,8 @@ class VAE(pl.LightningModule):
         lmbda: λ in that recipe's convention.
         preset: size of the network.
         codec: replaced fields of the preset, see `resolve_codec`.
-        lr: learning rate on the plateau (Adam).
+        lr: learning rate on the plateau.
+        optimizer: "adam", or "muon" for the convolutions of the transforms, see MuonAdam.
         final_lr: learning rate at the end.
         warmup_steps: length of the warm-up.
         decay_start: fraction of `max_steps` at which the cosine begins.
@@ -84,6 +86,7 @@ class VAE(pl.LightningModule):
         preset: str = "tiny",
         codec: dict[str, Any] | None = None,
         lr: float = 1e-4,
+        optimizer: Literal["adam", "muon"] = "adam",
         final_lr: float = 1e-6,
         warmup_steps: int = 100,
         decay_start: float = 0.5,
@@ -99,6 +102,7 @@ class VAE(pl.LightningModule):
             raise ConfigError(f"no network has this shape ({error}): {codec}") from None
         self.preset = preset
         self.lr, self.final_lr = lr, final_lr
+        self.optimizer = optimizer
         self.warmup_steps, self.decay_start = warmup_steps, decay_start
         self.clip_norm = clip_norm
         self.seed = seed
@@ -108,7 +112,9 @@ class VAE(pl.LightningModule):
         self.network.to(memory_format=torch.channels_last)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One Adam for everything: the prior of z needs no auxiliary loss."""
+        """One optimiser for everything: the prior of z needs no auxiliary loss."""
+        if self.optimizer == "muon":
+            return muon_adam(self.network, ("g_a", "g_s", "h_a", "h_s"), self.lr)
         return torch.optim.Adam(self.network.parameters(), lr=self.lr, fused=True)
 
     def learning_rate(self, step: int, max_steps: int) -> float:

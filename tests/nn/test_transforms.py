@@ -104,6 +104,22 @@ def test_unfit_sides_are_refused() -> None:
         g_a(torch.zeros(1, 3, 16, 24))
 
 
+@pytest.mark.parametrize(
+    "changes", [{"widths": (8, 0, 8, 8)}, {"widths": (0, 0, 8, 8)}, {"widths": (8, 8, 8, 0)}]
+)
+def test_stages_that_cannot_be_are_refused(changes: dict[str, tuple[int, ...]]) -> None:
+    """The second asks for attention at the quarter resolution that it leaves out."""
+    with pytest.raises(ValueError, match=r"left out|quarter"):
+        dataclasses.replace(TransformConfig(), **changes)
+
+
+def test_folded_transforms_are_pointwise_but_for_the_depthwise_taps() -> None:
+    network = TucodecVAE(PRESETS["tiny"])
+    for part in (network.g_a, network.g_s):
+        for layer in convolutions(part):
+            assert layer.kernel_size == (1, 1) or layer.groups == layer.in_channels
+
+
 def convolutions(module: nn.Module) -> Iterator[nn.Conv2d | nn.ConvTranspose2d]:
     return (m for m in module.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d))
 

@@ -1,0 +1,92 @@
+"""MuonAdam: orthogonal directions for matrices, plain Adam for the rest, exact resume."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_tucodec.nn.codec import PRESETS, TucodecVAE
+from lightning_tucodec.training.optimizers import MuonAdam, muon_adam, orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 90), (90, 16)])
+def test_singular_values_become_nearly_one(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) @ torch.diag(torch.logspace(0, -1, shape[1]))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    result = orthogonalise(matrix)
+    values = torch.linalg.svdvals(result)
+    assert float(values.min()) > 0.6
+    assert float(values.max()) < 1.3
+    # The directions are kept: the result is close to U·Vᵀ, not to some other orthogonal matrix.
+    assert float((result * (u @ v)).sum()) > 0.8 * min(shape)
+
+
+def test_a_step_has_the_stated_size() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(16, 64))
+    optimizer = MuonAdam([weight], [nn.Parameter(torch.zeros(1))], lr=0.01)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    # An orthogonal 16×64 matrix has the root mean square 1/8; 0.2·√64/8 = 0.2.
+    rms = float(weight.detach().square().mean().sqrt())
+    assert rms == pytest.approx(0.01 * 0.2, rel=0.2)
+
+
+def test_others_are_plain_adam() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(5)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    matrix = nn.Parameter(torch.randn(4, 4))
+    mixed = MuonAdam([matrix], [ours], lr=0.01)
+    plain = torch.optim.Adam([theirs], lr=0.01, fused=True)
+    for _ in range(3):
+        gradient = torch.randn(5)
+        ours.grad, theirs.grad, matrix.grad = gradient, gradient.clone(), torch.randn(4, 4)
+        mixed.step()
+        plain.step()
+    assert torch.equal(ours, theirs)
+    assert len(mixed.param_groups) == 2
+
+
+def test_which_weights_are_matrices() -> None:
+    network = TucodecVAE(PRESETS["tiny"])
+    matrices, others = muon_adam(network, ("g_a", "g_s"), 1e-3).param_groups
+    names = {id(p): n for n, p in network.named_parameters()}
+    chosen = {names[id(p)] for p in matrices["params"]}
+    left = {names[id(p)] for p in others["params"]}
+    assert chosen | left == set(names.values())
+    assert not chosen & left
+    assert all(name.startswith(("g_a.", "g_s.")) for name in chosen)
+    assert any("expand" in name for name in chosen)
+    assert not any("depthwise" in name or name.endswith("bias") for name in chosen)
+
+
+def test_resumed_steps_are_the_same() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(32, 32, 1), nn.ReLU(), nn.Conv2d(32, 3, 3))
+    x = torch.randn(2, 32, 8, 8)
+
+    def run(net: nn.Module, optimizer: MuonAdam, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+
+    optimizer = muon_adam(network, ("0", "2"), 1e-2)
+    run(network, optimizer, 2)
+    file = io.BytesIO()
+    torch.save({"net": network.state_dict(), "opt": optimizer.state_dict()}, file)
+    run(network, optimizer, 2)
+
+    other = copy.deepcopy(network)
+    file.seek(0)
+    content = torch.load(file, weights_only=True)
+    other.load_state_dict(content["net"])
+    again = muon_adam(other, ("0", "2"), 1e-2)
+    again.load_state_dict(content["opt"])
+    run(other, again, 2)
+    for one, two in zip(network.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
