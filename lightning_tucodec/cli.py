@@ -239,6 +239,14 @@ def _register_clic(subparsers: Any) -> None:
     decode.add_argument("-o", "--out", required=True, metavar="DIR")
 
 
+def _register_sweep(subparsers: Any) -> None:
+    from lightning_tucodec import sweeps
+
+    family = subparsers.add_parser("sweep", help="many trainings as jobs of Slurm")
+    commands = family.add_subparsers(dest="sweep_command", metavar="COMMAND", required=True)
+    sweeps.add_arguments(commands, _command)
+
+
 # One line a subcommand family; each function adds its parser(s) and names what runs.
 _REGISTER: list[Callable[[Any], None]] = [
     _register_demo,
@@ -249,6 +257,7 @@ _REGISTER: list[Callable[[Any], None]] = [
     _register_evaluate,
     _register_export,
     _register_shards,
+    _register_sweep,
 ]
 
 

@@ -1,0 +1,717 @@
+"""Sweeps: a file of stages and grids to one immutable configuration a task, and their jobs in Slurm.
+
+A plan is a folder `sweeps/<name>-<id>`, the id a hash of all resolved configurations:
+
+    plan.yaml            tasks, where each starts from, labels
+    configs/TASK.yaml    what `tucodec fit` gets; that of a task which starts from another task's weights is
+                         written when that one has finished (the run's id depends on the weights)
+    waiting/TASK.yaml    the same without those weights
+    runs/TASK            link to the run folder, from the moment that the configuration is final
+    attempts/TASK.jsonl  a line at each start and end of a job (slurm/train.sh writes it)
+    logs/TASK.log        what its jobs printed
+
+A task is complete when its last line in attempts/ is an end with status 0.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_tucodec.errors import ConfigError, ExternalToolError
+from lightning_tucodec.files import atomic_write, read_json_lines
+
+Config = dict[str, Any]
+
+_STAGE_KEYS = {"config", "set", "grid", "init_from", "chain"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training of a sweep.
+
+    Attributes:
+        stage: its stage.
+        number: its place in the stage and in the stage's array of jobs.
+        label: the values of the grid that make it different from its neighbours.
+        after: name of the task whose final weights it starts with.
+    """
+
+    stage: str
+    number: int
+    label: dict[str, Any] = field(default_factory=dict, hash=False)
+    after: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As in `ssim-3`."""
+        return f"{self.stage}-{self.number}"
+
+
+# --- From a sweep's file to tasks ------------------------------------------------------------
+
+
+def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[str, dict[Task, Config]]:
+    """Name and tasks of a sweep's file, each task with its merged configuration, defaults not yet filled in.
+
+    Args:
+        path: YAML with `name` and `stages`; see docs/cluster.md.
+        overrides: "group.key=value", put into every configuration last.
+
+    Raises:
+        ConfigError: the file says something that has no meaning.
+    """
+    content = _read_yaml(path)
+    if set(content) != {"name", "stages"} or not isinstance(content["stages"], dict):
+        raise ConfigError(f"{path}: a sweep has two entries, `name` and `stages`")
+    last = {}
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise ConfigError(f"--set {text}: write KEY=VALUE, as in data.shards=shards/train")
+        last[key] = yaml.safe_load(value)
+    tasks: dict[Task, Config] = {}
+    for name, stage in content["stages"].items():
+        where = f"{path}: stage {name}"
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", str(name)):
+            raise ConfigError(f"{where}: a name consists of letters and digits")
+        unknown = set(stage) - _STAGE_KEYS
+        if unknown or "config" not in stage:
+            raise ConfigError(f"{where}: needs `config`, knows {', '.join(sorted(_STAGE_KEYS))}")
+        base: Config = {}
+        files = stage["config"]
+        for file in [files] if isinstance(files, str) else files:
+            _merge(base, _read_yaml(path.parent / file))
+        grid: dict[str, list[Any]] = stage.get("grid") or {}
+        for key, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise ConfigError(f"{where}: grid.{key} must be a list of values")
+        made: list[Task] = []
+        points = list(itertools.product(*grid.values()))
+        for number, point in enumerate(points):
+            label = dict(zip(grid, point, strict=True))
+            config: Config = json.loads(json.dumps(base))
+            for key, value in {**(stage.get("set") or {}), **label, **last}.items():
+                _assign(config, key, value, where)
+            after: str | None
+            if stage.get("chain") and number:
+                after = made[-1].name
+            else:
+                after = _predecessor(stage.get("init_from"), number, len(points), tasks, where)
+            task = Task(name, number, label, after)
+            made.append(task)
+            tasks[task] = config
+            if isinstance(stage.get("init_from"), str) and after is None:
+                _assign(config, "run.init_from", stage["init_from"], where)
+    return str(content["name"]), tasks
+
+
+def _predecessor(
+    init_from: Any, number: int, count: int, tasks: dict[Task, Config], where: str
+) -> str | None:
+    """The task that `init_from` of a stage means for its task `number`; None: no task.
+
+    Raises:
+        ConfigError: none or several fit.
+    """
+    if init_from is None or isinstance(init_from, str):
+        return None
+    wanted = dict(init_from)
+    stage = wanted.pop("stage", None)
+    found = [task for task in tasks if task.stage == stage]
+    if not found:
+        raise ConfigError(f"{where}: init_from: no earlier stage {stage!r}")
+    chosen = [task for task in found if all(_at(tasks[task], k) == v for k, v in wanted.items())]
+    if len(chosen) == 1:
+        return chosen[0].name
+    if not wanted and len(found) == count:
+        return found[number].name
+    raise ConfigError(
+        f"{where}: init_from: {len(chosen)} of the {len(found)} tasks of {stage} fit; one must, "
+        f"or both stages must have equally many"
+    )
+
+
+def _read_yaml(path: Path) -> Config:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds no entries")
+    return content
+
+
+def _merge(into: Config, other: Config) -> None:
+    """Entries of `other` over those of `into`, group by group."""
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _path(key: str) -> list[str]:
+    """Of a key as in `model.codec.hyper.channels`; names below `model.codec` hold dots themselves."""
+    return key.split(".", 2)
+
+
+def _assign(config: Config, key: str, value: Any, where: str) -> None:
+    *groups, last = _path(key)
+    target: Any = config
+    for group in groups:
+        target = target.setdefault(group, {}) if isinstance(target, dict) else None
+    if not isinstance(target, dict):
+        raise ConfigError(f"{where}: {key}: no such entry")
+    target[last] = value
+
+
+def _at(config: Config, key: str) -> Any:
+    found: Any = config
+    for part in _path(key):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+# --- Plans -----------------------------------------------------------------------------------
+
+
+class Plan:
+    """A planned sweep; see the module's docstring for its folder."""
+
+    def __init__(self, folder: Path, tasks: list[Task]) -> None:
+        self.folder = folder
+        self.tasks = {task.name: task for task in tasks}
+
+    @classmethod
+    def open(cls, folder: Path) -> "Plan":
+        """Read a plan's folder.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if not (folder / "plan.yaml").is_file():
+            raise ConfigError(f"{folder}: holds no plan (plan.yaml is missing)")
+        content = _read_yaml(folder / "plan.yaml")
+        return cls(folder, [Task(**entry) for entry in content["tasks"]])
+
+    @classmethod
+    def make(cls, sweep: Path, overrides: Sequence[str], parent: Path) -> "tuple[Plan, Writer]":
+        """Resolve a sweep; nothing is written before the second value is called.
+
+        Raises:
+            ConfigError: the sweep, or a configuration in it, cannot work.
+        """
+        name, drafts = read_sweep(sweep, overrides)
+        resolved = {task: resolve_config(config) for task, config in drafts.items()}
+        text = json.dumps([[asdict(t), c] for t, c in resolved.items()], sort_keys=True)
+        folder = parent / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        for task, config in resolved.items():
+            _tag(config, folder.name, task)
+        return cls(folder, list(resolved)), Writer(folder, name, resolved)
+
+    def file(self, part: str, task: Task, suffix: str) -> Path:
+        """As `configs/ssim-3.yaml`."""
+        return self.folder / part / f"{task.name}{suffix}"
+
+    def task(self, name: str) -> Task:
+        """By name.
+
+        Raises:
+            ConfigError: there is no such task.
+        """
+        if name not in self.tasks:
+            raise ConfigError(
+                f"{self.folder}: has no task {name!r}; it has {', '.join(self.tasks)}"
+            )
+        return self.tasks[name]
+
+    def run_folder(self, task: Task) -> Path | None:
+        """Where the task's run lives; None before that is known."""
+        link = self.folder / "runs" / task.name
+        return (
+            Path(os.path.normpath(link.parent / os.readlink(link))) if link.is_symlink() else None
+        )
+
+    def attempts(self, task: Task) -> list[dict[str, Any]]:
+        """Starts and ends of the task's jobs."""
+        return read_json_lines(self.file("attempts", task, ".jsonl"))
+
+    def is_complete(self, task: Task) -> bool:
+        """Whether its last job ended well."""
+        rows = self.attempts(task)
+        return bool(rows) and rows[-1]["event"] == "end" and rows[-1]["status"] == 0
+
+    def finish_config(self, task: Task) -> Path:
+        """The task's final configuration, made now if it had to wait for another task's weights.
+
+        Raises:
+            ConfigError: that task has not finished.
+        """
+        path = self.file("configs", task, ".yaml")
+        if path.exists():
+            return path
+        assert task.after is not None
+        before = self.task(task.after)
+        folder = self.run_folder(before)
+        if folder is None or not self.is_complete(before):
+            raise ConfigError(f"{task.name}: starts from {before.name}, which is not complete")
+        config = _read_yaml(self.file("waiting", task, ".yaml"))
+        config["run"]["init_from"] = str(folder / "checkpoints" / "last.ckpt")
+        _write_final(self.folder, task, config)
+        return path
+
+
+class Writer:
+    """Writes a new plan's folder; does nothing where it is there, since its name says what it holds."""
+
+    def __init__(self, folder: Path, name: str, configs: dict[Task, Config]) -> None:
+        self.folder, self.name, self.configs = folder, name, configs
+
+    def __call__(self) -> None:
+        """Write."""
+        if (self.folder / "plan.yaml").exists():
+            return
+        for part in ("configs", "waiting", "runs", "attempts", "logs"):
+            (self.folder / part).mkdir(parents=True, exist_ok=True)
+        for task, config in self.configs.items():
+            if task.after is None:
+                _write_final(self.folder, task, config)
+            else:
+                _dump(self.folder / "waiting" / f"{task.name}.yaml", config)
+        tasks = [asdict(task) for task in self.configs]
+        _dump(self.folder / "plan.yaml", {"name": self.name, "tasks": tasks})
+
+
+def _write_final(folder: Path, task: Task, config: Config) -> None:
+    """The link to the run folder, then the configuration."""
+    from lightning_tucodec.training.runs import RunFolder
+
+    target = RunFolder.of(config).path
+    link = folder / "runs" / task.name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    relative = target if target.is_absolute() else os.path.relpath(target, link.parent)
+    link.symlink_to(relative, target_is_directory=True)
+    _dump(folder / "configs" / f"{task.name}.yaml", config)
+
+
+def _dump(path: Path, content: Any) -> None:
+    with atomic_write(path, "w") as stream:
+        yaml.safe_dump(content, stream, sort_keys=False, allow_unicode=True)
+
+
+def resolve_config(config: Config) -> Config:
+    """A configuration as `tucodec fit` understands it, with all defaults filled in.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    from jsonargparse import ArgumentError
+
+    from lightning_tucodec.training.data import PatchDataModule
+    from lightning_tucodec.training.fit import TucodecCLI
+    from lightning_tucodec.training.vae import VAE
+
+    class Resolver(TucodecCLI):
+        """Parses, and does nothing else."""
+
+        def _set_seed(self) -> None:
+            pass
+
+        def instantiate_classes(self) -> None:
+            pass
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    # Lightning supposes that whoever gives it words means to replace those of the command line.
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended.*")
+    raising = {"exit_on_error": False}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as stream:
+        yaml.safe_dump(config, stream)
+        stream.flush()
+        try:
+            cli = Resolver(
+                VAE,
+                PatchDataModule,
+                save_config_callback=None,
+                seed_everything_default=0,
+                parser_kwargs=raising | dict.fromkeys(TucodecCLI.subcommands(), raising),
+                args=["fit", "--config", stream.name],
+            )
+        except ArgumentError as error:
+            message = " ".join(str(error).split()).replace(stream.name, "configuration")
+            raise ConfigError(message) from None
+    return cli._plain_config()
+
+
+def _tag(config: Config, sweep: str, task: Task) -> None:
+    """Name sweep and stage for trackers."""
+    run = config["run"]
+    if "group" in run:
+        run["group"] = sweep
+    if "tags" in run:
+        run["tags"] = [*(run["tags"] or []), task.stage]
+
+
+# --- Slurm -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task in Slurm's queue.
+
+    Attributes:
+        array: id of its array of jobs.
+        state: as `squeue` says, in lower case.
+        reason: why it is not running.
+    """
+
+    array: str
+    state: str
+    reason: str
+
+
+def queued(plan: Plan) -> dict[str, Job]:
+    """The plan's tasks that are in the queue; empty where there is no Slurm.
+
+    Raises:
+        ExternalToolError: Slurm is there but does not answer.
+    """
+    stages = sorted({task.stage for task in plan.tasks.values()})
+    names = [f"{plan.folder.name}-{stage}" for stage in stages]
+    command = [
+        "squeue",
+        "--noheader",
+        "--array",
+        "--format=%j|%F|%K|%T|%r",
+        f"--name={','.join(names)}",
+    ]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        return {}
+    except subprocess.TimeoutExpired:
+        raise ExternalToolError("squeue: no answer after 60 s") from None
+    if printed.returncode:
+        raise ExternalToolError(f"squeue failed: {' '.join(printed.stderr.split())}")
+    found = {}
+    for line in printed.stdout.splitlines():
+        name, array, number, state, reason = line.split("|", 4)
+        stage = name.removeprefix(f"{plan.folder.name}-")
+        found[f"{stage}-{number}"] = Job(array, state.lower(), reason)
+    return found
+
+
+def root() -> Path:
+    """The folder that holds slurm/.
+
+    Raises:
+        ConfigError: this package was installed without it, and TUCODEC_ROOT does not say where it is.
+    """
+    for folder in (os.environ.get("TUCODEC_ROOT"), Path.cwd(), Path(__file__).parents[1]):
+        if folder and (Path(folder) / "slurm" / "submit.sh").is_file():
+            return Path(folder)
+    raise ConfigError("no slurm/submit.sh here: call from the repository, or set TUCODEC_ROOT")
+
+
+def outstanding(plan: Plan, jobs: dict[str, Job]) -> list[Task]:
+    """Tasks that are neither complete nor in the queue."""
+    return [t for t in plan.tasks.values() if t.name not in jobs and not plan.is_complete(t)]
+
+
+def submit(plan: Plan, tasks: Sequence[Task], jobs: dict[str, Job], dry: bool = False) -> None:
+    """Submit tasks: of a stage, all that may start together are one array of jobs.
+
+    A stage whose tasks each start from the task of the same number in another stage depends on that
+    stage's array by `aftercorr`; other predecessors are waited for one by one.
+
+    Args:
+        plan: the sweep.
+        tasks: what to submit.
+        jobs: what is in the queue, see `queued`.
+        dry: print the commands of sbatch instead.
+
+    Raises:
+        ConfigError: a task's predecessor is neither complete nor in the queue nor submitted.
+        ExternalToolError: sbatch does not take them; the message holds the command to give elsewhere.
+    """
+    arrays = {name: job.array for name, job in jobs.items()}
+    remaining = list(tasks)
+    while remaining:
+        groups: dict[tuple[str, str], list[Task]] = {}
+        for task in remaining:
+            done = task.after is None or plan.is_complete(plan.task(task.after))
+            if done or task.after in arrays:
+                after = "" if done else _dependency(plan, task, arrays)
+                groups.setdefault((task.stage, after), []).append(task)
+        if not groups:
+            first = remaining[0]
+            raise ConfigError(f"{first.name}: starts from {first.after}, which is not submitted")
+        for (stage, after), members in groups.items():
+            identifier = _sbatch(plan, stage, after, members, dry)
+            arrays.update({task.name: identifier for task in members})
+        remaining = [task for task in remaining if task.name not in arrays]
+
+
+def _dependency(plan: Plan, task: Task, arrays: dict[str, str]) -> str:
+    """What `sbatch --dependency` is to say for a task whose predecessor is in an array."""
+    assert task.after is not None
+    before = plan.task(task.after)
+    stage = [other for other in plan.tasks.values() if other.stage == task.stage]
+    if all(other.after == f"{before.stage}-{other.number}" for other in stage):
+        return f"aftercorr:{arrays[before.name]}"
+    return f"afterok:{arrays[before.name]}_{before.number}"
+
+
+def _sbatch(plan: Plan, stage: str, after: str, tasks: Sequence[Task], dry: bool) -> str:
+    """Submit one array; returns its id."""
+    launcher = root() / "slurm"
+    command = [
+        str(launcher / "submit.sh"), *(["--dry-run"] if dry else []),
+        f"--job-name={plan.folder.name}-{stage}",
+        f"--array={','.join(str(task.number) for task in tasks)}",
+        f"--output={plan.folder}/logs/{stage}-%a.log",
+        *([f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []),
+        "--", str(launcher / "train.sh"), "--sweep", str(plan.folder), stage,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = done.stderr.strip().splitlines()
+        again = (
+            f"cd {shlex.quote(os.getcwd())} && tucodec sweep submit {shlex.quote(str(plan.folder))}"
+        )
+        raise ExternalToolError(
+            f"{words[-1] if words else 'sbatch failed'}; the plan stands: where jobs may be "
+            f"submitted, call: {again}"
+        )
+    names = ", ".join(task.name for task in tasks)
+    if dry:
+        print(done.stdout.strip())
+        return f"<{stage}>"
+    print(f"job {done.stdout.strip()}: {names}", file=sys.stderr)
+    return done.stdout.strip()
+
+
+# --- Status ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A task's line in the status table; None where there is nothing to say yet.
+
+    Attributes:
+        task: its name.
+        label: values of the grid.
+        state: planned, waiting, pending, running, complete, failed, lost (its job is gone without an
+            end), started (the same, but the queue is not known).
+        step: optimiser steps done.
+        steps: optimiser steps in all.
+        bpp: of the last validation, else of the last training line.
+        psnr: the same.
+        restarts: starts after the first.
+        note: why it waits, or the last error.
+        run: its run folder.
+    """
+
+    task: str
+    label: dict[str, Any]
+    state: str
+    step: int
+    steps: int | None
+    bpp: float | None
+    psnr: float | None
+    restarts: int
+    note: str
+    run: str | None
+
+
+def status(plan: Plan, jobs: dict[str, Job] | None) -> list[Row]:
+    """Every task of a plan, from its files and the queue; None for `jobs`: the queue is not known."""
+    known = jobs is not None
+    return [_row(plan, task, (jobs or {}).get(task.name), known) for task in plan.tasks.values()]
+
+
+def _row(plan: Plan, task: Task, job: Job | None, known: bool) -> Row:
+    attempts = plan.attempts(task)
+    starts = sum(row["event"] == "start" for row in attempts)
+    ended = attempts[-1]["status"] if attempts and attempts[-1]["event"] == "end" else None
+    note = ""
+    if plan.is_complete(task):
+        state = "complete"
+    elif job is not None:
+        state = "running" if job.state in ("running", "completing") else "pending"
+        if state == "pending":
+            waits = job.reason in ("Dependency", "DependencyNeverSatisfied")
+            state = "waiting" if waits else "pending"
+            note = f"for {task.after}" if waits else job.reason
+    elif ended is not None:
+        state, note = "failed", _last_error(plan, task) or f"exit status {ended}"
+    elif attempts:
+        state, note = "lost" if known else "started", _last_error(plan, task)
+    else:
+        state = "planned"
+    folder = plan.run_folder(task)
+    metrics = read_json_lines(folder / "metrics.jsonl") if folder else []
+    bpp, psnr = _newest(metrics, "bpp"), _newest(metrics, "psnr")
+    config = next(
+        (p for part in ("configs", "waiting") if (p := plan.file(part, task, ".yaml")).exists()),
+        None,
+    )
+    steps = _at(_read_yaml(config), "trainer.max_steps") if config else None
+    step = max((row.get("opt_step", 0) for row in metrics), default=0)
+    if state == "complete" and steps is not None:
+        step = steps  # the last step need not be one that is logged
+    run = str(folder) if folder else None
+    return Row(task.name, task.label, state, step, steps, bpp, psnr, max(0, starts - 1), note, run)
+
+
+def _newest(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
+    """The last value of a metric, of a validation if there was any."""
+    for key in (f"val/{name}", f"train/{name}"):
+        for row in reversed(metrics):
+            if key in row:
+                return float(row[key])
+    return None
+
+
+def _last_error(plan: Plan, task: Task) -> str:
+    """The last line of a task's log that tells of an error."""
+    path = plan.file("logs", task, ".log")
+    if not path.exists():
+        return ""
+    with open(path, "rb") as stream:
+        stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, stream.tell() - 65536))
+        lines = stream.read().decode("utf-8", "replace").splitlines()
+    ours = [line.strip() for line in lines if line.startswith("tucodec")]
+    others = [line.strip() for line in lines if re.search(r"error|Error|CANCELLED|Killed", line)]
+    return (ours or others or [""])[-1]
+
+
+def table_text(rows: Sequence[Row]) -> str:
+    """The status table, one line a task."""
+    lines: list[tuple[str, ...]] = [("task", "", "state", "step", "bpp", "PSNR", "restarts", "")]
+    for row in rows:
+        label = " ".join(f"{key.split('.')[-1]}={value}" for key, value in row.label.items())
+        steps = f"{row.step}/{row.steps}" if row.steps is not None else str(row.step)
+        numbers = ("-" if v is None else f"{v:.{n}f}" for v, n in ((row.bpp, 4), (row.psnr, 2)))
+        lines.append((row.task, label, row.state, steps, *numbers, str(row.restarts), row.note))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[-1]]).rstrip()
+        for line in lines
+    )
+
+
+# --- The command -----------------------------------------------------------------------------
+
+
+def add_arguments(commands: Any, command: Any) -> None:
+    """The subcommands of `tucodec sweep`.
+
+    Args:
+        commands: argparse's subparsers.
+        command: adds one: (subparsers, name, function, summary) to parser.
+    """
+    plan = command(commands, "plan", run_plan, "resolve a sweep into one configuration a task")
+    submit_ = command(commands, "submit", run_submit, "plan a sweep and submit its tasks to Slurm")
+    for parser, what in ((plan, "SWEEP.yaml"), (submit_, "SWEEP.yaml|PLAN")):
+        parser.add_argument("sweep", type=Path, metavar=what)
+        parser.add_argument("--out", type=Path, default=Path("sweeps"), metavar="DIR")
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="into every task"
+        )
+    submit_.add_argument("--dry-run", action="store_true", help="print the commands of sbatch")
+    retry = command(
+        commands, "retry", run_retry, "submit again what is neither complete nor in the queue"
+    )
+    show = command(commands, "status", run_status, "what the tasks of a sweep are doing")
+    resolve = command(commands, "resolve", run_resolve, "print a task's final configuration file")
+    for parser in (retry, show, resolve):
+        parser.add_argument("plan", type=Path, metavar="PLAN", help="folder of a planned sweep")
+    show.add_argument("--json", action="store_true")
+    retry.add_argument("tasks", nargs="*", metavar="TASK", help="as in ssim-3; all by default")
+    retry.add_argument("--dry-run", action="store_true", help="print the commands of sbatch")
+    resolve.add_argument("task", metavar="TASK", help="as in ssim-3")
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """`tucodec sweep plan`."""
+    plan, write = Plan.make(arguments.sweep, arguments.set, arguments.out)
+    write()
+    print(table_text(status(plan, {})), file=sys.stderr)
+    print(plan.folder)
+    return 0
+
+
+def run_submit(arguments: argparse.Namespace) -> int:
+    """`tucodec sweep submit`."""
+    if arguments.sweep.is_dir():
+        if arguments.set:
+            raise ConfigError(f"{arguments.sweep}: a plan does not change; --set needs SWEEP.yaml")
+        plan = Plan.open(arguments.sweep)
+    else:
+        plan, write = Plan.make(arguments.sweep, arguments.set, arguments.out)
+        if not arguments.dry_run:
+            write()
+    return _submit(plan, [], arguments.dry_run)
+
+
+def run_retry(arguments: argparse.Namespace) -> int:
+    """`tucodec sweep retry`."""
+    return _submit(Plan.open(arguments.plan), arguments.tasks, arguments.dry_run)
+
+
+def _submit(plan: Plan, names: Sequence[str], dry: bool) -> int:
+    jobs = (_queued_or_unknown(plan) or {}) if dry else queued(plan)
+    wanted = {plan.task(name).name for name in names or plan.tasks}
+    tasks = [task for task in outstanding(plan, jobs) if task.name in wanted]
+    if tasks:
+        submit(plan, tasks, jobs, dry)
+    else:
+        print("nothing to submit: all tasks are complete or in the queue", file=sys.stderr)
+    if not dry:
+        print(plan.folder)
+    return 0
+
+
+def _queued_or_unknown(plan: Plan) -> dict[str, Job] | None:
+    try:
+        return queued(plan)
+    except ExternalToolError as error:
+        print(f"tucodec: the queue is not known, {error}", file=sys.stderr)
+        return None
+
+
+def run_status(arguments: argparse.Namespace) -> int:
+    """`tucodec sweep status`."""
+    plan = Plan.open(arguments.plan)
+    rows = status(plan, _queued_or_unknown(plan))
+    print(
+        json.dumps([asdict(row) for row in rows], indent=1) if arguments.json else table_text(rows)
+    )
+    return 0
+
+
+def run_resolve(arguments: argparse.Namespace) -> int:
+    """`tucodec sweep resolve`, which slurm/train.sh calls when a task starts."""
+    plan = Plan.open(arguments.plan)
+    print(plan.finish_config(plan.task(arguments.task)))
+    return 0

@@ -1,0 +1,55 @@
+# shellcheck shell=bash
+# Sourced by the launchers: where the repository is, the site file, and how `tucodec` is called.
+#
+# A script that sbatch runs is a copy in Slurm's spool, so the launchers look for this file beside
+# themselves, then in $TUCODEC_ROOT/slurm, then where the job was submitted.
+set -euo pipefail
+
+TUCODEC_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export TUCODEC_ROOT
+
+# Submitted from inside slurm/: work where the repository's relative paths are right.
+if [[ $PWD == "$TUCODEC_ROOT/slurm" ]]; then
+    cd "$TUCODEC_ROOT"
+fi
+
+say() { echo "${0##*/}: $*" >&2; }
+
+usage() { # The comment at the head of the script, from its second line to the first that is not a comment.
+    sed -n '2,/^[^#]/{/^#SBATCH/d;/^# shellcheck/d;s/^# \{0,1\}//p}' "$1"
+}
+
+# What a site file may set; slurm/site.sh explains each.
+SITE_SBATCH=""
+SITE_SBATCH_CPU=""
+SITE_NODES=1
+SITE_TASKS_PER_NODE=1
+SITE_CPUS_PER_TASK=4
+SITE_TIME=1-00:00:00
+SITE_SIGNAL_SECONDS=300
+SITE_MAX_RESTARTS=100
+SITE_ACCELERATOR=""
+SITE_CONTAINER=""
+SITE_TUCODEC=""
+SITE_STAGGER_SECONDS=0
+site_setup() { :; }
+TUCODEC_SITE=${TUCODEC_SITE:-$TUCODEC_ROOT/slurm/site.sh}
+if [[ ! -f $TUCODEC_SITE ]]; then
+    say "no site file $TUCODEC_SITE"
+    exit 1
+fi
+export TUCODEC_SITE
+# shellcheck source=slurm/site.sh
+source "$TUCODEC_SITE"
+
+if [[ -z $SITE_TUCODEC ]]; then
+    SITE_TUCODEC=tucodec
+    if [[ -x $TUCODEC_ROOT/.venv/bin/tucodec ]]; then
+        SITE_TUCODEC=$TUCODEC_ROOT/.venv/bin/tucodec
+    fi
+fi
+# Words before every command: a container, the program.
+# shellcheck disable=SC2206 # the site file gives them as words
+tucodec=($SITE_CONTAINER $SITE_TUCODEC)
+
+in_slurm() { [[ -n ${SLURM_JOB_ID:-} ]]; }

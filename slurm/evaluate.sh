@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Export runs and measure them with real files on a folder of images, in one job.
+#
+#   slurm/evaluate.sh [--dry-run] IMAGES OUT.json RUN... [-- options of `tucodec evaluate`]
+#
+# RUN is a run folder, or a sweep's folder of them (sweeps/NAME-ID/runs/*). Models are written beside OUT.json, in
+# OUT-models/. Classical codecs join with: -- --codec jpeg:q={10,30,50}
+#SBATCH --job-name=tucodec-evaluate
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
+    [[ -f $here/common.sh ]] && break
+done
+# shellcheck source=slurm/common.sh
+source "$here/common.sh"
+
+dry=()
+if [[ ${1:-} == --dry-run ]]; then
+    dry=(--dry-run)
+    shift
+fi
+if [[ $# -lt 3 ]]; then
+    usage "$TUCODEC_ROOT/slurm/evaluate.sh"
+    exit 2
+fi
+if ! in_slurm; then
+    [[ ${#dry[@]} -gt 0 ]] || mkdir -p slurm-logs
+    exec "$TUCODEC_ROOT/slurm/submit.sh" --cpu "${dry[@]}" --cpus-per-task="$SITE_CPUS_PER_TASK" \
+        --output="slurm-logs/%x-%j.log" -- "$TUCODEC_ROOT/slurm/evaluate.sh" "$@"
+fi
+
+do_or_show() {
+    if [[ ${#dry[@]} -gt 0 ]]; then
+        printf '%q ' "$@"
+        echo
+    else
+        "$@"
+    fi
+}
+
+site_setup
+images=$1
+out=$2
+shift 2
+models=${out%.json}-models
+specs=()
+extra=()
+while [[ $# -gt 0 && $1 != -- ]]; do
+    model=$models/$(basename "$1").safetensors
+    do_or_show "${tucodec[@]}" export "$1" -o "$model"
+    specs+=("$model")
+    shift
+done
+if [[ $# -gt 0 ]]; then
+    shift
+    while [[ $# -gt 0 ]]; do
+        if [[ $1 == --codec ]]; then
+            shift
+            while [[ $# -gt 0 && $1 != -* ]]; do
+                specs+=("$1")
+                shift
+            done
+        else
+            extra+=("$1")
+            shift
+        fi
+    done
+fi
+do_or_show "${tucodec[@]}" evaluate "$images" --codec "${specs[@]}" -o "$out" --workers "${SLURM_CPUS_PER_TASK:-1}" "${extra[@]}"

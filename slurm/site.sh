@@ -1,0 +1,33 @@
+# shellcheck shell=bash disable=SC2034
+# The site file: all that the launchers must know about a cluster. Edit this one, or copy it and name the copy in
+# TUCODEC_SITE. It is sourced by bash on the node that submits and on the nodes that work.
+
+# Options of sbatch for training jobs: partition, account, GPUs, memory, nodes to avoid.
+SITE_SBATCH="--gpus-per-node=8"
+# The same for jobs without a GPU (planning, shards); empty: the cluster's defaults.
+SITE_SBATCH_CPU=""
+
+# Training: nodes of a task, processes a node (one a GPU), processors a process.
+SITE_NODES=1
+SITE_TASKS_PER_NODE=8
+SITE_CPUS_PER_TASK=6
+# Time limit of a job. A task that needs longer saves and goes on in a new job.
+SITE_TIME=1-00:00:00
+# Seconds before the time limit at which a task is told to save itself.
+SITE_SIGNAL_SECONDS=300
+# A job that was started again this often stays down.
+SITE_MAX_RESTARTS=100
+
+# `--trainer.accelerator`, if it is not to be what the recipe says: cpu, gpu.
+SITE_ACCELERATOR=""
+# Put before every command, e.g. "apptainer exec --nv /images/tucodec.sif".
+SITE_CONTAINER=""
+# The command itself; empty: .venv/bin/tucodec of this repository when it is there, else tucodec.
+SITE_TUCODEC=""
+# The tasks of an array start so many seconds after one another (sixteen steps, then from zero again).
+SITE_STAGGER_SECONDS=2
+
+# Run before every command: modules, proxies, caches.
+site_setup() {
+    : # module load cuda
+}

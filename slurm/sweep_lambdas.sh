@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Train a whole sweep: five models of TucodecSSIM, or what SWEEP.yaml says.
+#
+#   sbatch slurm/sweep_lambdas.sh [SWEEP.yaml] [options of `tucodec sweep submit`]
+#   bash slurm/sweep_lambdas.sh --dry-run         shows what would be submitted
+#
+# A small job that plans: it resolves the sweep into one configuration a task (folder sweeps/NAME-ID), and submits them
+# with the options of slurm/site.sh. It may also run on the login node, with bash. Where nodes may not submit, it
+# prints the command to give elsewhere. Running it again submits only what is neither complete nor in the queue.
+#SBATCH --job-name=tucodec-sweep --ntasks=1 --cpus-per-task=1 --time=30
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
+    [[ -f $here/common.sh ]] && break
+done
+# shellcheck source=slurm/common.sh
+source "$here/common.sh"
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    usage "$TUCODEC_ROOT/slurm/sweep_lambdas.sh"
+    exit 2
+fi
+sweep=$TUCODEC_ROOT/experiments/sweeps/tucodecssim.yaml
+if [[ $# -gt 0 && $1 != -* ]]; then
+    sweep=$1
+    shift
+fi
+site_setup
+exec "${tucodec[@]}" sweep submit "$sweep" "$@"

@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# One training on the nodes that Slurm gives it; it saves itself, is requeued and goes on by itself.
+#
+#   slurm/train.sh [--dry-run] CONFIG.yaml [options of `tucodec fit`]
+#   slurm/train.sh [--dry-run] --sweep DIR STAGE [NUMBER]     (what `tucodec sweep submit` submits)
+#
+# Run with bash it submits itself with the site's options; in a job it trains, one process a task of Slurm.
+# `tucodec fit` ends with status 75 when it was told to stop and has saved itself. Then, and when a process was
+# killed, the job is requeued, SITE_MAX_RESTARTS times at most. Where the node has no scontrol, that is said and the
+# job ends with status 75.
+#SBATCH --job-name=tucodec
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
+    [[ -f $here/common.sh ]] && break
+done
+# shellcheck source=slurm/common.sh
+source "$here/common.sh"
+
+dry=()
+if [[ ${1:-} == --dry-run ]]; then
+    dry=(--dry-run)
+    shift
+fi
+if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
+    usage "$TUCODEC_ROOT/slurm/train.sh"
+    exit 2
+fi
+
+if ! in_slurm; then
+    if [[ $1 == --sweep ]]; then
+        echo "train.sh: submit a sweep with \`tucodec sweep submit\`" >&2
+        exit 2
+    fi
+    name=$(basename "${1%.yaml}")
+    [[ ${#dry[@]} -gt 0 ]] || mkdir -p slurm-logs
+    exec "$TUCODEC_ROOT/slurm/submit.sh" "${dry[@]}" --job-name="$name" --output="slurm-logs/%x-%j.log" -- \
+        "$TUCODEC_ROOT/slurm/train.sh" "$@"
+fi
+
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+restarts=${SLURM_RESTART_COUNT:-0}
+site_setup
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+# --- One line an attempt begins and ends with: what `tucodec sweep status` reads, and the fence below.
+attempts=""
+note() { # note EVENT [STATUS]
+    [[ -n $attempts ]] || return 0
+    printf '{"event": "%s", "job": "%s", "restart": %d, "time": %d, "status": %s}\n' \
+        "$1" "$job" "$restarts" "$(date +%s)" "${2:-null}" >>"$attempts"
+}
+
+if [[ $1 == --sweep ]]; then
+    plan=$2
+    number=${4:-${SLURM_ARRAY_TASK_ID:-0}}
+    task=$3-$number
+    config=$plan/configs/$task.yaml
+    if [[ ${#dry[@]} == 0 ]]; then
+        if [[ ! -f $config ]]; then
+            status=0
+            "${tucodec[@]}" sweep resolve "$plan" "$task" || status=$?
+            if [[ $status != 0 ]]; then
+                attempts=$plan/attempts/$task.jsonl
+                note start
+                note end "$status"
+                exit "$status"
+            fi
+        fi
+        attempts=$plan/attempts/$task.jsonl
+    fi
+    words=()
+    if ((restarts == 0 && ${#dry[@]} == 0)); then
+        sleep $((SITE_STAGGER_SECONDS * (number % 16)))
+    fi
+else
+    config=$1
+    words=("${@:2}")
+fi
+
+shape=(--trainer.num_nodes "${SLURM_JOB_NUM_NODES:-1}" --trainer.devices "${SLURM_NTASKS_PER_NODE:-1}")
+[[ -z $SITE_ACCELERATOR ]] || shape+=(--trainer.accelerator "$SITE_ACCELERATOR")
+command=(srun --kill-on-bad-exit=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" "${tucodec[@]}" fit --config "$config"
+    "${shape[@]}" "${words[@]}")
+if [[ ${#dry[@]} -gt 0 ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit 0
+fi
+
+# --- A fence. When Slurm loses a node, the processes there may live on while the job has started elsewhere. An
+# attempt that is no longer the latest ends itself; one that finds a predecessor without an end waits for that.
+watch_seconds=3
+mine=""
+if [[ -n $attempts ]]; then
+    mkdir -p "$(dirname "$attempts")"
+    if [[ -s $attempts && $(tail -n 1 "$attempts") == *'"event": "start"'* ]]; then
+        note lost
+        sleep $((4 * watch_seconds))
+    fi
+    note start
+    mine=$(tail -n 1 "$attempts")
+fi
+superseded() {
+    [[ -n $mine ]] && ! tail -n 3 "$attempts" | grep -qxF "$mine"
+}
+
+echo "train.sh: job $job, start $restarts, on ${SLURM_JOB_NODELIST:-this node}: $config"
+# The signal before a time limit goes to srun's tasks; TERM at a requeue or preemption comes here too, and the tasks
+# must have time to save themselves.
+trap : TERM USR1
+"${command[@]}" &
+step=$!
+status=0
+stopping=0
+while :; do
+    for ((i = 0; i < 2 * watch_seconds; i++)); do
+        kill -0 "$step" 2>/dev/null || break 2
+        sleep 0.5 || true
+    done
+    if ((stopping < 2)) && superseded; then
+        # TERM lets it save; the second time it is killed.
+        ((stopping == 0)) && say "job $job goes on elsewhere; this attempt ends" && kill -TERM "$step"
+        ((stopping == 1)) && kill -KILL "$step"
+        stopping=$((stopping + 1))
+    fi
+done
+wait "$step" || status=$?
+if ((stopping > 0)) || superseded; then
+    exit 0
+fi
+note end "$status"
+
+case $status in
+0) exit 0 ;;
+75) reason="saved itself" ;;
+# srun adds 128 to the signal that ended a task: KILL (out of memory, a node in trouble), TERM or USR1 before the
+# program could listen.
+137 | 138 | 143) reason="was killed" ;;
+*)
+    say "job $job ended with status $status"
+    exit "$status"
+    ;;
+esac
+if ((restarts >= SITE_MAX_RESTARTS)); then
+    say "job $job $reason, and was started again $restarts times: it stays down (SITE_MAX_RESTARTS)"
+    exit 1
+fi
+if ! command -v scontrol >/dev/null; then
+    say "job $job $reason; no scontrol here to requeue it: submit it again, it will go on"
+    exit 75
+fi
+say "job $job $reason (status $status); requeued"
+# Slurm may have been first: then the job waits in the queue already.
+scontrol requeue "$job" 2>/dev/null || exit 75
+# The job ends when Slurm takes it down; ending here first would finish an array task for good.
+sleep 120
+exit 75
