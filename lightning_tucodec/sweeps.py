@@ -217,8 +217,12 @@ class Plan:
         Raises:
             ConfigError: the sweep, or a configuration in it, cannot work.
         """
+        from lightning_tucodec.training.runs import RunFolder
+
         name, drafts = read_sweep(sweep, overrides)
         resolved = {task: resolve_config(config) for task, config in drafts.items()}
+        for config in resolved.values():
+            RunFolder.of(config)  # looks at shards and initial weights; better now than in the jobs
         text = json.dumps([[asdict(t), c] for t, c in resolved.items()], sort_keys=True)
         folder = parent / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         for task, config in resolved.items():

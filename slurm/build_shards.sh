@@ -1,39 +1,57 @@
 #!/usr/bin/env bash
-# Build shards on many nodes: two arrays, one after the other, and a step that writes the index.
+# Build shards on many nodes: two arrays, one after the other, and a job that writes the index.
 #
-#   PARTS=16 slurm/build_shards.sh SRC... --out DIR [options of `tucodec shards build`]
+#   PARTS=16 slurm/build_shards.sh [--dry-run] SRC... --out DIR [options of `tucodec shards build`]
 #
 # Every element of the first array inspects its share of the photographs; the second array does the
 # same call again and, all notes being there, writes its share of the shards. The last job does what a
 # lost element has left and writes the index. Submitting anew after a failure goes on where it
-# stopped. Options for sbatch itself (partition, account, time) come from SBATCH_* variables.
-set -euo pipefail
+# stopped. CPUS=8: processors a job; what the cluster wants else stands in slurm/site.sh (SITE_SBATCH_CPU).
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
+    [[ ! -f $here/common.sh ]] || break
+done
+# shellcheck source=slurm/common.sh
+source "$here/common.sh" || { echo "submit from the repository's folder, or set TUCODEC_ROOT" >&2 && exit 1; }
 
+dry=()
+if [[ ${1:-} == --dry-run ]]; then
+    dry=(--dry-run)
+    shift
+fi
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
-    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    usage "$TUCODEC_ROOT/slurm/build_shards.sh"
     exit 2
 fi
 
-parts=${PARTS:-8}
-cpus=${CPUS:-8}
-command=$(printf '%q ' tucodec shards build "$@" --workers "$cpus")
-logs=${LOGS:-slurm-logs}
-mkdir -p "$logs"
+if in_slurm; then # PART or nothing, then the words
+    part=()
+    if [[ $1 == --share ]]; then
+        part=(--part "$SLURM_ARRAY_TASK_ID/$2")
+        shift 2
+    fi
+    site_setup
+    exec "${tucodec[@]}" shards build "$@" --workers "${SLURM_CPUS_PER_TASK:-1}" "${part[@]}"
+fi
 
-submit() { # submit NAME DEPENDENCY-OPTION... -- SHELL-COMMAND
+parts=${PARTS:-8}
+logs=${LOGS:-slurm-logs}
+[[ ${#dry[@]} -gt 0 ]] || mkdir -p "$logs"
+
+submit() { # submit NAME OPTION... -- WORDS: sets `job`
     local name=$1
     shift
-    local options=()
-    while [[ $1 != -- ]]; do
-        options+=("$1")
-        shift
-    done
-    sbatch --parsable --job-name="$name" --cpus-per-task="$cpus" --requeue \
-        --output="$logs/%x-%A-%a.log" "${options[@]}" --wrap "$2"
+    job=$("$TUCODEC_ROOT/slurm/submit.sh" "${dry[@]}" --cpu --job-name="$name" --cpus-per-task="${CPUS:-8}" \
+        --output="$logs/%x-%A-%a.log" "$@")
+    if [[ ${#dry[@]} -gt 0 ]]; then
+        echo "$job"
+        job="<$name>"
+    fi
 }
 
-share="$command --part \$SLURM_ARRAY_TASK_ID/$parts"
-inspect=$(submit shards-inspect --array="1-$parts" -- "$share")
-write=$(submit shards-write --array="1-$parts" --dependency="afterok:${inspect%%;*}" -- "$share")
-merge=$(submit shards-merge --dependency="afterany:${write%%;*}" -- "$command")
-echo "inspect ${inspect%%;*}, write ${write%%;*}, merge ${merge%%;*}; logs in $logs"
+self=$TUCODEC_ROOT/slurm/build_shards.sh
+submit shards-inspect --array="1-$parts" -- "$self" --share "$parts" "$@"
+inspect=$job
+submit shards-write --array="1-$parts" --dependency="afterok:$inspect" -- "$self" --share "$parts" "$@"
+write=$job
+submit shards-merge --dependency="afterany:$write" -- "$self" "$@"
+echo "inspect $inspect, write $write, merge $job; logs in $logs"

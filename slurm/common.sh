@@ -32,6 +32,7 @@ SITE_ACCELERATOR=""
 SITE_CONTAINER=""
 SITE_TUCODEC=""
 SITE_STAGGER_SECONDS=0
+# shellcheck disable=SC2317,SC2329 # a site file puts its own in the place of this one
 site_setup() { :; }
 TUCODEC_SITE=${TUCODEC_SITE:-$TUCODEC_ROOT/slurm/site.sh}
 if [[ ! -f $TUCODEC_SITE ]]; then
@@ -49,7 +50,7 @@ if [[ -z $SITE_TUCODEC ]]; then
     fi
 fi
 # Words before every command: a container, the program.
-# shellcheck disable=SC2206 # the site file gives them as words
+# shellcheck disable=SC2206,SC2034 # the site file gives words; the launchers use them
 tucodec=($SITE_CONTAINER $SITE_TUCODEC)
 
 in_slurm() { [[ -n ${SLURM_JOB_ID:-} ]]; }

@@ -7,10 +7,10 @@
 # OUT-models/. Classical codecs join with: -- --codec jpeg:q={10,30,50}
 #SBATCH --job-name=tucodec-evaluate
 for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
-    [[ -f $here/common.sh ]] && break
+    [[ ! -f $here/common.sh ]] || break
 done
 # shellcheck source=slurm/common.sh
-source "$here/common.sh"
+source "$here/common.sh" || { echo "submit from the repository's folder, or set TUCODEC_ROOT" >&2 && exit 1; }
 
 dry=()
 if [[ ${1:-} == --dry-run ]]; then

@@ -9,10 +9,10 @@
 # prints the command to give elsewhere. Running it again submits only what is neither complete nor in the queue.
 #SBATCH --job-name=tucodec-sweep --ntasks=1 --cpus-per-task=1 --time=30
 for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
-    [[ -f $here/common.sh ]] && break
+    [[ ! -f $here/common.sh ]] || break
 done
 # shellcheck source=slurm/common.sh
-source "$here/common.sh"
+source "$here/common.sh" || { echo "submit from the repository's folder, or set TUCODEC_ROOT" >&2 && exit 1; }
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     usage "$TUCODEC_ROOT/slurm/sweep_lambdas.sh"

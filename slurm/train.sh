@@ -10,10 +10,10 @@
 # job ends with status 75.
 #SBATCH --job-name=tucodec
 for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
-    [[ -f $here/common.sh ]] && break
+    [[ ! -f $here/common.sh ]] || break
 done
 # shellcheck source=slurm/common.sh
-source "$here/common.sh"
+source "$here/common.sh" || { echo "submit from the repository's folder, or set TUCODEC_ROOT" >&2 && exit 1; }
 
 dry=()
 if [[ ${1:-} == --dry-run ]]; then
@@ -58,7 +58,7 @@ if [[ $1 == --sweep ]]; then
     if [[ ${#dry[@]} == 0 ]]; then
         if [[ ! -f $config ]]; then
             status=0
-            "${tucodec[@]}" sweep resolve "$plan" "$task" || status=$?
+            "${tucodec[@]}" sweep resolve "$plan" "$task" >/dev/null || status=$?
             if [[ $status != 0 ]]; then
                 attempts=$plan/attempts/$task.jsonl
                 note start

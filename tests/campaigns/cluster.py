@@ -1,0 +1,596 @@
+"""Hits: a task on a real Slurm cluster that is stopped, moved and killed must end as if it had not been.
+
+    python -m tests.campaigns.cluster --hits 30 --seed 1
+
+A cluster of two nodes (slurm/localcluster) trains a small network by DDP over two processes. Case i of a
+seed always gets the same kinds of hits at the same optimiser steps, as nearly as watching a file allows. Its
+weights, optimiser state, counters and metrics must then equal those of the run that nothing hit, to the
+last bit. Counts go to docs/campaigns.json under the key "cluster"; an interrupted campaign goes on where it
+stopped. The exit status is 1 when any case broke the rule.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+
+from lightning_tucodec.files import atomic_write, read_json_lines
+from lightning_tucodec.sweeps import Job, Plan, queued
+from tests.support import MICRO, PHOTOS, photo
+
+REPOSITORY = Path(__file__).parents[2]
+RESULTS = REPOSITORY / "docs" / "campaigns.json"
+STEPS = 240
+HITS_PER_CASE = 5
+PATIENCE = 1200.0
+"""Seconds to wait for anything; a machine that others use may be ten times slower than a quiet one."""
+
+
+def missing_programs() -> str:
+    """Why no cluster can be started here; empty if one can."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    missing = [
+        name
+        for name in ("munged", "slurmctld", "slurmd", "sbatch")
+        if not shutil.which(name, path=path)
+    ]
+    return (
+        f"not installed: {', '.join(missing)} (apt-get install slurm-wlm munge)" if missing else ""
+    )
+
+
+def wait_for(what: str, condition: Callable[[], Any], every: float = 0.1) -> Any:
+    """Ask until the answer is true, and return it.
+
+    Raises:
+        TimeoutError: it never was.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(every)
+    raise TimeoutError(f"waited {PATIENCE:.0f} s for {what}")
+
+
+class Box:
+    """A Slurm cluster of two nodes, and a folder that looks like a checkout to work in.
+
+    Args:
+        folder: everything lives in it; `stop` removes the cluster, not the work.
+        nodes: number of nodes.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 2, **site: object) -> None:
+        self.cluster, self.work = folder / "slurm", folder / "work"
+        self.work.mkdir(parents=True)
+        start = REPOSITORY / "slurm" / "localcluster" / "start.sh"
+        subprocess.run([start, self.cluster, str(nodes)], check=True, stdout=subprocess.DEVNULL)
+        for name in ("slurm", "experiments"):
+            (self.work / name).symlink_to(REPOSITORY / name)
+        python = shlex.join([sys.executable, "-m", "lightning_tucodec.cli"])
+        lines = [
+            f"source {self.cluster}/site.sh",
+            f'SITE_TUCODEC="{python}"',
+            "SITE_SIGNAL_SECONDS=120",
+        ]
+        lines += [f"{name}={value}" for name, value in site.items()]
+        site_file = folder / "site.sh"
+        site_file.write_text("\n".join(lines) + "\n")
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("SLURM_")},
+            "SLURM_CONF": str(self.cluster / "slurm.conf"),
+            "TUCODEC_SITE": str(site_file),
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def stop(self) -> None:
+        """End every process of the cluster."""
+        stop = REPOSITORY / "slurm" / "localcluster" / "stop.sh"
+        subprocess.run([stop, self.cluster], check=True)
+
+    def call(self, *words: object) -> str:
+        """Run a command in the work folder and return what it prints.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        done = subprocess.run(
+            [str(word) for word in words],
+            cwd=self.work,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{words}: status {done.returncode}: {done.stdout}{done.stderr}")
+        return done.stdout.strip()
+
+    def tucodec(self, *words: object) -> str:
+        """Run a command of this package."""
+        return self.call(sys.executable, "-m", "lightning_tucodec.cli", *words)
+
+    def queue(self, plan: Plan) -> dict[str, Job]:
+        """See `lightning_tucodec.sweeps.queued`."""
+        with environment(self.env):
+            return queued(plan)
+
+    def processes(self) -> dict[int, dict[str, str]]:
+        """Environments of the processes that the cluster's jobs consist of."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                text = (entry / "environ").read_bytes().decode("utf-8", "replace")
+                pairs = dict(part.split("=", 1) for part in text.split("\0") if "=" in part)
+                if pairs.get("SLURM_CONF") == self.env["SLURM_CONF"] and "SLURM_JOB_ID" in pairs:
+                    found[int(entry.name)] = pairs
+        return found
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """`os.environ` with other values for a while."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# --- Data and sweeps -------------------------------------------------------------------------
+
+
+def make_data(folder: Path) -> dict[str, str]:
+    """Shards of 12 patches of 64×64 from photographs, and a validation image; their paths."""
+    from data_pipelines.shards import BuildOptions, build
+
+    for part, names in (("photos", PHOTOS), ("val", PHOTOS[2:3])):
+        (folder / part).mkdir(parents=True)
+        for name in names:
+            side = 200 if part == "photos" else 64
+            Image.fromarray(photo(name, side, side)).save(folder / part / f"{Path(name).stem}.png")
+    options = BuildOptions(patch=64, count=12, shard_size=4, duplicate_bits=-1)
+    build([str(folder / "photos")], str(folder / "shards"), options)
+    return {"shards": str(folder / "shards"), "val_images": str(folder / "val")}
+
+
+def write_recipe(path: Path, data: dict[str, str], steps: int = STEPS) -> None:
+    """A configuration for `tucodec fit`: a small network, two crops of 64×64 a step, frequent saves."""
+    config = {
+        "seed_everything": 0,
+        "run": {"name": "box", "checkpoint_minutes": 0.03, "threads": 1},
+        "model": {
+            "preset": "tiny", "codec": {**MICRO, "quantizer": "noise"},
+            "lmbda": 200.0, "lr": 2e-3, "warmup_steps": 5,
+        },
+        "data": {**data, "batch_size": 2, "crop": 64},
+        "trainer": {
+            "accelerator": "cpu", "devices": 1, "max_steps": steps, "max_epochs": -1, "log_every_n_steps": 2,
+            "num_sanity_val_steps": 0, "enable_model_summary": False, "val_check_interval": steps // 3,
+            "check_val_every_n_epoch": None,
+        },
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+class Subject:
+    """A sweep of one task on a box, which hits are aimed at.
+
+    Args:
+        box: where it runs.
+        name: of its folder.
+        config: configuration file of `tucodec fit`.
+        disk: parent of the run folder; None: a folder of its own.
+    """
+
+    def __init__(self, box: Box, name: str, config: Path, disk: Path | None = None) -> None:
+        self.box = box
+        folder = box.work / name
+        folder.mkdir()
+        self.disk = disk or folder / "runs"
+        sweep = folder / "sweep.yaml"
+        sweep.write_text(
+            yaml.safe_dump({"name": "one", "stages": {"run": {"config": str(config)}}})
+        )
+        words = ("--out", folder / "sweeps", "--set", f"run.runs_dir={self.disk}")
+        self.plan = Plan.open(Path(box.tucodec("sweep", "submit", sweep, *words)))
+        self.task = next(iter(self.plan.tasks.values()))
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        folder = self.plan.run_folder(self.task)
+        assert folder is not None
+        return folder
+
+    @property
+    def job(self) -> str:
+        """Id of the task's job.
+
+        Raises:
+            RuntimeError: it has none.
+        """
+        job = self.box.queue(self.plan).get(self.task.name)
+        if job is None:
+            raise RuntimeError("the task's job is gone")
+        return f"{job.array}_{self.task.number}"
+
+    def step(self) -> int:
+        """The last step that was logged."""
+        rows = read_json_lines(self.run / "metrics.jsonl")
+        return max((row["opt_step"] for row in rows), default=0)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Lines of its attempts of a kind: start, end or lost."""
+        return [row for row in self.plan.attempts(self.task) if row["event"] == kind]
+
+    def ranks(self) -> list[int]:
+        """Process ids of the training processes, by rank."""
+        found = {
+            int(env["SLURM_PROCID"]): pid
+            for pid, env in self._processes().items()
+            if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID") == "0" and _is_fit(pid)
+        }
+        return [found[rank] for rank in sorted(found)]
+
+    def _processes(self) -> dict[int, dict[str, str]]:
+        array, number = self.job.split("_")
+        return {
+            pid: env for pid, env in self.box.processes().items()
+            if (env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")) == (array, number)
+        }  # fmt: skip
+
+    def everything(self) -> list[int]:
+        """Process ids of all that the job consists of: Slurm's step daemons, the script, srun, the ranks."""
+        processes = self._processes()
+        parents = {_parent(pid) for pid in processes}
+        return [*{p for p in parents if _name(p) == "slurmstepd"}, *processes]
+
+    def freeze_at(self, step: int) -> list[int]:
+        """Stop the training processes once this step is logged; returns their ids, by rank.
+
+        While they stand still, whatever hits them has all the time it takes.
+
+        Raises:
+            RuntimeError: the task came to its end first.
+        """
+
+        def reached() -> bool:
+            if self.plan.is_complete(self.task):
+                raise RuntimeError("the task was complete before it could be hit")
+            return self.step() >= step
+
+        wait_for(f"step {step} of {self.run}", reached, 0.02)
+        ranks = self.ranks()
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        if len(ranks) != 2:
+            raise RuntimeError(f"{len(ranks)} training processes instead of two")
+        return ranks
+
+    def wait_end(self) -> int:
+        """Wait until the running attempt has ended; its exit status."""
+        count = len(self.events("start"))
+        wait_for("an attempt's end", lambda: len(self.events("end")) >= count)
+        return int(self.events("end")[-1]["status"])
+
+    def keep_going(self, starts: int) -> None:
+        """Wait for the start after `starts` earlier ones; submit again if the job is gone."""
+
+        def started() -> bool:
+            if len(self.events("start")) > starts or self.plan.is_complete(self.task):
+                return True
+            if self.task.name not in self.box.queue(self.plan):
+                self.box.tucodec("sweep", "retry", self.plan.folder)
+            return False
+
+        wait_for("the task's next start", started, 0.5)
+
+    def finish(self) -> None:
+        """Wait until the task is complete; submit again if its job is gone."""
+
+        def complete() -> bool:
+            if self.plan.is_complete(self.task):
+                return True
+            if self.task.name not in self.box.queue(self.plan):
+                self.box.tucodec("sweep", "retry", self.plan.folder)
+            return False
+
+        wait_for("the task's completion", complete, 0.5)
+
+
+def _is_fit(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return b"fit" in words and b"srun" not in words[0]
+    return False
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def _kill(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+# --- Hits ------------------------------------------------------------------------------------
+
+
+def time_limit(subject: Subject, ranks: list[int], rng: random.Random) -> None:
+    """The time limit comes near: Slurm sends USR1 (it looks at limits twice a minute)."""
+    job = subject.job
+    elapsed = subject.box.call("squeue", "--noheader", f"--jobs={job}", "--format=%M")
+    minutes = _minutes(elapsed) + 2  # the signal is due 120 seconds before
+    subject.box.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+    bit = 1 << (signal.SIGUSR1 - 1)
+
+    def pending() -> bool:
+        text = Path(f"/proc/{ranks[0]}/status").read_text()
+        masks = [
+            line.split()[1] for line in text.splitlines() if line.startswith(("ShdPnd", "SigPnd"))
+        ]
+        return any(int(mask, 16) & bit for mask in masks)
+
+    wait_for("USR1", pending)
+    _kill(ranks, signal.SIGCONT)
+    status = subject.wait_end()
+    if status != 75:
+        raise RuntimeError(f"USR1: exit status {status} instead of 75")
+    wait_for("its place in the queue", lambda: _state(subject, job) == "pending")
+    subject.box.call("scontrol", "update", f"JobId={job}", "TimeLimit=1-00:00:00")
+
+
+def _minutes(elapsed: str) -> int:
+    """Of Slurm's [days-][hours:]minutes:seconds, rounded down."""
+    days, _, rest = elapsed.rpartition("-")
+    hours, minutes, _ = ("0:" * (2 - rest.count(":")) + rest).split(":")
+    return (int(days or 0) * 24 + int(hours)) * 60 + int(minutes)
+
+
+def _state(subject: Subject, job: str) -> str:
+    return subject.box.call("squeue", "--noheader", f"--jobs={job}", "--format=%T").lower()
+
+
+def requeue(subject: Subject, ranks: list[int], rng: random.Random) -> None:
+    """`scontrol requeue`: Slurm sends TERM."""
+    subject.box.call("scontrol", "requeue", subject.job)
+    _kill(ranks, signal.SIGCONT)
+
+
+def preemption(subject: Subject, ranks: list[int], rng: random.Random) -> None:
+    """A job of higher priority takes both nodes."""
+    subject.box.call(
+        "sbatch", "--wait", "--partition=urgent", "--nodes=2", "--exclusive",
+        "--output=/dev/null", "--wrap=true",
+    )  # fmt: skip
+
+
+def kill_rank(subject: Subject, ranks: list[int], rng: random.Random) -> None:
+    """One training process is killed."""
+    os.kill(rng.choice(ranks), signal.SIGKILL)
+    _kill(ranks, signal.SIGCONT)
+
+
+def kill_everything(subject: Subject, ranks: list[int], rng: random.Random) -> None:
+    """All processes of the job are killed, Slurm's own step daemons too."""
+    _kill(subject.everything(), signal.SIGKILL)
+    # Slurm would find out when the nodes next report, which is minutes later; this makes them report.
+    subject.box.call("scontrol", "reconfigure")
+
+
+def kill_slurmd(subject: Subject, ranks: list[int], rng: random.Random) -> None:
+    """A node's daemon dies; its node is down, the job's processes there live on; later it comes back."""
+    node = rng.choice(("n1", "n2"))
+    pid = int((subject.box.cluster / f"slurmd-{node}.pid").read_text())
+    os.kill(pid, signal.SIGKILL)
+    try:
+        wait_for(f"{node} to be down", lambda: _node(subject.box, node).startswith("down"), 0.5)
+    finally:
+        _kill(ranks, signal.SIGCONT)
+        slurmd = shutil.which("slurmd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+        subject.box.call(slurmd, "-N", node)
+    wait_for(f"{node} to be back", lambda: not _node(subject.box, node).startswith("down"), 0.5)
+
+
+def _node(box: Box, node: str) -> str:
+    return box.call("sinfo", "--noheader", f"--nodes={node}", "--partition=normal", "--format=%T")
+
+
+def full_disk(subject: Subject, ranks: list[int], rng: random.Random) -> None:
+    """The disk with the run folder is full while it is trained and saved; later there is room again.
+
+    Where no small disk could be mounted, the processes are forbidden to write long files instead.
+    """
+    filler = subject.disk / "filler"
+    if os.path.ismount(subject.disk):
+        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as stream:
+            while True:
+                stream.write(b"\0" * 4096)
+    else:
+        for pid in ranks:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (1024, 1024))
+    _kill(ranks, signal.SIGCONT)
+    status = subject.wait_end()
+    filler.unlink(missing_ok=True)
+    if status == 0:
+        raise RuntimeError("a full disk: exit status 0")
+
+
+def truncated_checkpoint(subject: Subject, ranks: list[int], rng: random.Random) -> None:
+    """The newest checkpoint loses its end before the next start."""
+    requeue(subject, ranks, rng)
+    subject.wait_end()
+    newest = subject.run / "checkpoints" / "last.ckpt"
+    os.truncate(newest, rng.randrange(newest.stat().st_size))
+
+
+HITS: dict[str, Callable[[Subject, list[int], random.Random], None]] = {
+    hit.__name__: hit
+    for hit in (
+        requeue,
+        kill_rank,
+        preemption,
+        truncated_checkpoint,
+        kill_everything,
+        full_disk,
+        kill_slurmd,
+        time_limit,
+    )
+}
+
+
+def endure(subject: Subject, kinds: Sequence[str], rng: random.Random, steps: int = STEPS) -> None:
+    """Hit the task once with each kind, at steps spread over its length, and let it end."""
+    share = (steps - 20) // len(kinds)
+    for number, kind in enumerate(kinds):
+        ranks = subject.freeze_at(8 + number * share + rng.randrange(share // 2))
+        starts = len(subject.events("start"))
+        HITS[kind](subject, ranks, rng)
+        subject.keep_going(starts)
+    subject.finish()
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A disk of 24 MB mounted at `folder`; the plain folder where that is not allowed."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    try:
+        yield folder
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def difference(straight: Path, hit: Path) -> str:
+    """What differs between two run folders: weights, optimiser, counters, metrics; empty if nothing does."""
+    states = [
+        torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+        for run in (straight, hit)
+    ]
+    for part in ("state_dict", "optimizer_states", "tucodec"):
+        if not _same(*(state[part] for state in states)):
+            return part
+    rows = [
+        [{k: v for k, v in row.items() if k != "time"} for row in read_json_lines(run / "metrics.jsonl")]
+        for run in (straight, hit)
+    ]  # fmt: skip
+    return "" if rows[0] == rows[1] else "metrics"
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    return bool(first == second)
+
+
+# --- The campaign ----------------------------------------------------------------------------
+
+
+def campaign(seed: int, hits: int, results: Path) -> int:
+    """Run cases until there were `hits` hits; returns the number of broken ones."""
+    everything = json.loads(results.read_text()) if results.exists() else {}
+    counts = everything.get("cluster", {})
+    if counts.get("seed") != seed:
+        counts = {"seed": seed, "cases": 0, "hits": {}, "broken": []}
+    with tempfile.TemporaryDirectory(prefix="tucodec-cluster-") as scratch:
+        box: Box | None = None
+        straight: Path | None = None
+        try:
+            while sum(counts["hits"].values()) < hits:
+                if box is None or straight is None:
+                    recipe = Path(scratch) / "recipe.yaml"
+                    write_recipe(recipe, make_data(Path(scratch) / "data"))
+                    box = Box(Path(scratch) / "box")
+                    reference = Subject(box, "straight", recipe)
+                    reference.finish()
+                    straight = reference.run
+                case = counts["cases"]
+                rng = random.Random(f"cluster {seed} {case}")
+                kinds = [rng.choice(sorted(HITS)) for _ in range(HITS_PER_CASE)]
+                with small_disk(Path(scratch) / f"disk-{case}") as disk:
+                    try:
+                        subject = Subject(box, f"case-{case}", recipe, disk)
+                        endure(subject, kinds, rng)
+                        wrong = difference(straight, subject.run)
+                    except (RuntimeError, TimeoutError) as error:
+                        wrong = str(error)
+                for kind in kinds:
+                    counts["hits"][kind] = counts["hits"].get(kind, 0) + 1
+                counts["cases"] += 1
+                if wrong:
+                    counts["broken"].append({"case": case, "kinds": kinds, "what": wrong})
+                _save(results, counts)
+                said = f"{sum(counts['hits'].values())}/{hits} hits: {', '.join(kinds)}"
+                print(f"{said}: {wrong or 'the same'}", file=sys.stderr, flush=True)
+        finally:
+            if box is not None:
+                box.stop()
+    return len(counts["broken"])
+
+
+def _save(results: Path, counts: dict[str, Any]) -> None:
+    everything = json.loads(results.read_text()) if results.exists() else {}
+    everything["cluster"] = counts
+    with atomic_write(results, "w") as stream:
+        stream.write(json.dumps(everything, indent=2, sort_keys=True) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--hits", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    why = missing_programs()
+    if why:
+        print(f"no cluster: {why}", file=sys.stderr)
+        return 2
+    broken = campaign(arguments.seed, arguments.hits, arguments.results)
+    print(f"{arguments.hits} hits, {broken} broken cases")
+    return int(broken > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""Sweeps without a cluster: files to plans, plans to the commands of sbatch, files to the status table."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_tucodec.cli import main
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.sweeps import Job, Plan, read_sweep, status, submit
+from tests.campaigns.cluster import REPOSITORY, write_recipe
+
+STAGES: dict[str, Any] = {
+    "mse": {"config": "recipe.yaml", "set": {"model.lmbda": 100.0}},
+    "ssim": {
+        "config": "recipe.yaml",
+        "grid": {"model.lmbda": [1.0, 2.0], "data.seed": [5, 6]},
+        "init_from": {"stage": "mse"},
+    },
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUCODEC_ROOT", str(REPOSITORY))
+    monkeypatch.setenv("TUCODEC_SITE", str(REPOSITORY / "slurm" / "site.sh"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    path = tmp_path / "recipe.yaml"
+    write_recipe(path, {"shards": str(shard_folder)})
+    return path
+
+
+def write(folder: Path, stages: dict[str, Any]) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"name": "try", "stages": stages}, sort_keys=False))
+    return path
+
+
+def plan(folder: Path, stages: dict[str, Any]) -> Plan:
+    made, writer = Plan.make(write(folder, stages), [], folder / "sweeps")
+    writer()
+    return made
+
+
+def finish(made: Plan, name: str, status: int = 0) -> None:
+    lines = ['{"event": "start", "job": "1_0", "restart": 0, "time": 1, "status": null}']
+    lines.append(f'{{"event": "end", "job": "1_0", "restart": 0, "time": 2, "status": {status}}}')
+    made.file("attempts", made.task(name), ".jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_the_shipped_sweeps_are_understood() -> None:
+    for path in sorted((REPOSITORY / "experiments" / "sweeps").glob("*.yaml")):
+        name, tasks = read_sweep(path)
+        assert name == path.stem
+        assert len(tasks) > 1
+    ssim = [t for t in read_sweep(path.parent / "tucodecssim.yaml")[1] if t.stage == "ssim"]
+    assert [task.label["model.lmbda"] for task in ssim] == [0.2, 0.3, 0.4, 0.5, 0.6]
+
+
+def test_a_grid_is_a_product_and_overrides_come_last(recipe: Path) -> None:
+    _, tasks = read_sweep(write(recipe.parent, STAGES), ["data.batch_size=4"])
+    assert [task.name for task in tasks] == ["mse-0", "ssim-0", "ssim-1", "ssim-2", "ssim-3"]
+    found = [
+        (c["model"]["lmbda"], c["data"].get("seed"), c["data"]["batch_size"])
+        for c in tasks.values()
+    ]
+    assert found == [(100.0, None, 4), (1.0, 5, 4), (1.0, 6, 4), (2.0, 5, 4), (2.0, 6, 4)]
+    assert [task.after for task in tasks] == [None, *["mse-0"] * 4]
+
+
+@pytest.mark.parametrize(
+    ("init_from", "chain", "after"),
+    [
+        ({"stage": "first"}, False, ["first-0", "first-1"]),
+        ({"stage": "first", "model.lmbda": 2.0}, False, ["first-1", "first-1"]),
+        ({"stage": "first", "model.lmbda": 2.0}, True, ["first-1", "second-0"]),
+        (None, True, [None, "second-0"]),
+    ],
+)
+def test_where_tasks_start_from(
+    recipe: Path, init_from: Any, chain: bool, after: list[str | None]
+) -> None:
+    grid = {"config": "recipe.yaml", "grid": {"model.lmbda": [1.0, 2.0]}}
+    second = {**grid, "init_from": init_from, "chain": chain}
+    _, tasks = read_sweep(write(recipe.parent, {"first": grid, "second": second}))
+    assert [task.after for task in tasks if task.stage == "second"] == after
+
+
+@pytest.mark.parametrize(
+    ("stage", "text"),
+    [
+        ({"config": "none.yaml"}, "none.yaml: No such file"),
+        ({"configs": "recipe.yaml"}, "needs `config`"),
+        ({"config": "recipe.yaml", "grid": {"model.lmbda": 3}}, "must be a list"),
+        ({"config": "recipe.yaml", "init_from": {"stage": "other"}}, "no earlier stage 'other'"),
+        ({"config": "recipe.yaml", "set": {"model.lmbda.x": 3}}, "no such entry"),
+        ({"config": "recipe.yaml", "set": {"model.lamda": 3}}, "lamda"),
+        ({"config": "recipe.yaml", "set": {"data.shards": "/nowhere"}}, "/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(
+    recipe: Path, stage: dict[str, Any], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", "plan", str(write(recipe.parent, {"one": stage}))]) == 1
+    errors = capsys.readouterr().err
+    assert text in errors
+    assert len(errors.splitlines()) == 1
+    assert not (recipe.parent / "sweeps").exists()
+
+
+def test_a_plan_is_immutable_and_finds_its_runs(recipe: Path) -> None:
+    first = plan(recipe.parent, STAGES)
+    assert plan(recipe.parent, STAGES).folder == first.folder
+    changed = {**STAGES, "mse": {"config": "recipe.yaml", "set": {"model.lmbda": 101.0}}}
+    assert plan(recipe.parent, changed).folder != first.folder
+
+    mse, ssim = first.task("mse-0"), first.task("ssim-3")
+    run = first.run_folder(mse)
+    assert run is not None
+    assert run.name.startswith("box-")
+    assert first.run_folder(ssim) is None
+    with pytest.raises(ConfigError, match="mse-0, which is not complete"):
+        first.finish_config(ssim)
+    finish(first, "mse-0")
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"weights")
+    config = yaml.safe_load(first.finish_config(ssim).read_text())
+    assert config["run"]["init_from"].endswith("last.ckpt")
+    assert config["model"]["lmbda"] == 2.0
+    found = first.run_folder(ssim)
+    assert found is not None
+    assert found != run
+    # What decides the run's id are the weights that it starts from; it does not change any more.
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"others")
+    assert first.finish_config(ssim) == first.file("configs", ssim, ".yaml")
+    assert first.run_folder(ssim) == found
+
+
+def test_arrays_and_dependencies(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = {"config": "recipe.yaml", "grid": {"model.lmbda": [1.0, 2.0]}}
+    stages = {
+        "first": grid,
+        "same": {**grid, "init_from": {"stage": "first"}},
+        "one": {**grid, "init_from": {"stage": "first", "model.lmbda": 2.0}},
+        "links": {**grid, "chain": True},
+    }
+    made = plan(recipe.parent, stages)
+
+    def commands(names: list[str], jobs: dict[str, Job]) -> list[tuple[str, str, str]]:
+        submit(made, [made.task(name) for name in names], jobs, dry=True)
+        found = []
+        for line in capsys.readouterr().out.splitlines():
+            words = dict(
+                word.split("=", 1) for word in line.replace("\\", "").split() if "=" in word
+            )
+            stage = words["--job-name"].removeprefix(f"{made.folder.name}-")
+            found.append((stage, words["--array"], words.get("--dependency", "")))
+        return found
+
+    assert commands(list(made.tasks), {}) == [
+        ("first", "0,1", ""),
+        ("links", "0", ""),
+        ("same", "0,1", "aftercorr:<first>"),
+        ("one", "0,1", "afterok:<first>_1"),
+        ("links", "1", "afterok:<links>_0"),
+    ]
+    finish(made, "first-1")
+    queue = {"first-0": Job("77", "running", "None")}
+    assert commands(["same-0", "same-1", "one-0"], queue) == [
+        ("same", "0", "aftercorr:77"),
+        ("same", "1", ""),
+        ("one", "0", ""),
+    ]
+    with pytest.raises(ConfigError, match="starts from links-0, which is not submitted"):
+        submit(made, [made.task("links-1")], {}, dry=True)
+
+
+def test_the_status_of_every_kind(recipe: Path) -> None:
+    values = [float(value) for value in range(6)]
+    stages = {
+        "a": {"config": "recipe.yaml", "grid": {"model.lmbda": values}},
+        "b": {"config": "recipe.yaml", "init_from": {"stage": "a", "model.lmbda": 0.0}},
+    }
+    made = plan(recipe.parent, stages)
+    finish(made, "a-0")
+    finish(made, "a-1", status=1)
+    made.file("logs", made.task("a-1"), ".log").write_text(
+        "step 3\ntucodec: no room\nsrun: error\n"
+    )
+    lost = made.file("attempts", made.task("a-2"), ".jsonl")
+    lost.write_text('{"event": "start", "status": null}\n{"event": "start", "status": null}\n{"eve')
+    folder = made.run_folder(made.task("a-2"))
+    assert folder is not None
+    folder.mkdir(parents=True)
+    rows = [{"opt_step": 4, "val/bpp": 0.5, "val/psnr": 30.0}, {"opt_step": 6, "train/bpp": 0.7}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    queue = {
+        "a-3": Job("9", "running", "None"),
+        "a-4": Job("9", "pending", "Resources"),
+        "b-0": Job("10", "pending", "Dependency"),
+    }
+    found = {row.task: row for row in status(made, queue)}
+    states = {name: row.state for name, row in found.items()}
+    assert states == {
+        "a-0": "complete", "a-1": "failed", "a-2": "lost", "a-3": "running", "a-4": "pending",
+        "a-5": "planned", "b-0": "waiting",
+    }  # fmt: skip
+    assert (found["a-0"].step, found["a-0"].steps) == (240, 240)
+    assert found["a-1"].note == "tucodec: no room"
+    assert found["a-4"].note == "Resources"
+    assert found["b-0"].note == "for a-0"
+    lost_row = found["a-2"]
+    assert (lost_row.step, lost_row.bpp, lost_row.psnr, lost_row.restarts) == (6, 0.5, 30.0, 1)
+
+
+def test_where_sbatch_is_missing_the_command_is_said(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "env", "dirname", "sed"):
+        (tools / name).symlink_to(f"/usr/bin/{name}")
+    monkeypatch.setenv("PATH", str(tools))
+    assert main(["sweep", "submit", str(write(recipe.parent, STAGES))]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    (folder,) = (recipe.parent / "sweeps").iterdir()
+    assert "this node may not submit" in error
+    assert error.endswith(f"tucodec sweep submit sweeps/{folder.name}")
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "expected"),
+    [
+        (
+            "train.sh",
+            ["c.yaml"],
+            ["--nodes=1", "--ntasks-per-node=8", "--signal=USR1@300", "train.sh c.yaml"],
+        ),
+        ("evaluate.sh", ["photos", "o.json", "run"], ["sbatch", "evaluate.sh photos o.json run"]),
+        (
+            "build_shards.sh",
+            ["photos", "--out", "s"],
+            ["shards-inspect", "shards-write", "afterany"],
+        ),
+    ],
+)
+def test_launchers_show_what_they_would_do(
+    recipe: Path, script: str, words: list[str], expected: list[str]
+) -> None:
+    command = [str(REPOSITORY / "slurm" / script), "--dry-run", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for text in expected:
+        assert text in done.stdout
+    assert not (recipe.parent / "slurm-logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "expected", "text"),
+    [
+        (0, 0, 0, ""),
+        (1, 0, 1, "ended with status 1"),
+        (75, 0, 75, "saved itself; no scontrol here"),
+        (137, 0, 75, "was killed; no scontrol here"),
+        (75, 100, 1, "stays down"),
+    ],
+)
+def test_without_scontrol_a_job_says_so(
+    tmp_path: Path, status: int, restarts: int, expected: int, text: str
+) -> None:
+    """As inside a container: srun is there, scontrol is not."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "env", "dirname", "sed", "sleep", "date", "cat"):
+        (tools / name).symlink_to(f"/usr/bin/{name}")
+    (tools / "srun").write_text(f'#!/bin/bash\necho "$@" >{tmp_path}/words\nexit {status}\n')
+    (tools / "srun").chmod(0o755)
+    env = {
+        "PATH": str(tools), "SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": str(restarts),
+        "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_PER_TASK": "4",
+    }  # fmt: skip
+    command = [str(REPOSITORY / "slurm" / "train.sh"), "c.yaml", "--run.threads", "1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=env, cwd=tmp_path
+    )
+    assert done.returncode == expected
+    assert text in done.stderr
+    words = (tmp_path / "words").read_text()
+    assert "fit --config c.yaml --trainer.num_nodes 3 --trainer.devices 2 --run.threads 1" in words
