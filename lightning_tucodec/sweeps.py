@@ -15,6 +15,7 @@ A task is complete when its last line in attempts/ is an end with status 0.
 
 import argparse
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -23,8 +24,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -326,43 +327,23 @@ def resolve_config(config: Config) -> Config:
     Raises:
         ConfigError: it is not one.
     """
-    from jsonargparse import ArgumentError
+    from lightning_tucodec.training.fit import main as fit
 
-    from lightning_tucodec.training.data import PatchDataModule
-    from lightning_tucodec.training.fit import TucodecCLI
-    from lightning_tucodec.training.vae import VAE
-
-    class Resolver(TucodecCLI):
-        """Parses, and does nothing else."""
-
-        def _set_seed(self) -> None:
-            pass
-
-        def instantiate_classes(self) -> None:
-            pass
-
-        def _run_subcommand(self, subcommand: str) -> None:
-            pass
-
-    # Lightning supposes that whoever gives it words means to replace those of the command line.
-    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended.*")
-    raising = {"exit_on_error": False}
+    out, err = io.StringIO(), io.StringIO()
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as stream:
         yaml.safe_dump(config, stream)
         stream.flush()
-        try:
-            cli = Resolver(
-                VAE,
-                PatchDataModule,
-                save_config_callback=None,
-                seed_everything_default=0,
-                parser_kwargs=raising | dict.fromkeys(TucodecCLI.subcommands(), raising),
-                args=["fit", "--config", stream.name],
-            )
-        except ArgumentError as error:
-            message = " ".join(str(error).split()).replace(stream.name, "configuration")
-            raise ConfigError(message) from None
-    return cli._plain_config()
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                status = fit(["fit", "--config", stream.name, "--print_config"])
+            except SystemExit as end:  # how that option ends
+                status = int(end.code or 0)
+        if status:
+            message = " ".join(err.getvalue().split()).replace(stream.name, "configuration")
+            raise ConfigError(message.removeprefix("tucodec fit: "))
+    resolved: Config = yaml.safe_load(out.getvalue())
+    resolved.pop("config", None)
+    return resolved
 
 
 def _tag(config: Config, sweep: str, task: Task) -> None:
@@ -596,7 +577,12 @@ def _newest(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
 
 
 def _last_error(plan: Plan, task: Task) -> str:
-    """The last line of a task's log that tells of an error."""
+    """What the run's manifest says of its last attempt, else the last line of the log that tells of an error."""
+    folder = plan.run_folder(task)
+    if folder is not None and (folder / "manifest.json").exists():
+        entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("attempts")
+        if entries and entries[-1].get("error"):
+            return str(entries[-1]["error"])
     path = plan.file("logs", task, ".log")
     if not path.exists():
         return ""

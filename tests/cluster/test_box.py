@@ -1,0 +1,151 @@
+"""On a real Slurm cluster: a sweep from one command to its end, and a task that everything happens to."""
+
+import json
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_tucodec.sweeps import Plan
+from tests.campaigns.cluster import (
+    HITS,
+    REPOSITORY,
+    STEPS,
+    Box,
+    Subject,
+    difference,
+    endure,
+    missing_programs,
+    small_disk,
+    wait_for,
+)
+
+LAMBDAS = [10.0, 50.0, 200.0, 800.0, 3000.0]
+
+
+def rows(box: Box, plan: Plan) -> dict[str, dict[str, object]]:
+    printed = json.loads(box.tucodec("sweep", "status", plan.folder, "--json"))
+    return {row["task"]: row for row in printed}
+
+
+@pytest.fixture(scope="module")
+def swept(box: Box, box_recipe: Path) -> Plan:
+    """Five tasks after a common first stage, submitted by `sbatch slurm/sweep_lambdas.sh`, all complete."""
+    sweep = box.work / "lambdas.yaml"
+    stages = {
+        "first": {
+            "config": str(box_recipe),
+            "set": {"model.lmbda": 400.0, "trainer.max_steps": 30, "run.name": "first"},
+        },
+        "lambdas": {
+            "config": str(box_recipe),
+            "grid": {"model.lmbda": LAMBDAS},
+            "init_from": {"stage": "first"},
+        },
+    }
+    sweep.write_text(yaml.safe_dump({"name": "lambdas", "stages": stages}, sort_keys=False))
+    folder = Path(box.tucodec("sweep", "plan", sweep))
+    plan = Plan.open(box.work / folder)
+    assert {row["state"] for row in rows(box, plan).values()} == {"planned"}
+    box.call("sbatch", "--wait", "--output=planner.log", "slurm/sweep_lambdas.sh", sweep)
+    states = {name: row["state"] for name, row in rows(box, plan).items()}
+    assert states["first-0"] in ("pending", "running", "complete")
+    assert states["lambdas-4"] == "waiting" or states["first-0"] == "complete"
+
+    # Submitting again adds nothing to what is in the queue.
+    assert len(box.queue(plan)) == 6
+    box.tucodec("sweep", "submit", folder)
+    assert len(box.queue(plan)) == 6
+
+    seen = set()
+
+    def complete() -> bool:
+        found = rows(box, plan)
+        seen.update(str(row["state"]) for row in found.values())
+        assert not {"failed", "lost"} & seen, found
+        return all(row["state"] == "complete" for row in found.values())
+
+    wait_for("the sweep", complete, 2.0)
+    assert "running" in seen
+    return plan
+
+
+def test_five_tasks_with_ddp_complete_in_the_order_of_lambda(box: Box, swept: Plan) -> None:
+    found = [row for name, row in rows(box, swept).items() if name.startswith("lambdas")]
+    assert [row["label"] for row in found] == [{"model.lmbda": value} for value in LAMBDAS]
+    assert [(row["step"], row["steps"], row["restarts"]) for row in found] == [(STEPS, STEPS, 0)] * 5
+    rates = [row["bpp"] for row in found]
+    assert rates == sorted(rates), rates
+    assert len(set(rates)) == 5
+    for task in swept.tasks.values():
+        log = swept.file("logs", task, ".log").read_text()
+        assert "GLOBAL_RANK: 1, MEMBER: 2/2" in log
+    table = box.tucodec("sweep", "status", swept.folder)
+    assert f"{STEPS}/{STEPS}" in table
+    assert "nothing to submit" in box.call(
+        "bash", "-c", f"bash slurm/sweep_lambdas.sh {box.work}/lambdas.yaml 2>&1"
+    )
+
+
+def test_hit_by_everything_it_ends_to_the_bit_as_if_it_had_not_been(
+    box: Box, swept: Plan, tmp_path: Path
+) -> None:
+    """Time limit, requeue, preemption, killed rank, job and node, full disk, damaged checkpoint, one after another."""
+    straight = swept.run_folder(swept.task("lambdas-2"))
+    assert straight is not None
+    config = swept.file("configs", swept.task("lambdas-2"), ".yaml")
+    with small_disk(tmp_path / "disk") as disk:
+        subject = Subject(box, "hit", config, disk)
+        assert subject.run.name == straight.name
+        endure(subject, list(HITS), random.Random("slice"))
+        assert len(subject.events("start")) > len(HITS)
+        assert difference(straight, subject.run) == ""
+
+
+def test_a_task_that_cannot_work_is_shown_and_retried(box: Box, box_recipe: Path) -> None:
+    sweep = box.work / "broken.yaml"
+    stages = {
+        "one": {"config": str(box_recipe), "set": {"model.preset": "huge", "trainer.max_steps": 2}},
+        "two": {"config": str(box_recipe), "init_from": {"stage": "one"}},
+    }
+    sweep.write_text(yaml.safe_dump({"name": "broken", "stages": stages}, sort_keys=False))
+    plan = Plan.open(box.work / box.tucodec("sweep", "submit", sweep))
+    wait_for("the end", lambda: not box.queue(plan), 1.0)
+    found = rows(box, plan)
+    assert found["one-0"]["state"] == "failed"
+    assert "huge" in str(found["one-0"]["note"])
+    assert found["two-0"]["state"] == "planned"  # its job was never started, and is gone
+    box.tucodec("sweep", "retry", plan.folder, "one-0")
+    assert list(box.queue(plan)) == ["one-0"]
+    box.call("scancel", box.queue(plan)["one-0"].array)
+    wait_for("the end", lambda: not box.queue(plan), 0.5)
+
+
+def test_two_clusters_side_by_side_leave_nothing_behind(tmp_path: Path) -> None:
+    why = missing_programs()
+    if why:
+        pytest.skip(why)
+    first, second = Box(tmp_path / "a", 1), Box(tmp_path / "b", 3)
+    try:
+        assert first.call("sinfo", "--noheader", "--partition=normal", "--format=%D") == "1"
+        assert second.call("sinfo", "--noheader", "--partition=normal", "--format=%D") == "3"
+        third = subprocess.run(
+            [REPOSITORY / "slurm" / "localcluster" / "start.sh", first.cluster],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert third.returncode == 1
+        assert "is not empty" in third.stderr
+        second.call("sbatch", "--nodes=3", "--output=/dev/null", "--wrap", "srun sleep 1000")
+        wait_for("the job", lambda: len(second.processes()) > 3)
+    finally:
+        first.stop()
+        second.stop()
+    assert not first.cluster.exists()
+    assert not second.cluster.exists()
+    assert not second.processes()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and os.path.exists(entry / "cmdline"):
+            assert str(tmp_path) not in (entry / "cmdline").read_text(errors="replace")
