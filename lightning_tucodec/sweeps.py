@@ -577,7 +577,7 @@ def _newest(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
 
 
 def _last_error(plan: Plan, task: Task) -> str:
-    """What the run's manifest says of its last attempt, else the last line of the log that tells of an error."""
+    """What the manifest says of the last attempt, else the log's last line about an error."""
     folder = plan.run_folder(task)
     if folder is not None and (folder / "manifest.json").exists():
         entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("attempts")
