@@ -19,7 +19,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck -x $(wildcard slurm/*.sh slurm/localcluster/*.sh) .ci/run
+	$(BIN)/shellcheck -x $(wildcard slurm/*.sh slurm/localcluster/*.sh experiments/*/*.sh) .ci/run
 
 # Long proofs: seeded, resumable; their counts go to docs/campaigns.json.
 campaign: $(VENV)/installed

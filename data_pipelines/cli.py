@@ -17,7 +17,12 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-size", type=int, default=1024, metavar="N", help="patches a shard (default 1024)")
     add("--seed", type=int, default=0, metavar="K", help="places, choice and order (default 0)")
     add("--workers", type=int, default=_cores(), metavar="W", help="processes (default: all cores)")
-    add("--part", type=_part, metavar="I/N", help="do only share I (from 1) of N; see docs/data.md")
+    add(
+        "--part",
+        type=part_argument,
+        metavar="I/N",
+        help="do only share I (from 1) of N; see docs/data.md",
+    )
     add("--format", choices=("webp", "png", "raw"), default="webp", help="default: lossless webp")
     add("--long-edge", type=int, default=2000, metavar="N", help="scale down to this first (2000)")
     add("--scales", type=_scales, default=(1.0,), metavar="S,...", help="also cut at these scales")
@@ -121,7 +126,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _part(text: str) -> tuple[int, int]:
+def part_argument(text: str) -> tuple[int, int]:
+    """`i/n` as two numbers."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n, such as 1/8")

@@ -132,6 +132,8 @@ def _register_evaluate(subparsers: Any) -> None:
 
 
 def _register_allocate(subparsers: Any) -> None:
+    from data_pipelines.cli import part_argument
+
     def run(arguments: argparse.Namespace) -> int:
         from lightning_tucodec.submission import run_allocate
 
@@ -143,19 +145,23 @@ def _register_allocate(subparsers: Any) -> None:
         run,
         "code a set under one budget: the best candidate for each image",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE|DIR")
-    parser.add_argument(
-        "--candidate", nargs="+", required=True, metavar="SPEC", help="as --codec of evaluate"
-    )
-    parser.add_argument("-o", "--out", required=True, metavar="DIR")
-    parser.add_argument("--maximise", choices=("psnr", "ms-ssim"), help="else bytes are minimised")
-    parser.add_argument("--max-bpp", type=float)
-    parser.add_argument("--max-bytes", type=int)
-    parser.add_argument("--min-psnr", type=float, metavar="DB", help="pooled over the set")
-    parser.add_argument("--min-ms-ssim", type=float, help="weighted by pixels")
-    parser.add_argument("--max-decode-seconds", type=float, help="for the whole set")
-    parser.add_argument("--workers", type=int, help="codings at a time; all processors by default")
-    parser.add_argument("--json", action="store_true")
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE|DIR")
+    add("--candidate", nargs="+", required=True, metavar="SPEC", help="as --codec of evaluate")
+    add("-o", "--out", required=True, metavar="DIR")
+    add("--maximise", choices=("psnr", "ms-ssim"), help="else bytes are minimised")
+    add("--max-bpp", type=float)
+    add("--max-bytes", type=int)
+    add("--min-psnr", type=float, metavar="DB", help="pooled over the set")
+    add("--min-ms-ssim", type=float, help="weighted by pixels")
+    add("--max-decode-seconds", type=float, help="for the whole set")
+    add("--workers", type=int, help="codings at a time; all processors by default")
+    add("--part", type=part_argument, metavar="I/N",
+        help="only code share I (from 1) of N, and choose nothing")  # fmt: skip
+    add("--slurm", type=int, metavar="N", help="code in a Slurm array of N jobs and choose in a "
+        "last one; options of sbatch come from SBATCH_* variables")  # fmt: skip
+    add("--dry-run", action="store_true", help="with --slurm: print the commands of sbatch")
+    add("--json", action="store_true")
 
 
 def _register_bench(subparsers: Any) -> None:
@@ -223,20 +229,33 @@ def _register_bench(subparsers: Any) -> None:
 
 def _register_clic(subparsers: Any) -> None:
     def run(arguments: argparse.Namespace) -> int:
-        from lightning_tucodec import submission
+        from lightning_tucodec import clic, submission
 
-        run_command = {"verify": submission.run_verify, "decode": submission.run_decode}
+        run_command = {
+            "verify": clic.run_verify,
+            "compare": clic.run_compare,
+            "check": clic.run_check,
+            "decode": submission.run_decode,
+        }
         return run_command[arguments.clic_command](arguments)
 
     family = subparsers.add_parser("clic", help="decode and verify what `allocate` has written")
     commands = family.add_subparsers(dest="clic_command", metavar="COMMAND", required=True)
     verify = _command(commands, "verify", run, "decode a submission and measure everything anew")
     verify.add_argument("submission", metavar="DIR")
-    verify.add_argument("--originals", nargs="+", required=True, metavar="IMAGE|DIR")
-    verify.add_argument("--json", action="store_true")
+    compare = _command(
+        commands, "compare", run, "verify submissions; their numbers beside Tucodec's of 2019"
+    )
+    compare.add_argument("submission", metavar="DIR", nargs="+")
+    check = _command(commands, "check", run, "count: are these CLIC 2019's validation images?")
+    check.add_argument("images", metavar="IMAGE|DIR", nargs="+")
     decode = _command(commands, "decode", run, "decode a submission to PNG files")
     decode.add_argument("submission", metavar="DIR")
     decode.add_argument("-o", "--out", required=True, metavar="DIR")
+    for command in (verify, compare):
+        command.add_argument("--originals", nargs="+", required=True, metavar="IMAGE|DIR")
+    for command in (verify, compare, decode):
+        command.add_argument("--json", action="store_true")
 
 
 def _register_sweep(subparsers: Any) -> None:

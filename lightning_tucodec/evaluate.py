@@ -105,13 +105,29 @@ def measure_back(codec: ImageCodec, image: NDArray[np.uint8], data: bytes) -> Ro
     Raises:
         TucodecError: the codec cannot decode the file, or to another size.
     """
+    started = time.perf_counter()
+    back = codec.decode(data)
+    seconds = time.perf_counter() - started
+    return {
+        **compare(image, back, len(data)),
+        "decode_seconds": seconds,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def compare(image: NDArray[np.uint8], back: NDArray[np.uint8], size: int) -> Row:
+    """Rate and quality of a decoded image whose coded file had `size` bytes.
+
+    Returns:
+        The entries of `measure_back` but `decode_seconds` and `sha256`.
+
+    Raises:
+        ConfigError: the sizes differ.
+    """
     import torch
 
     from lightning_tucodec import metrics
 
-    started = time.perf_counter()
-    back = codec.decode(data)
-    decoded = time.perf_counter()
     if back.shape != image.shape:
         raise ConfigError(f"decoded to {back.shape}, where the original is {image.shape}")
     height, width = image.shape[:2]
@@ -126,8 +142,8 @@ def measure_back(codec: ImageCodec, image: NDArray[np.uint8], data: bytes) -> Ro
     return {
         "width": width,
         "height": height,
-        "bytes": len(data),
-        "bpp": metrics.bits_per_pixel(len(data), height * width),
+        "bytes": size,
+        "bpp": metrics.bits_per_pixel(size, height * width),
         "sse": error,
         "sse_y": luma_error,
         "psnr": metrics.psnr_from_sse(error, image.size),
@@ -135,9 +151,23 @@ def measure_back(codec: ImageCodec, image: NDArray[np.uint8], data: bytes) -> Ro
         "ms_ssim": similarity,
         "ms_ssim_db": None if similarity is None else metrics.ms_ssim_db(similarity),
         "ms_ssim_scales": scales,
-        "decode_seconds": decoded - started,
-        "sha256": hashlib.sha256(data).hexdigest(),
     }
+
+
+@dataclass(frozen=True)
+class Part:
+    """Share `index` (from 1) of `count` shares of numbered jobs."""
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.index <= self.count:
+            raise ConfigError(f"part {self.index}/{self.count}: there are parts 1 to {self.count}")
+
+    def holds(self, number: int) -> bool:
+        """Whether a job is of this share; a codec's jobs are numbered together, so all cost alike."""
+        return number % self.count == self.index - 1
 
 
 @dataclass(frozen=True)
@@ -155,6 +185,8 @@ def evaluate(
     rows_file: Path,
     workers: int | None = None,
     keep: Path | None = None,
+    part: Part | None = None,
+    others: Iterable[Path] = (),
 ) -> list[Row]:
     """Measure every image under every codec, continuing what `rows_file` already holds.
 
@@ -164,9 +196,11 @@ def evaluate(
         rows_file: JSON lines; measurements are appended as they finish.
         workers: codings at a time; the number of processors when None.
         keep: folder for the coded files, `<sha256 of the file>.bin`.
+        part: only this share of the work, for several machines.
+        others: more files of rows, which are only read.
 
     Returns:
-        One row a pair, images outermost, in the order given: the entries of `measure` with
+        One row a pair (of the share), images outermost, in the order given: the entries of `measure` with
         `image`, `codec` and, for codecs behind our 4:2:0 conversion, `ceiling_psnr`.
 
     Raises:
@@ -177,7 +211,14 @@ def evaluate(
     if len(described) < len(codecs):
         raise ConfigError("a codec is given twice")
     known = _read_rows(rows_file)
-    jobs = [_Job(path, codec, described[codec.name]) for path in images for codec in codecs]
+    for path in others:
+        known.update(_read_rows(path))
+    jobs = [
+        _Job(path, codec, described[codec.name])
+        for i, path in enumerate(images)
+        for j, codec in enumerate(codecs)
+        if part is None or part.holds(j * len(images) + i)
+    ]
     # Threads serve: coders are other processes or release the interpreter's lock.
     workers = workers or len(os.sched_getaffinity(0))
     load = functools.lru_cache(maxsize=workers + 1)(_load)

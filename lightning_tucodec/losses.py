@@ -7,7 +7,8 @@
 bpp always counts the pixels of the image as it was before any padding.
 """
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -29,15 +30,30 @@ class RateDistortion(NamedTuple):
     bpp_z: Tensor
 
 
-class RateDistortionLoss(Protocol):
+class RateDistortionLoss(ABC):
     """What a recipe minimises; `convention` is printed in every report."""
 
-    lmbda: float
-    convention: str
-    min_crop: int
+    convention: ClassVar[str]
+    min_crop: ClassVar[int]
+
+    def __init__(self, lmbda: float) -> None:
+        self.lmbda = lmbda
 
     def __call__(self, output: CodecOutput, x: Tensor) -> RateDistortion:
         """Loss of a batch; `x` is N×3×H×W in [0, 1]."""
+        bpp_y, bpp_z = _rate(output, x)
+        mse = _mse(output.x_hat, x)
+        distortion = self.distortion(output.x_hat, x)
+        loss = self.total(distortion, bpp_y + bpp_z)
+        return RateDistortion(loss, distortion, mse, bpp_y, bpp_z)
+
+    @abstractmethod
+    def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """D of a batch, a scalar; both N×3×H×W in [0, 1]."""
+
+    @abstractmethod
+    def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
+        """The weighted sum that is minimised."""
 
 
 def _rate(output: CodecOutput, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,39 +62,39 @@ def _rate(output: CodecOutput, x: Tensor) -> tuple[Tensor, Tensor]:
     return bits_y.mean() / pixels, bits_z.mean() / pixels
 
 
-class MSERateLoss:
+def _mse(x_hat: Tensor, x: Tensor) -> Tensor:
+    return (x_hat.float() - x.float()).square().mean()
+
+
+class MSERateLoss(RateDistortionLoss):
     """λ·MSE + bpp."""
 
     convention = "lambda * MSE + bpp, MSE on [0, 1]"
     min_crop = 16
 
-    def __init__(self, lmbda: float) -> None:
-        self.lmbda = lmbda
+    def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Mean squared error."""
+        return _mse(x_hat, x)
 
-    def __call__(self, output: CodecOutput, x: Tensor) -> RateDistortion:
-        """Loss of a batch; `x` is N×3×H×W in [0, 1]."""
-        bpp_y, bpp_z = _rate(output, x)
-        mse = (output.x_hat.float() - x.float()).square().mean()
-        return RateDistortion(self.lmbda * mse + bpp_y + bpp_z, mse, mse, bpp_y, bpp_z)
+    def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
+        """λ·D + bpp."""
+        return self.lmbda * distortion + bpp
 
 
-class MSSSIMRateLoss:
+class MSSSIMRateLoss(RateDistortionLoss):
     """0.2·MSE + 0.8·(1 − MS-SSIM) + λ·bpp."""
 
     convention = "0.2 * MSE + 0.8 * (1 - MS-SSIM) + lambda * bpp, on [0, 1]"
     min_crop = MIN_MS_SSIM_SIDE
 
-    def __init__(self, lmbda: float) -> None:
-        self.lmbda = lmbda
+    def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """0.2·MSE + 0.8·(1 − MS-SSIM), sides ≥ 11 (the recipe's crops: ≥ 176)."""
+        similarity = ms_ssim(x_hat.float(), x.float()).mean()
+        return 0.2 * _mse(x_hat, x) + 0.8 * (1 - similarity)
 
-    def __call__(self, output: CodecOutput, x: Tensor) -> RateDistortion:
-        """Loss of a batch; `x` is N×3×H×W in [0, 1], sides ≥ 176."""
-        bpp_y, bpp_z = _rate(output, x)
-        x_hat, x = output.x_hat.float(), x.float()
-        mse = (x_hat - x).square().mean()
-        distortion = 0.2 * mse + 0.8 * (1 - ms_ssim(x_hat, x).mean())
-        loss = distortion + self.lmbda * (bpp_y + bpp_z)
-        return RateDistortion(loss, distortion, mse, bpp_y, bpp_z)
+    def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
+        """D + λ·bpp."""
+        return distortion + self.lmbda * bpp
 
 
 def make_loss(recipe: str, lmbda: float) -> RateDistortionLoss:
@@ -87,7 +103,7 @@ def make_loss(recipe: str, lmbda: float) -> RateDistortionLoss:
     Raises:
         ConfigError: another name, or λ is not positive.
     """
-    losses: dict[str, type[MSERateLoss | MSSSIMRateLoss]] = {
+    losses: dict[str, type[RateDistortionLoss]] = {
         "transparent": MSERateLoss,
         "ssim": MSSSIMRateLoss,
     }

@@ -1,46 +1,58 @@
-"""A set coded under one budget, as CLIC takes it: choose, write, decode and verify.
+"""A set coded under one budget, as CLIC takes it: choose, write and decode.
 
     submission/
         manifest.json     image, candidate, file, bytes and hashes of each; limits and totals
         streams/<n>.bin   the coded files, as the candidates' codecs wrote them
+        models/<id>.safetensors   the learned models that the streams need
+        decode            one command: everything to PNG files, without a network
 
 The rate that counts is the streams' bytes. Coded candidates and their measurements stay in a folder
-beside (`<submission>-candidates`), so that a stopped run continues and another budget costs only the
-choice.
+beside (`<submission>-candidates`), so that a stopped run continues, several machines share the work,
+and another budget costs only the choice.
 """
 
 import argparse
 import hashlib
 import json
 import math
+import shlex
 import shutil
+import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from lightning_tucodec.allocation import Allocation, Quantity, allocate
-from lightning_tucodec.codecs.registry import codec
-from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.codecs.base import ImageCodec
+from lightning_tucodec.codecs.registry import codec, model_of
+from lightning_tucodec.errors import ConfigError, ExternalToolError, TucodecError
 from lightning_tucodec.evaluate import (
+    Part,
     Row,
     allocation_table,
     evaluate,
     find_images,
     finite,
-    measure_back,
 )
 from lightning_tucodec.files import atomic_write
-from lightning_tucodec.images import read_image, write_png
+from lightning_tucodec.images import write_png
 
-FORMAT = "tucodec-submission-1"
-_MANIFEST = "manifest.json"
+FORMAT = "tucodec-submission-2"
+MANIFEST = "manifest.json"
+
+_DECODE = """\
+#!/bin/sh
+# Decodes this submission to PNG files in the folder $1 (default: decoded). Needs the Python package
+# lightning_tucodec and no network.
+exec "${PYTHON:-python3}" -m lightning_tucodec.cli clic decode "$(dirname "$0")" -o "${1:-decoded}"
+"""
 
 
 @dataclass(frozen=True)
@@ -65,9 +77,44 @@ def byte_budget(bpp: float, pixels: int) -> int:
     return math.floor(Fraction(str(bpp)) * pixels / 8)
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Images, codecs and the folder beside the submission where each pair is coded once.
+
+    Attributes:
+        paths: images, no two of one file name without its ending.
+        codecs: the candidates.
+        folder: `rows.jsonl`, those of parts, and `streams/<sha256>.bin`.
+    """
+
+    paths: list[Path]
+    codecs: list[ImageCodec]
+    folder: Path
+
+    @classmethod
+    def of(cls, images: Sequence[str], specifications: Sequence[str], out: Path) -> "Candidates":
+        """Find the images and build the codecs.
+
+        Raises:
+            ConfigError: there is no image, two would be decoded to one name, or a codec is unknown.
+        """
+        paths = find_images(images)
+        twice = [stem for stem, n in Counter(path.stem for path in paths).items() if n > 1]
+        if twice:
+            raise ConfigError(f"two images are called {twice[0]}; rename one")
+        codecs = [codec(text) for text in dict.fromkeys(specifications)]
+        return cls(paths, codecs, out.with_name(out.name + "-candidates"))
+
+    def code(self, workers: int | None, part: Part | None = None) -> list[Row]:
+        """Code and measure what has not been, or the share of it; one row a pair, images outermost."""
+        own = "rows.jsonl" if part is None else f"rows.{part.index}-of-{part.count}.jsonl"
+        others = [path for path in sorted(self.folder.glob("rows*.jsonl")) if path.name != own]
+        streams = self.folder / "streams"
+        return evaluate(self.paths, self.codecs, self.folder / own, workers, streams, part, others)
+
+
 def build(
-    images: Sequence[str],
-    candidates: Sequence[str],
+    candidates: Candidates,
     out: Path,
     minimise: Quantity,
     limits: Limits,
@@ -77,8 +124,7 @@ def build(
     """Code every image with every candidate, choose, and write the submission.
 
     Args:
-        images: files and folders.
-        candidates: codec specifications.
+        candidates: what there is to choose from.
         out: the submission's folder; a former submission in it is replaced.
         minimise: `sse` or `ms_ssim` for the best quality, or `bytes`.
         limits: what the set must keep to.
@@ -89,40 +135,54 @@ def build(
         ConfigError: no choice keeps to the limits, or the folder holds something else.
         TucodecError: an image cannot be read or coded.
     """
-    if out.exists() and any(out.iterdir()) and not (out / _MANIFEST).exists():
+    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).exists():
         raise ConfigError(f"{out} holds something else than a submission; name a new folder")
-    paths = find_images(images)
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        raise ConfigError("two images have one file name; rename one")
-    codecs = [codec(text) for text in dict.fromkeys(candidates)]
-    beside = out.with_name(out.name + "-candidates")
-    rows = evaluate(paths, codecs, beside / "rows.jsonl", workers, beside / "streams")
+    rows = candidates.code(workers)
     table = allocation_table(rows)
     if max_bpp is not None:
         limits = replace(limits, max_bytes=byte_budget(max_bpp, int(table.pixels.sum())))
     best = allocate(table, minimise, **asdict(limits))
+    codecs = candidates.codecs
     chosen = [rows[i * len(codecs) + int(j)] for i, j in enumerate(best.choice)]
-    shutil.rmtree(out, ignore_errors=True)
-    (out / "streams").mkdir(parents=True)
+    new = out.with_name(f".{out.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    for folder in ("streams", "models"):
+        (new / folder).mkdir(parents=True)
     entries = []
     for index, row in enumerate(chosen):
         file = f"streams/{index}.bin"
-        shutil.copyfile(beside / "streams" / f"{row['sha256']}.bin", out / file)
+        shutil.copyfile(candidates.folder / "streams" / f"{row['sha256']}.bin", new / file)
         keys = ("image", "codec", "width", "height", "bytes", "sse", "ms_ssim", "sha256")
         entries.append({"file": file, **{key: row[key] for key in keys}})
     used = {row["codec"] for row in chosen}
+    described = {}
+    models: dict[str, dict[str, Any]] = {}
+    for coder in codecs:
+        if coder.name not in used:
+            continue
+        described[coder.name] = coder.describe()
+        if model := model_of(coder):
+            file = f"models/{model.id.hex()}.safetensors"
+            model.save(new / file)
+            data = (new / file).read_bytes()
+            models[file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            described[coder.name]["model"] = file
     content = {
         "format": FORMAT,
         "minimised": minimise,
         "limits": asdict(limits),
         "totals": finite(summary(best)),
-        "codecs": {coder.name: coder.describe() for coder in codecs if coder.name in used},
+        "codecs": described,
+        "models": models,
         "images": entries,
     }
-    with atomic_write(out / _MANIFEST, "w") as stream:
+    (new / "decode").write_text(_DECODE, encoding="utf-8")
+    (new / "decode").chmod(0o755)
+    with atomic_write(new / MANIFEST, "w") as stream:
         json.dump(content, stream, indent=1)
         stream.write("\n")
+    shutil.rmtree(out, ignore_errors=True)
+    new.rename(out)
     return best
 
 
@@ -141,162 +201,67 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ConfigError: there is none, or it is not one.
     """
     try:
-        content: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}")
         for entry in content["images"]:
-            if Path(entry["file"]).is_absolute() or ".." in Path(entry["file"]).parts:
-                raise ValueError(f"file {entry['file']}")
+            described = content["codecs"][entry["codec"]]
+            for file in (entry["file"], described.get("model", "models"), *content["models"]):
+                if Path(file).is_absolute() or ".." in Path(file).parts:
+                    raise ValueError(f"file {file}")
     except OSError as error:
-        raise ConfigError(f"{folder / _MANIFEST}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / MANIFEST}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{folder / _MANIFEST}: not the manifest of a submission ({error})"
+            f"{folder / MANIFEST}: not the manifest of a submission ({error})"
         ) from None
     return content
 
 
-def decode(folder: Path, out: Path) -> None:
+def decode(folder: Path, out: Path) -> Iterator[dict[str, Any]]:
     """Decode a submission to PNG files; needs nothing but the folder and this package.
 
-    Raises:
-        TucodecError: the manifest or a stream is damaged; names the file.
-    """
-    for entry in tqdm(read_manifest(folder)["images"], "decode", disable=None):
-        try:
-            image = codec(entry["codec"]).decode(_stream(folder, entry))
-        except TucodecError as error:
-            raise type(error)(f"{folder / entry['file']}: {error}") from error
-        write_png(out / f"{Path(entry['image']).stem}.png", image)
+    A stream that cannot be decoded does not stop the others.
 
-
-def verify(folder: Path, originals: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Decode everything and measure it anew; believes nothing that the manifest says.
-
-    Args:
-        folder: the submission.
-        originals: files and folders that hold the images.
-
-    Returns:
-        The measured totals (`bytes, bpp, psnr, ms_ssim, decode_seconds`) and what is wrong, a line
-        each: damaged or exchanged streams, values that differ from the manifest's, missed limits.
+    Yields:
+        For every image `file`, `image` and `seconds`, or `error`.
 
     Raises:
-        ConfigError: there is no readable manifest, or an original is missing.
+        ConfigError: there is no readable manifest.
     """
     manifest = read_manifest(folder)
-    paths = {path.name: path for path in find_images(originals)}
-    wrong: list[str] = []
-    rows: list[Row] = []
-    for entry in tqdm(manifest["images"], "verify", disable=None):
-        name = entry["image"]
-        if name not in paths:
-            raise ConfigError(f"the original {name} is missing")
+    decoders: dict[str, ImageCodec] = {}
+    for entry in manifest["images"]:
+        row = {"file": entry["file"], "image": entry["image"]}
+        name = entry["codec"]
         try:
-            data = _stream(folder, entry)
-            row = measure_back(codec(entry["codec"]), read_image(paths[name]), data)
+            data = stream_of(folder, entry)
+            if name not in decoders:
+                decoders[name] = _decoder(folder, name, manifest["codecs"][name])
+            started = time.perf_counter()
+            image = decoders[name].decode(data)
+            seconds = time.perf_counter() - started
+            write_png(out / png_name(entry), image)
+            yield {**row, "seconds": seconds}
         except TucodecError as error:
-            wrong.append(f"{entry['file']} ({name}): {error}")
-            continue
-        rows.append(row)
-        wrong += [
-            f"{entry['file']} ({name}): {key} is {row[key]}, not {entry[key]}"
-            for key in ("bytes", "sha256", "width", "height", "sse")
-            if row[key] != entry[key]
-        ]
-        if abs(row["ms_ssim"] - entry["ms_ssim"]) > 1e-6:
-            text = f"MS-SSIM is {row['ms_ssim']:.6f}, not {entry['ms_ssim']:.6f}"
-            wrong.append(f"{entry['file']} ({name}): {text}")
-    listed = {entry["file"] for entry in manifest["images"]}
-    present = {str(path.relative_to(folder)) for path in (folder / "streams").rglob("*")}
-    wrong += [f"{file}: not in the manifest" for file in sorted(present - listed)]
-    missing = set(paths) - {entry["image"] for entry in manifest["images"]}
-    wrong += [f"{name}: has no stream" for name in sorted(missing)]
-    if not rows:
-        return {}, wrong
-    table = allocation_table([{**row, "image": i, "codec": ""} for i, row in enumerate(rows)])
-    totals = {
-        "bytes": int(table.bytes.sum()),
-        "bpp": 8 * int(table.bytes.sum()) / int(table.pixels.sum()),
-        "psnr": _pooled(int(table.sse.sum()), int(table.pixels.sum())),
-        "ms_ssim": float(np.average(table.ms_ssim[:, 0], weights=table.pixels)),
-        "decode_seconds": math.fsum(row["decode_seconds"] for row in rows),
-    }
-    limits = Limits(**manifest["limits"])
-    quantities: dict[Quantity, float | None] = {
-        "bytes": limits.max_bytes,
-        "sse": limits.min_psnr,
-        "ms_ssim": limits.min_ms_ssim,
-        "seconds": limits.max_seconds,
-    }
-    for quantity, value in quantities.items():
-        if value is not None:
-            total, limit = int(table.amounts(quantity).sum()), table.limit(quantity, value)
-            if total > limit:
-                wrong.append(f"the limit on {quantity} is missed: {total} against {limit}")
-    for key in ("bytes", "bpp", "psnr", "ms_ssim"):
-        told = manifest["totals"][key]
-        if not math.isclose(totals[key], math.inf if told is None else told, rel_tol=1e-6):
-            wrong.append(f"in total {key} is {totals[key]}, not {manifest['totals'][key]}")
-    return totals, wrong
+            yield {**row, "error": str(error)}
 
 
-def run_allocate(arguments: argparse.Namespace) -> int:
-    """`tucodec allocate`."""
-    minimise: Quantity = "bytes"
-    if arguments.maximise:
-        minimise = "sse" if arguments.maximise == "psnr" else "ms_ssim"
-    limits = Limits(
-        arguments.max_bytes,
-        arguments.min_psnr,
-        arguments.min_ms_ssim,
-        arguments.max_decode_seconds,
-    )
-    if arguments.max_bpp is not None and arguments.max_bytes is not None:
-        raise ConfigError("give --max-bpp or --max-bytes, not both")
-    if arguments.max_bpp is None and not any(v is not None for v in asdict(limits).values()):
-        raise ConfigError("without a limit there is nothing to allocate: --max-bpp, --min-psnr, …")
-    best = build(
-        arguments.images,
-        arguments.candidate,
-        Path(arguments.out),
-        minimise,
-        limits,
-        arguments.max_bpp,
-        arguments.workers,
-    )
-    if arguments.json:
-        print(json.dumps(finite(summary(best))))
-        return 0
-    used = Counter(entry["codec"] for entry in read_manifest(Path(arguments.out))["images"])
-    for name, count in used.most_common():
-        print(f"{count:6d} × {name}")
-    print(
-        f"{best.bytes} bytes, {best.bpp:.5f} bpp, {best.psnr:.3f} dB, MS-SSIM {best.ms_ssim:.5f}; "
-        f"at most {best.gap:.2g} from the optimum ({best.method})"
-    )
-    return 0
+def png_name(entry: dict[str, Any]) -> str:
+    """What a manifest's image is decoded to."""
+    return f"{Path(entry['image']).stem}.png"
 
 
-def run_decode(arguments: argparse.Namespace) -> int:
-    """`tucodec clic decode`."""
-    decode(Path(arguments.submission), Path(arguments.out))
-    return 0
+def _decoder(folder: Path, name: str, described: dict[str, Any]) -> ImageCodec:
+    """The codec that decodes; a learned one from the file in the submission and nowhere else."""
+    if "model" not in described:
+        return codec(name)
+    from lightning_tucodec.codecs.models import load
+
+    return load(folder / described["model"])
 
 
-def run_verify(arguments: argparse.Namespace) -> int:
-    """`tucodec clic verify`: status 1 when anything is wrong, a line each on stderr."""
-    totals, wrong = verify(Path(arguments.submission), arguments.originals)
-    if arguments.json:
-        print(json.dumps(finite({**totals, "wrong": wrong})))
-    elif totals:
-        print(", ".join(f"{key} {value:.6g}" for key, value in totals.items()))
-    for line in wrong:
-        print(f"tucodec: {arguments.submission}: {line}", file=sys.stderr)
-    return 1 if wrong else 0
-
-
-def _stream(folder: Path, entry: dict[str, Any]) -> bytes:
+def stream_of(folder: Path, entry: dict[str, Any]) -> bytes:
     """One coded file, checked against its hash.
 
     Raises:
@@ -311,5 +276,112 @@ def _stream(folder: Path, entry: dict[str, Any]) -> bytes:
     return data
 
 
-def _pooled(error: int, pixels: int) -> float:
-    return math.inf if error == 0 else 10 * math.log10(255**2 * 3 * pixels / error)
+def run_allocate(arguments: argparse.Namespace) -> int:
+    """`tucodec allocate`."""
+    out = Path(arguments.out)
+    candidates = Candidates.of(arguments.images, arguments.candidate, out)
+    if arguments.part:
+        part = Part(*arguments.part)
+        coded = candidates.code(arguments.workers, part)
+        print(f"part {part.index}/{part.count}: {len(coded)} codings done")
+        return 0
+    limits = Limits(
+        arguments.max_bytes,
+        arguments.min_psnr,
+        arguments.min_ms_ssim,
+        arguments.max_decode_seconds,
+    )
+    if arguments.max_bpp is not None and arguments.max_bytes is not None:
+        raise ConfigError("give --max-bpp or --max-bytes, not both")
+    if arguments.max_bpp is None and not any(v is not None for v in asdict(limits).values()):
+        raise ConfigError("without a limit there is nothing to allocate: --max-bpp, --min-psnr, …")
+    if arguments.slurm is not None:
+        _submit(arguments, candidates)
+        return 0
+    if arguments.dry_run:
+        raise ConfigError("--dry-run belongs to --slurm")
+    minimise: Quantity = "bytes"
+    if arguments.maximise:
+        minimise = "sse" if arguments.maximise == "psnr" else "ms_ssim"
+    best = build(candidates, out, minimise, limits, arguments.max_bpp, arguments.workers)
+    if arguments.json:
+        print(json.dumps(finite(summary(best))))
+        return 0
+    entries = read_manifest(out)["images"]
+    for name, count in Counter(entry["codec"] for entry in entries).most_common():
+        size = sum(entry["bytes"] for entry in entries if entry["codec"] == name)
+        print(f"{count:6d} × {name} ({100 * size / best.bytes:.1f} % of the bytes)")
+    print(
+        f"{best.bytes} bytes, {best.bpp:.5f} bpp, {best.psnr:.3f} dB, MS-SSIM {best.ms_ssim:.5f}; "
+        f"at most {best.gap:.2g} from the optimum ({best.method})"
+    )
+    return 0
+
+
+def _submit(arguments: argparse.Namespace, candidates: Candidates) -> None:
+    """Array and last job to Slurm, or their commands to stdout.
+
+    The last job does whatever a lost element of the array has left, so it waits for the array's end and
+    not for its success.
+    """
+    count: int = arguments.slurm
+    if count < 1:
+        raise ConfigError(f"--slurm {count}: an array has at least one job")
+    words = [sys.executable, "-m", "lightning_tucodec.cli", "allocate", *arguments.images]
+    words += ["--candidate", *arguments.candidate, "-o", arguments.out]
+    if arguments.workers is not None:
+        words += ["--workers", str(arguments.workers)]
+    share = f"{shlex.join(words)} --part $SLURM_ARRAY_TASK_ID/{count}"
+    for key in (
+        "maximise",
+        "max_bpp",
+        "max_bytes",
+        "min_psnr",
+        "min_ms_ssim",
+        "max_decode_seconds",
+    ):
+        value = getattr(arguments, key)
+        if value is not None:
+            words += [f"--{key.replace('_', '-')}", str(value)]
+    log = candidates.folder / "logs" / "%x-%A-%a.log"
+    common = ["sbatch", "--parsable", "--requeue", f"--output={log}"]
+    array = [*common, "--job-name=candidates", f"--array=1-{count}", f"--wrap={share}"]
+    job = "ARRAY" if arguments.dry_run else _sbatch(array, log.parent)
+    last = [*common, "--job-name=allocate", f"--dependency=afterany:{job}"]
+    last.append(f"--wrap={shlex.join([*words, *(['--json'] if arguments.json else [])])}")
+    if arguments.dry_run:
+        print(shlex.join(array), shlex.join(last), sep="\n")
+        return
+    print(f"array {job}, then {_sbatch(last, log.parent)}; logs in {log.parent}")
+
+
+def _sbatch(command: list[str], logs: Path) -> str:
+    """Submit; the job's number.
+
+    Raises:
+        ExternalToolError: there is no sbatch, or it refuses.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ExternalToolError(
+            f"sbatch cannot be run ({error}); --dry-run prints the commands for another machine"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise ExternalToolError(f"sbatch: {' '.join(error.stderr.split())}") from None
+    return done.stdout.strip().partition(";")[0]
+
+
+def run_decode(arguments: argparse.Namespace) -> int:
+    """`tucodec clic decode`: status 1 when a stream could not be decoded, a line each on stderr."""
+    folder, status = Path(arguments.submission), 0
+    total = len(read_manifest(folder)["images"])
+    rows = decode(folder, Path(arguments.out))
+    for row in tqdm(rows, "decode", total, disable=None):
+        if arguments.json:
+            print(json.dumps(row), flush=True)
+        if "error" in row:
+            status = 1
+            tqdm.write(f"tucodec: {folder / row['file']}: {row['error']}", file=sys.stderr)
+    return status

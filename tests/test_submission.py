@@ -1,18 +1,28 @@
 import hashlib
 import json
+import os
+import shlex
 import shutil
+import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage.data import astronaut
 
-from lightning_tucodec import cli
+from lightning_tucodec import cli, clic
+from lightning_tucodec.codecs.model_file import freeze
 from lightning_tucodec.codecs.registry import codec
+from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.submission import byte_budget
+from lightning_tucodec.training.vae import resolve_codec
+from tests.support import MICRO
 
 CANDIDATES = ["jpeg:q=10", "jpeg:q=40", "webp:q=30", "webp:q=80"]
 
@@ -111,6 +121,15 @@ def append_a_byte(folder: Path) -> None:
     edit(folder, lambda m: m["images"][0].update(sha256=digest, bytes=len(data)))
 
 
+def cut_off_a_byte(folder: Path) -> None:
+    data = (folder / "streams/0.bin").read_bytes()[:-1]
+    (folder / "streams/0.bin").write_bytes(data)
+
+
+def hide_a_model(folder: Path) -> None:
+    (folder / "models/more.safetensors").write_bytes(b"bits from elsewhere")
+
+
 def hide_a_file(folder: Path) -> None:
     (folder / "streams/extra.bin").write_bytes(b"bits from elsewhere")
 
@@ -129,6 +148,8 @@ def leave_an_image_out(folder: Path) -> None:
         (lie_about_quality, "in total psnr is"),
         (lie_about_an_image, "streams/2.bin (2.png): sse is"),
         (append_a_byte, "in total bytes is"),
+        (cut_off_a_byte, "streams/0.bin (0.png): is damaged or another file"),
+        (hide_a_model, "models/more.safetensors: not in the manifest"),
         (hide_a_file, "streams/extra.bin: not in the manifest"),
         (leave_an_image_out, "2.png: has no stream"),
     ],
@@ -146,6 +167,116 @@ def test_verify_catches(
     assert message in captured.err
     assert message in "\n".join(json.loads(captured.out)["wrong"])
     assert "Traceback" not in captured.err
+
+
+def test_a_decoder_above_the_limit_is_refused(
+    submission: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert verify(submission, submission) == 0
+    size = json.loads(capsys.readouterr().out)["decoder_bytes"]
+    assert 100_000 < size < clic.MAX_DECODER_BYTES
+    monkeypatch.setattr(clic, "MAX_DECODER_BYTES", size - 1)
+    assert verify(submission, submission) == 1
+    assert f"the decoder has {size} bytes, over {size - 1}" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def learned(submission: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A submission whose streams a learned model and its refining encoder wrote."""
+    folder = tmp_path_factory.mktemp("learned")
+    torch.manual_seed(0)
+    network = TucodecVAE(resolve_codec("tiny", MICRO))
+    model = folder / "micro.safetensors"
+    freeze(network, "micro", {"recipe": "transparent", "lmbda": 100.0}).save(model)
+    photos = str(submission.parent / "photos")
+    words = ["allocate", photos, "--candidate", str(model), f"{model}:effort=1", "--max-bpp", "99"]
+    assert cli.main([*words, "--maximise", "psnr", "-o", str(folder / "submission")]) == 0
+    model.unlink()
+    return folder / "submission"
+
+
+def test_models_travel_with_the_submission(
+    learned: Path, submission: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model lies nowhere else any more, and the process that decodes knows no other folder."""
+    assert verify(learned, submission) == 0
+    totals = json.loads(capsys.readouterr().out)
+    models = list((learned / "models").iterdir())
+    assert len(models) == 1
+    assert totals["decoder_bytes"] > models[0].stat().st_size
+    folder = Path(shutil.copytree(learned, tmp_path / "copy"))
+    data = bytearray(models[0].read_bytes())
+    data[-1] ^= 1
+    (folder / "models" / models[0].name).write_bytes(data)
+    assert verify(folder, submission) == 1
+    assert f"models/{models[0].name}: is damaged or another model" in capsys.readouterr().err
+
+
+def test_the_decode_command_in_the_submission(submission: Path, tmp_path: Path) -> None:
+    script = submission / "decode"
+    assert script.stat().st_mode & stat.S_IXUSR
+    environment = {**os.environ, "PYTHON": sys.executable}
+    subprocess.run([str(script), str(tmp_path)], check=True, env=environment, timeout=300)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
+
+
+def test_compare_puts_tucodecs_entry_beside(
+    submission: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = str(submission.parent / "photos")
+    assert cli.main(["clic", "compare", str(submission), "--originals", photos]) == 0
+    out = capsys.readouterr().out
+    assert "| TucodecPSNR, 2019 | 102 | 251.86 | 4722141 | 0.14999 | 32.520 | 0.9640 |" in out
+    assert "TucodecSSIM" not in out
+    assert "Not comparable" in out
+
+
+def test_the_validation_set_is_known_by_its_pixels(
+    submission: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["clic", "check", str(submission.parent / "photos")]) == 1
+    assert "3 images, 0.04 Mpx" in capsys.readouterr().out
+    assert clic.is_validation_set(102, 251_858_200)
+    assert not clic.is_validation_set(102, 251_860_000)
+    assert not clic.is_validation_set(101, 251_858_200)
+
+
+def test_a_slurm_array_fills_the_cache_that_the_last_job_chooses_from(
+    submission: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What sbatch would run, run by a shell."""
+    photos, out = str(submission.parent / "photos"), tmp_path / "two words"
+    words = ["allocate", photos, "--candidate", *CANDIDATES[:2], "--max-bpp", "0.9", "-o", str(out)]
+    assert cli.main([*words, "--maximise", "psnr", "--slurm", "2", "--dry-run"]) == 0
+    array, last = (shlex.split(line) for line in capsys.readouterr().out.splitlines())
+    assert {"--array=1-2", "--requeue"} <= set(array)
+    assert "--dependency=afterany:ARRAY" in last
+    assert not out.with_name(f"{out.name}-candidates").exists()
+    for command, task in ((array, "1"), (array, "2"), (last, "")):
+        wrapped = command[-1].removeprefix("--wrap=")
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": task}
+        subprocess.run(["sh", "-c", wrapped], check=True, env=environment, timeout=300)
+    beside = out.with_name(f"{out.name}-candidates")
+    lines = {path.name: len(path.read_text().splitlines()) for path in beside.glob("rows*")}
+    assert lines == {"rows.1-of-2.jsonl": 3, "rows.2-of-2.jsonl": 3, "rows.jsonl": 0}
+    assert verify(out, submission) == 0
+
+
+def test_without_slurm_the_command_says_so(
+    submission: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    photos = str(submission.parent / "photos")
+    words = ["allocate", photos, "--candidate", "jpeg:q=5", "-o", str(tmp_path / "s")]
+    assert cli.main([*words, "--max-bpp", "9", "--slurm", "2"]) == 1
+    assert "sbatch cannot be run" in capsys.readouterr().err
+    assert cli.main([*words, "--max-bpp", "9", "--slurm", "0"]) == 1
+    assert "at least one job" in capsys.readouterr().err
+    assert cli.main([*words, "--part", "3/2"]) == 1
+    assert "there are parts 1 to 2" in capsys.readouterr().err
 
 
 def test_another_budget_codes_nothing_again(

@@ -30,6 +30,14 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", required=True, help="a .tuc file, or a folder")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="name or file (%(default)s)")
     _add_device(parser)
+    parser.add_argument(
+        "--effort",
+        type=int,
+        choices=range(10),
+        default=0,
+        metavar="0-9",
+        help="search for symbols that code the image better; each level takes longer (0)",
+    )
     parser.add_argument("--recon", metavar="PNG", help="also write what a decoder will show")
     parser.add_argument("--json", action="store_true", help="one object a file, with quality")
 
@@ -61,6 +69,7 @@ def run_compress(arguments: argparse.Namespace) -> int:
     """Code images; a bad one is named, the others succeed, the status says that one failed."""
     from lightning_tucodec.codecs import pipeline
     from lightning_tucodec.codecs.models import load
+    from lightning_tucodec.codecs.refine import RefinedModel, with_effort
     from lightning_tucodec.codecs.tuc import WHOLE_POSITIONS
     from lightning_tucodec.coding.container import check_size
     from lightning_tucodec.images import read_image, write_png
@@ -68,6 +77,7 @@ def run_compress(arguments: argparse.Namespace) -> int:
     from lightning_tucodec.nn.transforms import STRIDE
 
     model = load(arguments.model, _device(arguments.device))
+    encoder = with_effort(model, arguments.effort)
     jobs = _targets(_images(arguments.images), arguments.out, ".tuc")
     recons = dict(_targets([source for source, _ in jobs], arguments.recon, ".png")
                   if arguments.recon else [])  # fmt: skip
@@ -80,6 +90,8 @@ def run_compress(arguments: argparse.Namespace) -> int:
     def network(images: "Sequence[NDArray[np.uint8]]") -> "list[tuple[Latents, float]]":
         started = time.perf_counter()
         latents = model.analyse_batch(images)
+        if isinstance(encoder, RefinedModel):
+            latents = [encoder.improve(*pair) for pair in zip(images, latents, strict=True)]
         seconds = (time.perf_counter() - started) / len(images)
         return [(one, seconds) for one in latents]
 
@@ -107,7 +119,10 @@ def run_compress(arguments: argparse.Namespace) -> int:
             if source in recons:
                 write_png(recons[source], shown)
             if arguments.json:
-                row["estimated_bits"] = model.estimated_bits(pixels)
+                refined = encoder is not model
+                row["estimated_bits"] = (
+                    model.bits_of(latents) if refined else model.estimated_bits(pixels)
+                )
                 row.update(_quality(pixels, shown))
         return {**row, "seconds": seconds, "model": model.name}
 

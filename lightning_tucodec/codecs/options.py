@@ -22,9 +22,9 @@ class Options:
     def name(self) -> str:
         """The shortest specification of this setting, without what does not change the bytes."""
         given = [
-            f"{field.name}={getattr(self, field.name):{'g' if field.type is float else ''}}"
+            f"{field.name}={value:{'g' if isinstance(value, float) else ''}}"
             for field in dataclasses.fields(self)
-            if field.compare and getattr(self, field.name) != field.default
+            if field.compare and (value := getattr(self, field.name)) != field.default
         ]
         return ":".join([self.codec_name, *filter(None, [",".join(given)])])
 

@@ -4,9 +4,11 @@
 
 Names are those of `CLASSES`, keys the fields of the class: `jpeg:q=30`, `hevc:qp=32,chroma=420`,
 `vvc:qp=37,preset=slow,chroma_qp_offset=-6`. Any other name, or a path to a `.safetensors` file, is
-a learned model's. The shell's braces make a sweep of one:
-`jpeg:q={10,30,50}`.
+a learned model's, with the options of `codecs.refine`: `tiny-mse:effort=5`. The shell's braces make a
+sweep of one: `jpeg:q={10,30,50}`.
 """
+
+from typing import TYPE_CHECKING
 
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.classical import (
@@ -22,6 +24,9 @@ from lightning_tucodec.codecs.classical import (
 from lightning_tucodec.codecs.options import Options
 from lightning_tucodec.codecs.vvc import Vvc
 from lightning_tucodec.errors import ConfigError, UnknownModelError
+
+if TYPE_CHECKING:
+    from lightning_tucodec.codecs.model_file import ModelFile
 
 CLASSES: dict[str, type[Options]] = {
     codec.codec_name: codec
@@ -53,10 +58,23 @@ def codec(specification: str) -> ImageCodec:
     # Only now: a codec that is not learned must not wait for torch.
     from lightning_tucodec.codecs import models
 
-    if options:
-        raise ConfigError(f"{name}: a learned model has no options, and no codec has this name")
     try:
-        return models.load(name)
+        model = models.load(name)
     except UnknownModelError:
         known = ", ".join(sorted(CLASSES))
         raise ConfigError(f"no codec or model is named {name}; codecs: {known}") from None
+    if not options:
+        return model
+    from lightning_tucodec.codecs.refine import RefinedModel, Refinement
+
+    return RefinedModel(model, Refinement.parse(options))
+
+
+def model_of(coder: ImageCodec) -> "ModelFile | None":
+    """The model file that a codec's decoder needs, if it is a learned one."""
+    if type(coder) in CLASSES.values():
+        return None
+    from lightning_tucodec.codecs.refine import RefinedModel
+    from lightning_tucodec.codecs.tuc import TucModel
+
+    return coder.file if isinstance(coder, TucModel | RefinedModel) else None

@@ -159,6 +159,12 @@ class TucModel:
         return self.file.network().to(memory_format=torch.channels_last).to(self.device)
 
     @cached_property
+    def frozen_network(self) -> TucodecVAE:
+        """The same network without gradients of its weights: what only moves latents needs no more."""
+        network = self.file.network().requires_grad_(False)
+        return network.to(memory_format=torch.channels_last).to(self.device)
+
+    @cached_property
     def entropy_model(self) -> wavefront.EntropyModel:
         """The integers that decide bits."""
         return self.file.entropy_model()
@@ -221,11 +227,15 @@ class TucModel:
             for n, indices in enumerate(symbols.cpu().numpy())
         ]
 
+    @cached_property
+    def centres(self) -> Tensor:
+        """The centres as every decoder knows them, float32."""
+        fixed = self.entropy_model.laplace.centres.astype(np.float32)
+        return torch.from_numpy(fixed * np.float32(2.0**-wavefront.FRACTION_BITS)).to(self.device)
+
     def _dequantise(self, y: Tensor) -> Tensor:
         """ŷ, float32 N×M×h×w, of indices N×h×w×M."""
-        centres = self.entropy_model.laplace.centres.astype(np.float32)
-        centres *= np.float32(2.0**-wavefront.FRACTION_BITS)
-        return torch.from_numpy(centres).to(self.device)[y].permute(0, 3, 1, 2)
+        return self.centres[y].permute(0, 3, 1, 2)
 
     def synthesise(self, y: NDArray[np.int32], width: int, height: int) -> NDArray[np.uint8]:
         """The H×W×3 image of the symbols y; what every decoder shows."""
@@ -270,9 +280,16 @@ class TucModel:
         )
         return pack(Container(CodecKind.LEARNED, self.id, width, height, strips))
 
-    def compress(self, image: ImageLike) -> bytes:
-        """The `.tuc` file of an image."""
-        return self.code(as_pixels(image)).data
+    def compress(self, image: ImageLike, effort: int = 0) -> bytes:
+        """The `.tuc` file of an image.
+
+        Args:
+            image: PIL image, or uint8 array or tensor H×W×3.
+            effort: 0 … 9, how much the encoder searches for better symbols (`codecs.refine`).
+        """
+        from lightning_tucodec.codecs.refine import with_effort
+
+        return with_effort(self, effort).code(as_pixels(image)).data
 
     def read(
         self, container: Container, salvage: bool = False
@@ -358,6 +375,22 @@ class TucModel:
         """Bits of the floating-point likelihoods of `forward()`, for an H×W×3 image."""
         _, y, z = self.network.rate(self._latent([pixels]))
         return float(-(y.log2().sum(dtype=torch.float64) + z.log2().sum(dtype=torch.float64)))
+
+    @torch.inference_mode()
+    def bits_of(self, latents: Latents) -> float:
+        """Bits of the floating-point likelihoods of given symbols, as a file of them holds them."""
+        network = self.network
+        y_hat = self._dequantise(torch.from_numpy(latents.y)[None].to(self.device))
+        medians = network.factorized_prior.medians()[:, None, None]
+        bits = 0.0
+        for (top, bottom), z in zip(strip_bounds(*latents.y.shape[:2]), latents.z, strict=True):
+            strip = y_hat[:, :, top:bottom]
+            z_hat = torch.from_numpy(z)[None].to(self.device) + medians
+            _, _, below, above = network.quantizer.assign(strip)
+            y = network.prior(strip, below, above, *network.parameters_of(z_hat, strip))
+            for mass in (y, network.factorized_prior.likelihood(z_hat)):
+                bits -= float(mass.log2().sum(dtype=torch.float64))
+        return bits
 
     # The ImageCodec protocol, so that evaluation and allocation treat this like any other codec.
 

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# TucodecSSIM: the best MS-SSIM at 0.15 bpp from learned models, one for each image.
+#
+#   experiments/clic2019/tucodecssim.sh IMAGES... -o OUT [options of `tucodec allocate`, such as --slurm 50]
+#
+# MODELS  names or files; the paper has five, lambda 0.2 ... 0.6 of experiments/tucodecssim.yaml
+# EFFORT  of the encoder, 0 ... 9
+# LMBDAS  more balances of rate and distortion from each model by its encoder (docs/allocation.md)
+# CANDIDATES  any more, in full
+set -euo pipefail
+# shellcheck source=/dev/null
+. "$(dirname "$0")/candidates.sh"
+add_learned "tiny-mse"
+allocate --max-bpp 0.15 --maximise ms-ssim

@@ -1,0 +1,334 @@
+"""A submission measured as CLIC's server did, and compared with the three entries of 2019.
+
+Nothing that a manifest says is believed: the streams are decoded in a process of its own, without
+the models of this machine and without a network, and the pictures are compared with the originals.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lightning_tucodec.allocation import Quantity
+from lightning_tucodec.codecs import ffmpeg
+from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.evaluate import Row, allocation_table, compare, find_images, finite
+from lightning_tucodec.images import read_image
+from lightning_tucodec.submission import (
+    MANIFEST,
+    Limits,
+    byte_budget,
+    png_name,
+    read_manifest,
+)
+
+MAX_DECODER_BYTES = 500_000_000
+"""CLIC's limit on the decoder."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of Tucodec's entries on the validation set (Zhou et al., CVPRW 2019, Table 1).
+
+    Attributes:
+        psnr: pooled, dB.
+        ms_ssim: of the set.
+        size: bytes in all.
+        seconds: to decode the set, on CLIC's server.
+        minimised: what was driven as far as the limits allow.
+    """
+
+    name: str
+    psnr: float
+    ms_ssim: float
+    size: int
+    seconds: float
+    minimised: Quantity
+
+
+VALIDATION_IMAGES = 102
+VALIDATION_MEGAPIXELS = 251.86
+VALIDATION_BUDGET = 4_722_341
+"""Bytes that CLIC allowed for the validation set at 0.15 bpp; it tells the pixels but for some fifty."""
+
+ENTRIES = (
+    Entry("TucodecSSIM", 29.840, 0.9760, 4_692_810, 23_953.868, "ms_ssim"),
+    Entry("TucodecPSNR", 32.520, 0.9640, 4_722_141, 15_255.275, "sse"),
+    Entry("TucodecPSNR40dB", 40.000, 0.9930, 27_216_543, 24_013.782, "bytes"),
+)
+
+_ISOLATED = """
+import sys
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        raise RuntimeError("the decoder asked for the network")
+sys.addaudithook(refuse)
+from lightning_tucodec.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def verify(folder: Path, originals: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Decode everything in a clean process and measure it anew.
+
+    Args:
+        folder: the submission.
+        originals: files and folders that hold the images.
+
+    Returns:
+        The measured totals (`images, pixels, bytes, bpp, psnr, ms_ssim, ms_ssim_mean,
+        decode_seconds, decoder_bytes`) and what is wrong, a line each: damaged or exchanged streams,
+        values that differ from the manifest's, missed limits, a decoder above `MAX_DECODER_BYTES`.
+
+    Raises:
+        ConfigError: there is no readable manifest, or an original is missing.
+    """
+    manifest = read_manifest(folder)
+    paths = {path.name: path for path in find_images(originals)}
+    for entry in manifest["images"]:
+        if entry["image"] not in paths:
+            raise ConfigError(f"the original {entry['image']} is missing")
+    wrong = [f"{name}: has no stream" for name in sorted(set(paths) - _names(manifest))]
+    wrong += _wrong_files(folder, manifest)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as out:
+        decoded = zip(manifest["images"], _decode_elsewhere(folder, Path(out)), strict=False)
+        for entry, result in tqdm(decoded, "verify", len(manifest["images"]), disable=None):
+            label = f"{entry['file']} ({entry['image']})"
+            if "error" in result:
+                wrong.append(f"{label}: {result['error']}")
+                continue
+            size = (folder / entry["file"]).stat().st_size
+            shown = Path(out) / png_name(entry)
+            try:
+                row = compare(read_image(paths[entry["image"]]), read_image(shown), size)
+            except TucodecError as error:
+                wrong.append(f"{label}: {error}")
+                continue
+            finally:
+                shown.unlink(missing_ok=True)
+            rows.append({**row, "decode_seconds": result["seconds"]})
+            wrong += _wrong_values(label, entry, row)
+    if not rows:
+        return {}, wrong
+    totals, missed = _totals(rows, Limits(**manifest["limits"]))
+    totals["decoder_bytes"] = decoder_bytes(folder, manifest)
+    wrong += missed
+    if totals["decoder_bytes"] > MAX_DECODER_BYTES:
+        wrong.append(f"the decoder has {totals['decoder_bytes']} bytes, over {MAX_DECODER_BYTES}")
+    for key in ("bytes", "bpp", "psnr", "ms_ssim"):
+        told = manifest["totals"][key]
+        if not math.isclose(totals[key], math.inf if told is None else told, rel_tol=1e-6):
+            wrong.append(f"in total {key} is {totals[key]}, not {told}")
+    return totals, wrong
+
+
+def is_validation_set(images: int, pixels: int) -> bool:
+    """Whether a set has as many images and pixels as CLIC 2019's validation set."""
+    return images == VALIDATION_IMAGES and byte_budget(0.15, pixels) == VALIDATION_BUDGET
+
+
+def decoder_bytes(folder: Path, manifest: dict[str, Any]) -> int:
+    """What decoding needs beyond libraries from the package index (CLIC's container had those).
+
+    The models and scripts in the submission, this package without the weights it ships, and ffmpeg's
+    binary when a codec calls it.
+    """
+    package = Path(__file__).parent
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files if path.parent.name != "streams")
+    size += sum(path.stat().st_size for path in package.rglob("*.py"))
+    if any("command" in described for described in manifest["codecs"].values()):
+        size += Path(ffmpeg.executable()).stat().st_size
+    return size - (folder / MANIFEST).stat().st_size
+
+
+def _names(manifest: dict[str, Any]) -> set[str]:
+    return {entry["image"] for entry in manifest["images"]}
+
+
+def _wrong_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Models that are not what the manifest means, and files that it does not name."""
+    wrong = []
+    for file, told in manifest["models"].items():
+        try:
+            data = (folder / file).read_bytes()
+        except OSError as error:
+            wrong.append(f"{file}: {error.strerror}")
+            continue
+        if hashlib.sha256(data).hexdigest() != told["sha256"]:
+            wrong.append(f"{file}: is damaged or another model")
+    listed = {entry["file"] for entry in manifest["images"]} | set(manifest["models"])
+    listed |= {MANIFEST, "decode"}
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return wrong + [f"{file}: not in the manifest" for file in sorted(present - listed)]
+
+
+def _decode_elsewhere(folder: Path, out: Path) -> Iterator[dict[str, Any]]:
+    """Rows of `submission.decode`, from a process that knows no model but the submission's.
+
+    Raises:
+        ConfigError: the process ended before the last image.
+    """
+    elsewhere = str(out / "none")
+    environment = {**os.environ, "TUCODEC_MODELS": elsewhere, "HOME": elsewhere}
+    words = ["clic", "decode", str(folder), "-o", str(out), "--json"]
+    count = 0
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", _ISOLATED, *words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                yield json.loads(line)
+                count += 1
+        finally:
+            process.kill()
+        if count < len(read_manifest(folder)["images"]):
+            errors.seek(0)
+            last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise ConfigError(f"{folder}: the decoder ended early: {''.join(last)}")
+
+
+def _wrong_values(label: str, entry: dict[str, Any], row: Row) -> list[str]:
+    wrong = [
+        f"{label}: {key} is {row[key]}, not {entry[key]}"
+        for key in ("bytes", "width", "height", "sse")
+        if row[key] != entry[key]
+    ]
+    if abs(row["ms_ssim"] - entry["ms_ssim"]) > 1e-6:
+        wrong.append(f"{label}: MS-SSIM is {row['ms_ssim']:.6f}, not {entry['ms_ssim']:.6f}")
+    return wrong
+
+
+def _totals(rows: Sequence[Row], limits: Limits) -> tuple[dict[str, Any], list[str]]:
+    """The set's values, and the limits that they miss."""
+    from lightning_tucodec.metrics import bits_per_pixel, psnr_from_sse
+
+    table = allocation_table([{**row, "image": i, "codec": ""} for i, row in enumerate(rows)])
+    pixels, size = int(table.pixels.sum()), int(table.bytes.sum())
+    totals = {
+        "images": len(rows),
+        "pixels": pixels,
+        "bytes": size,
+        "bpp": bits_per_pixel(size, pixels),
+        "psnr": psnr_from_sse(int(table.sse.sum()), 3 * pixels),
+        "ms_ssim": float(np.average(table.ms_ssim[:, 0], weights=table.pixels)),
+        "ms_ssim_mean": float(table.ms_ssim[:, 0].mean()),
+        "decode_seconds": math.fsum(row["decode_seconds"] for row in rows),
+    }
+    quantities: dict[Quantity, float | None] = {
+        "bytes": limits.max_bytes,
+        "sse": limits.min_psnr,
+        "ms_ssim": limits.min_ms_ssim,
+        "seconds": limits.max_seconds,
+    }
+    missed = []
+    for quantity, value in quantities.items():
+        if value is not None:
+            total, limit = int(table.amounts(quantity).sum()), table.limit(quantity, value)
+            if total > limit:
+                missed.append(f"the limit on {quantity} is missed: {total} against {limit}")
+    return totals, missed
+
+
+def comparison(measured: dict[str, dict[str, Any]], minimised: dict[str, Quantity]) -> str:
+    """Measured submissions and Tucodec's entries of the same kind, as a Markdown table.
+
+    Args:
+        measured: totals of `verify` by the submission's name.
+        minimised: by the same names, what was minimised.
+    """
+    lines = [
+        "| entry | images | Mpx | bytes | bpp | PSNR | MS-SSIM | decoding, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def add(name: str, images: int, pixels: float, size: int, *values: float) -> None:
+        psnr, similarity, seconds = values
+        rate = f"{8e-6 * size / pixels:.5f}"
+        lines.append(
+            f"| {name} | {images} | {pixels:.2f} | {size} | {rate} | {psnr:.3f} | {similarity:.4f} "
+            f"| {seconds:.0f} |"
+        )
+
+    comparable = True
+    for name, totals in measured.items():
+        pixels = totals["pixels"] / 1e6
+        values = (totals["psnr"], totals["ms_ssim"], totals["decode_seconds"])
+        add(name, totals["images"], pixels, totals["bytes"], *values)
+        comparable &= is_validation_set(totals["images"], totals["pixels"])
+    for entry in ENTRIES:
+        if entry.minimised in minimised.values():
+            values = (entry.psnr, entry.ms_ssim, entry.seconds)
+            add(
+                f"{entry.name}, 2019", VALIDATION_IMAGES, VALIDATION_MEGAPIXELS, entry.size, *values
+            )
+    if not comparable:
+        lines += ["", f"Not comparable: CLIC 2019's validation set has {VALIDATION_IMAGES} images and "
+                  f"{VALIDATION_MEGAPIXELS} Mpx."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """`tucodec clic verify`: status 1 when anything is wrong, a line each on stderr."""
+    totals, wrong = verify(Path(arguments.submission), arguments.originals)
+    if arguments.json:
+        print(json.dumps(finite({**totals, "wrong": wrong})))
+    elif totals:
+        print(", ".join(f"{key} {value:.6g}" for key, value in totals.items()))
+    return _complain(arguments.submission, wrong)
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """`tucodec clic compare`: the table, also of submissions that are wrong; then status 1."""
+    measured: dict[str, dict[str, Any]] = {}
+    minimised: dict[str, Quantity] = {}
+    status = 0
+    for name in arguments.submission:
+        totals, wrong = verify(Path(name), arguments.originals)
+        status |= _complain(name, wrong)
+        if totals:
+            measured[name] = totals
+            minimised[name] = read_manifest(Path(name))["minimised"]
+    print(json.dumps(finite(measured)) if arguments.json else comparison(measured, minimised))
+    return status
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """`tucodec clic check`: status 1 when the images are not CLIC 2019's validation set."""
+    sizes = [
+        read_image(path).shape[:2] for path in tqdm(find_images(arguments.images), disable=None)
+    ]
+    pixels = sum(height * width for height, width in sizes)
+    found = f"{len(sizes)} images, {pixels / 1e6:.2f} Mpx, {byte_budget(0.15, pixels)} bytes at 0.15 bpp"
+    if is_validation_set(len(sizes), pixels):
+        print(f"{found}: CLIC 2019's validation set")
+        return 0
+    print(f"{found}; CLIC 2019's validation set has {VALIDATION_IMAGES} images, "
+          f"{VALIDATION_MEGAPIXELS} Mpx, {VALIDATION_BUDGET} bytes")  # fmt: skip
+    return 1
+
+
+def _complain(name: str, wrong: Sequence[str]) -> int:
+    for line in wrong:
+        print(f"tucodec: {name}: {line}", file=sys.stderr)
+    return 1 if wrong else 0
