@@ -183,6 +183,38 @@ def _register_bench(subparsers: Any) -> None:
     allocate_command.add_argument("--repeats", type=int, default=5)
     allocate_command.add_argument("--json", action="store_true")
 
+    def run_effort(arguments: argparse.Namespace) -> int:
+        import json
+        from pathlib import Path
+
+        from lightning_tucodec.bench import effort
+
+        result = effort.run(
+            arguments.images,
+            arguments.model,
+            arguments.effort,
+            arguments.seconds,
+            Path(arguments.rows),
+        )
+        print(json.dumps(result, indent=1) if arguments.json else effort.table_text(result))
+        return 0
+
+    effort_command = _command(
+        commands, "effort", run_effort, "what refinement at the encoder brings, and costs"
+    )
+    effort_command.add_argument("images", nargs="+", metavar="IMAGE|DIR")
+    effort_command.add_argument(
+        "--model", nargs="+", required=True, help="of one recipe; four or more give a BD-rate"
+    )
+    effort_command.add_argument("--effort", nargs="*", type=int, default=[3, 5, 7], metavar="0-9")
+    effort_command.add_argument(
+        "--seconds", nargs="*", type=float, default=[10, 60], metavar="S", help="effort 9 in time"
+    )
+    effort_command.add_argument(
+        "--rows", default="effort.rows.jsonl", metavar="JSONL", help="measurements, kept"
+    )
+    effort_command.add_argument("--json", action="store_true")
+
     def run_complexity(arguments: argparse.Namespace) -> int:
         import json
 

@@ -72,7 +72,7 @@ class Refinement(Options):
             threads give the same file.
         lmbda: λ in the convention of the model's recipe, when another balance of rate and
             distortion is wanted than the one it was trained for.
-        seconds: no further step begins that would end later; the file then depends on the
+        seconds: of search; no further step begins that would end later, so the file depends on the
             machine's speed.
     """
 
@@ -86,7 +86,7 @@ class Refinement(Options):
         self.check_range("effort", 0, len(EFFORT_STEPS) - 1)
         for key in ("lmbda", "seconds"):
             if getattr(self, key) is not None:
-                self.check_range(key, 0, 1e9)
+                self.check_range(key, 1e-9 if key == "lmbda" else 0, 1e9)
 
 
 class RefinedModel:

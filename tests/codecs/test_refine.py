@@ -191,3 +191,17 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert loss[1] < loss[0]
     with pytest.raises(SystemExit):
         main([*words, "-o", str(tmp_path / "x.tuc"), "--effort", "10"])
+
+
+def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "micro.safetensors"
+    micro("transparent").save(model)
+    write_png(tmp_path / "a.png", photo("coffee.png", 64, 48))
+    words = ["bench", "effort", str(tmp_path / "a.png"), "--model", str(model), "--effort", "2"]
+    words += ["--seconds", "--rows", str(tmp_path / "rows.jsonl")]
+    assert main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["setting"] for row in rows] == ["effort=0", "effort=2"]
+    assert rows[0]["loss_percent"] == 0 > rows[1]["loss_percent"]
+    assert main(words) == 0
+    assert "effort=2" in capsys.readouterr().out
