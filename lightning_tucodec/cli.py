@@ -159,7 +159,7 @@ def _register_allocate(subparsers: Any) -> None:
     add("--part", type=part_argument, metavar="I/N",
         help="only code share I (from 1) of N, and choose nothing")  # fmt: skip
     add("--slurm", type=int, metavar="N", help="code in a Slurm array of N jobs and choose in a "
-        "last one; options of sbatch come from SBATCH_* variables")  # fmt: skip
+        "last one; slurm/site.sh says what the cluster wants")  # fmt: skip
     add("--dry-run", action="store_true", help="with --slurm: print the commands of sbatch")
     add("--json", action="store_true")
 

@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import math
-import shlex
 import shutil
 import subprocess
 import sys
@@ -327,11 +326,8 @@ def _submit(arguments: argparse.Namespace, candidates: Candidates) -> None:
     count: int = arguments.slurm
     if count < 1:
         raise ConfigError(f"--slurm {count}: an array has at least one job")
-    words = [sys.executable, "-m", "lightning_tucodec.cli", "allocate", *arguments.images]
-    words += ["--candidate", *arguments.candidate, "-o", arguments.out]
-    if arguments.workers is not None:
-        words += ["--workers", str(arguments.workers)]
-    share = f"{shlex.join(words)} --part $SLURM_ARRAY_TASK_ID/{count}"
+    words = [*arguments.images, "--candidate", *arguments.candidate, "-o", arguments.out]
+    limits = []
     for key in (
         "maximise",
         "max_bpp",
@@ -342,35 +338,42 @@ def _submit(arguments: argparse.Namespace, candidates: Candidates) -> None:
     ):
         value = getattr(arguments, key)
         if value is not None:
-            words += [f"--{key.replace('_', '-')}", str(value)]
-    log = candidates.folder / "logs" / "%x-%A-%a.log"
-    common = ["sbatch", "--parsable", "--requeue", f"--output={log}"]
-    array = [*common, "--job-name=candidates", f"--array=1-{count}", f"--wrap={share}"]
-    job = "ARRAY" if arguments.dry_run else _sbatch(array, log.parent)
-    last = [*common, "--job-name=allocate", f"--dependency=afterany:{job}"]
-    last.append(f"--wrap={shlex.join([*words, *(['--json'] if arguments.json else [])])}")
-    if arguments.dry_run:
-        print(shlex.join(array), shlex.join(last), sep="\n")
-        return
-    print(f"array {job}, then {_sbatch(last, log.parent)}; logs in {log.parent}")
+            limits += [f"--{key.replace('_', '-')}", str(value)]
+    if arguments.json:
+        limits.append("--json")
+    log = candidates.folder / "logs"
+    if not arguments.dry_run:
+        log.mkdir(parents=True, exist_ok=True)
+    options = ["--cpu", f"--cpus-per-task={arguments.workers or 4}"]
+    array = [*options, "--job-name=candidates", f"--array=1-{count}", f"--output={log}/%A-%a.log"]
+    job = _sbatch(array, ["--share", str(count), *words], arguments.dry_run)
+    last = [*options, "--job-name=allocate", f"--output={log}/%j.log"]
+    last.append(f"--dependency=afterany:{'ARRAY' if arguments.dry_run else job}")
+    final = _sbatch(last, [*words, *limits], arguments.dry_run)
+    print(
+        f"{job}\n{final}" if arguments.dry_run else f"array {job}, then job {final}; logs in {log}"
+    )
 
 
-def _sbatch(command: list[str], logs: Path) -> str:
-    """Submit; the job's number.
+def _sbatch(options: list[str], words: list[str], dry: bool) -> str:
+    """Submit slurm/allocate.sh with the site's options; the job's number, or the command if `dry`.
 
     Raises:
+        ConfigError: the repository's launchers are not found.
         ExternalToolError: there is no sbatch, or it refuses.
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
+    from lightning_tucodec.sweeps import root
+
+    launchers = root() / "slurm"
+    command = [str(launchers / "submit.sh"), *(["--dry-run"] if dry else []), *options]
+    command += ["--", str(launchers / "allocate.sh"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["sbatch failed"]
         raise ExternalToolError(
-            f"sbatch cannot be run ({error}); --dry-run prints the commands for another machine"
-        ) from None
-    except subprocess.CalledProcessError as error:
-        raise ExternalToolError(f"sbatch: {' '.join(error.stderr.split())}") from None
-    return done.stdout.strip().partition(";")[0]
+            f"{reason[0]}; --slurm N --dry-run prints the commands for where jobs may be submitted"
+        )
+    return done.stdout.strip()
 
 
 def run_decode(arguments: argparse.Namespace) -> int:

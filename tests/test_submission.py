@@ -242,41 +242,49 @@ def test_the_validation_set_is_known_by_its_pixels(
 
 
 def test_a_slurm_array_fills_the_cache_that_the_last_job_chooses_from(
-    submission: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    submission: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What sbatch would run, run by a shell."""
+    """What sbatch would run, run by a shell; tests/cluster has a real Slurm."""
+    (tmp_path / "site.sh").write_text(f'SITE_TUCODEC="{sys.executable} -m lightning_tucodec.cli"\n')
+    monkeypatch.setenv("TUCODEC_SITE", str(tmp_path / "site.sh"))
     photos, out = str(submission.parent / "photos"), tmp_path / "two words"
     words = ["allocate", photos, "--candidate", *CANDIDATES[:2], "--max-bpp", "0.9", "-o", str(out)]
     assert cli.main([*words, "--maximise", "psnr", "--slurm", "2", "--dry-run"]) == 0
     array, last = (shlex.split(line) for line in capsys.readouterr().out.splitlines())
     assert {"--array=1-2", "--requeue"} <= set(array)
     assert "--dependency=afterany:ARRAY" in last
-    assert not out.with_name(f"{out.name}-candidates").exists()
-    for command, task in ((array, "1"), (array, "2"), (last, "")):
-        wrapped = command[-1].removeprefix("--wrap=")
-        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": task}
-        subprocess.run(["sh", "-c", wrapped], check=True, env=environment, timeout=300)
     beside = out.with_name(f"{out.name}-candidates")
+    assert not beside.exists()
+    for command, task in ((array, "1"), (array, "2"), (last, "")):
+        launcher = next(i for i, word in enumerate(command) if word.endswith("allocate.sh"))
+        environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": task}
+        subprocess.run(command[launcher:], check=True, env=environment, timeout=300)
     lines = {path.name: len(path.read_text().splitlines()) for path in beside.glob("rows*")}
     assert lines == {"rows.1-of-2.jsonl": 3, "rows.2-of-2.jsonl": 3, "rows.jsonl": 0}
     assert verify(out, submission) == 0
 
 
-def test_without_slurm_the_command_says_so(
+def test_shares_and_arrays_that_cannot_be(
     submission: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
     photos = str(submission.parent / "photos")
     words = ["allocate", photos, "--candidate", "jpeg:q=5", "-o", str(tmp_path / "s")]
-    assert cli.main([*words, "--max-bpp", "9", "--slurm", "2"]) == 1
-    assert "sbatch cannot be run" in capsys.readouterr().err
-    assert cli.main([*words, "--max-bpp", "9", "--slurm", "0"]) == 1
-    assert "at least one job" in capsys.readouterr().err
-    assert cli.main([*words, "--part", "3/2"]) == 1
-    assert "there are parts 1 to 2" in capsys.readouterr().err
+    words += ["--max-bpp", "9"]
+    for more, message in (
+        (["--slurm", "0"], "at least one job"),
+        (["--part", "3/2"], "there are parts 1 to 2"),
+        (["--dry-run"], "belongs to --slurm"),
+    ):
+        assert cli.main([*words, *more]) == 1
+        assert message in capsys.readouterr().err
+    if shutil.which("sbatch") is None:
+        assert cli.main([*words, "--slurm", "2"]) == 1
+        assert "sbatch is not there" in capsys.readouterr().err
 
 
 def test_another_budget_codes_nothing_again(

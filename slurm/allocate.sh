@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# What the jobs of `tucodec allocate --slurm N` run; that command submits them.
+#
+#   slurm/allocate.sh [--share N] IMAGES... [options of `tucodec allocate`]
+#
+# --share: as an element of an array, code one of N shares of the candidates and choose nothing.
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
+    [[ ! -f $here/common.sh ]] || break
+done
+# shellcheck source=slurm/common.sh
+source "$here/common.sh" || { echo "submit from the repository's folder, or set TUCODEC_ROOT" >&2 && exit 1; }
+
+if [[ $# -lt 1 ]] || ! in_slurm; then
+    usage "$TUCODEC_ROOT/slurm/allocate.sh"
+    exit 2
+fi
+part=()
+if [[ $1 == --share ]]; then
+    part=(--part "$SLURM_ARRAY_TASK_ID/$2")
+    shift 2
+fi
+site_setup
+exec "${tucodec[@]}" allocate --workers "${SLURM_CPUS_PER_TASK:-1}" "$@" "${part[@]}"
