@@ -261,13 +261,16 @@ def _register_bench(subparsers: Any) -> None:
 
 def _register_clic(subparsers: Any) -> None:
     def run(arguments: argparse.Namespace) -> int:
-        from lightning_tucodec import clic, submission
+        if arguments.clic_command == "decode":
+            from lightning_tucodec.submission import run_decode
+
+            return run_decode(arguments)
+        from lightning_tucodec import clic
 
         run_command = {
             "verify": clic.run_verify,
             "compare": clic.run_compare,
             "check": clic.run_check,
-            "decode": submission.run_decode,
         }
         return run_command[arguments.clic_command](arguments)
 

@@ -19,19 +19,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lightning_tucodec.allocation import Table
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.colour import conversion_ceiling
 from lightning_tucodec.codecs.video import VideoCodec
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.files import atomic_write
 from lightning_tucodec.images import image_files, read_image
+
+if TYPE_CHECKING:
+    from lightning_tucodec.allocation import Table
 
 FORMAT = "tucodec-evaluation-1"
 
@@ -324,12 +326,14 @@ def write_results(
         stream.write(text.getvalue())
 
 
-def allocation_table(rows: Sequence[Row]) -> Table:
+def allocation_table(rows: Sequence[Row]) -> "Table":
     """The rows of an evaluation as the table that `allocation.allocate` chooses from.
 
     Raises:
         ConfigError: an image is too small for MS-SSIM.
     """
+    from lightning_tucodec.allocation import Table
+
     images = list(dict.fromkeys(row["image"] for row in rows))
     codecs = list(dict.fromkeys(row["codec"] for row in rows))
     shape = len(images), len(codecs)

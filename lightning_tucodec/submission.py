@@ -24,11 +24,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from lightning_tucodec.allocation import Allocation, Quantity, allocate
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.registry import codec, model_of
 from lightning_tucodec.errors import ConfigError, ExternalToolError, TucodecError
@@ -42,6 +41,9 @@ from lightning_tucodec.evaluate import (
 )
 from lightning_tucodec.files import atomic_write
 from lightning_tucodec.images import write_png
+
+if TYPE_CHECKING:
+    from lightning_tucodec.allocation import Allocation, Quantity
 
 FORMAT = "tucodec-submission-2"
 MANIFEST = "manifest.json"
@@ -115,11 +117,11 @@ class Candidates:
 def build(
     candidates: Candidates,
     out: Path,
-    minimise: Quantity,
+    minimise: "Quantity",
     limits: Limits,
     max_bpp: float | None = None,
     workers: int | None = None,
-) -> Allocation:
+) -> "Allocation":
     """Code every image with every candidate, choose, and write the submission.
 
     Args:
@@ -134,6 +136,9 @@ def build(
         ConfigError: no choice keeps to the limits, or the folder holds something else.
         TucodecError: an image cannot be read or coded.
     """
+    # Only where something is chosen: a decoder need not wait for numba.
+    from lightning_tucodec.allocation import allocate
+
     if out.exists() and any(out.iterdir()) and not (out / MANIFEST).exists():
         raise ConfigError(f"{out} holds something else than a submission; name a new folder")
     rows = candidates.code(workers)
@@ -185,7 +190,7 @@ def build(
     return best
 
 
-def summary(best: Allocation) -> dict[str, Any]:
+def summary(best: "Allocation") -> dict[str, Any]:
     """The numbers of an allocation, as `tucodec allocate --json` ends with."""
     return {
         key: getattr(best, key)

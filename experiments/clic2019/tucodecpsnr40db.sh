@@ -5,7 +5,7 @@
 #
 # MODELS  names or files; the paper has five, lambda 4096 ... 8000 of experiments/tucodecpsnr40db.yaml
 # EFFORT, LMBDAS  as in tucodecssim.sh
-# CODECS, QPS     codecs beside the models; "hevc" (4:4:4) without MODELS
+# CODECS, QPS     codecs beside those; "hevc" (4:4:4) when there is nothing else
 # CANDIDATES  any more, in full
 set -euo pipefail
 # shellcheck source=/dev/null
@@ -13,7 +13,7 @@ set -euo pipefail
 if [[ -n ${MODELS:-} ]]; then
     add_learned ""
 fi
-if [[ -z ${MODELS:-} || -n ${CODECS:-} ]]; then
+if [[ -n ${CODECS:-} || -z ${MODELS:-}${CANDIDATES:-} ]]; then
     add_swept "hevc" "14 16 18 20 22 24"
 fi
 allocate --min-psnr 40 --min-ms-ssim 0.993

@@ -1,0 +1,56 @@
+"""The scripts of CLIC 2019's entries ask `tucodec allocate` for what their variables say."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.support import photo
+
+FOLDER = Path(__file__).parent.parent / "experiments" / "clic2019"
+
+
+@pytest.mark.parametrize(
+    ("entry", "variables", "candidates", "limits"),
+    [
+        (
+            "tucodecpsnr.sh",
+            {},
+            ["vvc:qp=36", "vvc:qp=37", "vvc:qp=38"],
+            ["--maximise", "psnr", "--max-bpp", "0.15"],
+        ),
+        (
+            "tucodecssim.sh",
+            {"LMBDAS": "20 80", "CANDIDATES": "webp:q=5"},
+            ["webp:q=5", "tiny-mse:effort=3,lmbda=20", "tiny-mse:effort=3,lmbda=80"],
+            ["--maximise", "ms-ssim", "--max-bpp", "0.15"],
+        ),
+        (
+            "tucodecpsnr40db.sh",
+            {"MODELS": "tiny-mse", "EFFORT": "2", "CODECS": "vvc:preset=slow", "QPS": "12 14"},
+            ["tiny-mse:effort=2", "vvc:preset=slow,qp=12", "vvc:preset=slow,qp=14"],
+            ["--min-psnr", "40.0", "--min-ms-ssim", "0.993"],
+        ),
+    ],
+)
+def test_entries(
+    entry: str, variables: dict[str, str], candidates: list[str], limits: list[str], tmp_path: Path
+) -> None:
+    Image.fromarray(photo("coffee.png", 40, 40)).save(tmp_path / "a.png")
+    words = [str(FOLDER / entry), str(tmp_path), "-o", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*words, "--slurm", "3", "--dry-run"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        env={**os.environ, **variables, "PYTHON": sys.executable},
+    )
+    array, last = (shlex.split(line) for line in done.stdout.splitlines())
+    asked = [str(tmp_path), "--candidate", *candidates, "-o", str(tmp_path / "out")]
+    assert array[-len(asked) - 2 :] == ["--share", "3", *asked]
+    assert last[-len(asked) - len(limits) :] == [*asked, *limits]
