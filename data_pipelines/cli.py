@@ -92,6 +92,53 @@ def run_build(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_precode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `tucodec shards precode`."""
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="SRC", help="folder, uncompressed tar, or image")
+    add("--out", required=True, metavar="DIR", help="where the shards go")
+    add("--codec", nargs="+", required=True, metavar="SPEC", help="settings, as vvc:qp={34,38,42}")
+    add("--per-photo", type=int, default=2, metavar="N", help="settings a photograph (2)")
+    add("--patch", type=int, default=160, metavar="N", help="side in pixels (160)")
+    add("--shard-size", type=int, default=1024, metavar="N", help="patches a shard (1024)")
+    add("--seed", type=int, default=0, metavar="K", help="settings, places and order (0)")
+    add("--workers", type=int, default=_cores(), metavar="W")
+    add("--cache", metavar="DIR", help="where the coded streams are kept (default: in --out)")
+    add("--json", action="store_true", help="summary as JSON")
+
+
+def run_precode(arguments: argparse.Namespace) -> int:
+    """`tucodec shards precode`."""
+    from data_pipelines.precode_vvc import PrecodeOptions, precode
+
+    options = PrecodeOptions(
+        codecs=tuple(dict.fromkeys(arguments.codec)),
+        per_photo=arguments.per_photo,
+        patch=arguments.patch,
+        shard_size=arguments.shard_size,
+        seed=arguments.seed,
+    )
+    index = precode(
+        arguments.sources,
+        arguments.out,
+        options,
+        workers=max(1, arguments.workers),
+        cache=arguments.cache,
+    )
+    report = {
+        "out": arguments.out,
+        "samples": index["samples"],
+        "shards": len(index["shards"]),
+        "bytes": index["bytes"],
+    }
+    text = (
+        f"{arguments.out}: {report['samples']} patches in {report['shards']} shards, "
+        f"{index['bytes'] / 1e6:.1f} MB"
+    )
+    print(json.dumps(report) if arguments.json else text)
+    return 0
+
+
 def run_verify(arguments: argparse.Namespace) -> int:
     """`tucodec shards verify`: status 1 when anything is wrong."""
     from data_pipelines.verify import verify

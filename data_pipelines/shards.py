@@ -234,7 +234,7 @@ class _Build:
                 if all(self._record(n) is not None for n in range(len(self.previous))):
                     return dict(found)
             return None
-        self.storage.write(name, _json({"fingerprint": self.fingerprint}))
+        self.storage.write(name, json_line({"fingerprint": self.fingerprint}))
         return None
 
     def _inspect(self, chunks: range) -> int:
@@ -267,7 +267,7 @@ class _Build:
         for number in range(plan.shards):
             record = self._record(number)
             if record is None:
-                raise DatasetError(f"{self.out}: {_shard_name(number)} vanished; run again")
+                raise DatasetError(f"{self.out}: {shard_name(number)} vanished; run again")
             shards.append(record)
         index = {
             "kind": "tucodec-shards",
@@ -291,8 +291,8 @@ class _Build:
             "rejected": dict(sorted(Counter(row["kind"] for row in plan.rejected).items())),
             "shards": shards,
         }  # fmt: skip
-        self.storage.write(REJECTED, b"".join(_json(row) for row in plan.rejected))
-        self.storage.write(INDEX, _json(index))
+        self.storage.write(REJECTED, b"".join(json_line(row) for row in plan.rejected))
+        self.storage.write(INDEX, json_line(index))
         self._clean()
         return self._summary(index)
 
@@ -326,7 +326,7 @@ class _Build:
 
     def _record(self, shard: int) -> dict[str, Any] | None:
         """What the index will say about a shard; None unless it is complete."""
-        name = _shard_name(shard)
+        name = shard_name(shard)
         record: dict[str, Any] | None = self.previous.get(name)
         if record is None:
             try:
@@ -434,14 +434,14 @@ def _inspect_chunk(
 ) -> None:
     sources = {entry.source: Source(locations[entry.source]) for entry in entries}
     notes = [_inspect_image(sources[entry.source], entry, options) for entry in entries]
-    Storage(out).write(f"{_STATE}/{name}", b"".join(_json(note) for note in notes))
+    Storage(out).write(f"{_STATE}/{name}", b"".join(json_line(note) for note in notes))
 
 
 def _inspect_image(source: Source, entry: Entry, options: BuildOptions) -> dict[str, Any]:
     """Hashes, size and worthwhile patches of one image, or why it is rejected."""
     try:
         data = source.read(entry)
-        image = read_image(_named(data, entry.name))
+        image = read_image(named_stream(data, entry.name))
     except (ImageInputError, FileNotFoundError, PermissionError) as error:
         reason = str(error).removeprefix(f"{entry.name}: ")
         return {"kind": "unreadable", "reason": reason}
@@ -477,21 +477,21 @@ def _write_shard(
     for entry, digest, rows in images:
         source = Source(locations[entry.source])
         samples.update(_cut(source, entry, digest, rows, options))
-    storage, name = Storage(out), _shard_name(number)
+    storage, name = Storage(out), shard_name(number)
     first = number * options.shard_size
     if storage.remote:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             with open(path, "wb") as stream:
                 _write_tar(stream, samples, first, options.encoding)
-            record = _describe(path, name, options.encoding)
+            record = describe_shard(path, name, EXTENSION[options.encoding])
             storage.upload(name, path, record["sha256"])
     else:
         path = Path(storage.path(name))
         with atomic_write(path) as stream:
             _write_tar(stream, samples, first, options.encoding)
-        record = _describe(path, name, options.encoding)
-    storage.write(f"{_STATE}/{name}.json", _json(record))
+        record = describe_shard(path, name, EXTENSION[options.encoding])
+    storage.write(f"{_STATE}/{name}.json", json_line(record))
 
 
 def _cut(
@@ -507,7 +507,7 @@ def _cut(
             f"{source.location}: {entry.name} changed during the build; put it back, or start "
             "afresh in an empty --out"
         )
-    image = read_image(_named(data, entry.name))
+    image = read_image(named_stream(data, entry.name))
     views: dict[float, NDArray[np.uint8]] = {}
     for row, patch in rows:
         if patch.scale not in views:
@@ -532,13 +532,13 @@ def _write_tar(
         for row in sorted(samples):
             data, meta = samples[row]
             key = f"{first + row:09d}"
-            tar.write({"__key__": key, EXTENSION[encoding]: data, "json": _json(meta).rstrip()})
+            tar.write({"__key__": key, EXTENSION[encoding]: data, "json": json_line(meta).rstrip()})
 
 
-def _describe(path: Path, name: str, encoding: str) -> dict[str, Any]:
-    """What the index says about a finished tar."""
+def describe_shard(path: Path, name: str, extension: str) -> dict[str, Any]:
+    """What the index says about a finished tar; `extension` is that of the samples' data."""
     with tarfile.open(path, "r:") as tar:
-        members = [m for m in tar if m.name.endswith(f".{EXTENSION[encoding]}")]
+        members = [m for m in tar if m.name.endswith(f".{extension}")]
     return {
         "name": name,
         "samples": len(members),
@@ -549,13 +549,15 @@ def _describe(path: Path, name: str, encoding: str) -> dict[str, Any]:
     }
 
 
-def _named(data: bytes, name: str) -> io.BytesIO:
+def named_stream(data: bytes, name: str) -> io.BytesIO:
+    """A file in memory with a name, for messages."""
     stream = io.BytesIO(data)
     stream.name = name
     return stream
 
 
-def _json(value: Any) -> bytes:
+def json_line(value: Any) -> bytes:
+    """One line of JSON in UTF-8."""
     return (
         json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(
             "utf-8", "surrogateescape"
@@ -568,5 +570,6 @@ def _notes_name(chunk: int) -> str:
     return f"images-{chunk:06d}.jsonl"
 
 
-def _shard_name(shard: int) -> str:
+def shard_name(shard: int) -> str:
+    """File name of a shard."""
     return f"shard-{shard:06d}.tar"

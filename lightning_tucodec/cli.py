@@ -45,12 +45,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _register_shards(subparsers: Any) -> None:
-    from data_pipelines.cli import add_build_arguments, run_build, run_stats, run_verify
+    from data_pipelines.cli import (
+        add_build_arguments,
+        add_precode_arguments,
+        run_build,
+        run_precode,
+        run_stats,
+        run_verify,
+    )
 
     family = subparsers.add_parser("shards", help="photographs -> patches -> WebDataset shards")
     commands = family.add_subparsers(dest="shards_command", metavar="COMMAND", required=True)
     add_build_arguments(
         _command(commands, "build", run_build, "cut photographs into shards of patches")
+    )
+    add_precode_arguments(
+        _command(commands, "precode", run_precode, "code photographs with H.266, for post-filters")
     )
     verify = _command(commands, "verify", run_verify, "read all shards back and name what is wrong")
     stats = _command(commands, "stats", run_stats, "draw a contact sheet and histograms")

@@ -1,4 +1,9 @@
-"""RGB to Y'CbCr (BT.709, full range, 10 bits) and back, 4:4:4 or 4:2:0.
+"""RGB to 10-bit planes and back, 4:4:4 or 4:2:0.
+
+Two transforms: `bt709`, full range, as players know it; and `orthonormal`, whose axes are the gray
+axis, blue against green, and red against green and blue, all of one scale. RGB-PSNR weighs an error
+of every sample of an orthonormal plane alike, so that an encoder that minimises the sum of squared
+errors over its samples minimises that of RGB. docs/vvc.md has what it is worth.
 
 Siting: a chroma sample of 4:2:0 lies in the centre of its 2×2 luma samples. The decoder
 interpolates bilinearly (weights 3/4 and 1/4 along each axis, edge samples repeated); the encoder's
@@ -24,12 +29,39 @@ _MIDDLE = 1 << (BIT_DEPTH - 1)
 _KR, _KB = 0.2126, 0.0722
 _KG = 1.0 - _KR - _KB
 
-COLOUR_PATH = {
-    "420": "RGB -> Y'CbCr BT.709 full range, 10 bit, 4:2:0 centre-sited, least-squares chroma -> "
-    "bilinear chroma -> RGB 8 bit",
-    "444": "RGB -> Y'CbCr BT.709 full range, 10 bit, 4:4:4 -> RGB 8 bit",
+_MATRICES = {
+    "bt709": np.array(
+        [
+            [_KR, _KG, _KB],
+            [-_KR / (2 * (1 - _KB)), -_KG / (2 * (1 - _KB)), 0.5],
+            [0.5, -_KG / (2 * (1 - _KR)), -_KB / (2 * (1 - _KR))],
+        ]
+    ),
+    # A third of what keeps lengths, so that luma of white is one.
+    "orthonormal": np.array(
+        [[1.0, 1.0, 1.0], [0.0, -(1.5**0.5), 1.5**0.5], [2**0.5, -(0.5**0.5), -(0.5**0.5)]]
+    )
+    / 3,
 }
-"""The conversions in words, for reports."""
+"""Rows make luma and two chroma planes of R, G, B in [0, 1]; luma is in [0, 1], chroma within ±½."""
+
+TRANSFORMS = tuple(_MATRICES)
+"""Names of the colour transforms."""
+
+_WORDS = {
+    "bt709": "Y'CbCr BT.709 full range",
+    "orthonormal": "orthonormal (R+G+B, B-G, 2R-G-B)",
+}
+
+
+def colour_path(chroma: str, transform: str = "bt709") -> str:
+    """The conversions in words, for reports."""
+    if chroma == "420":
+        return (
+            f"RGB -> {_WORDS[transform]}, 10 bit, 4:2:0 centre-sited, least-squares chroma -> "
+            "bilinear chroma -> RGB 8 bit"
+        )
+    return f"RGB -> {_WORDS[transform]}, 10 bit, 4:4:4 -> RGB 8 bit"
 
 
 class Planes(NamedTuple):
@@ -65,35 +97,46 @@ class Planes(NamedTuple):
         )
 
 
-def rgb_to_planes(image: NDArray[np.uint8], chroma: str = "420") -> Planes:
+def rgb_to_planes(
+    image: NDArray[np.uint8], chroma: str = "420", transform: str = "bt709"
+) -> Planes:
     """Convert an H×W×3 image; for 4:2:0 both sides must be even and at least 4."""
     red, green, blue = (image[..., channel].astype(np.float64) / 255.0 for channel in range(3))
-    luma = _KR * red + _KG * green + _KB * blue
-    differences = [(blue - luma) / (2 * (1 - _KB)), (red - luma) / (2 * (1 - _KR))]
+    luma, *differences = (
+        row[0] * red + row[1] * green + row[2] * blue for row in _MATRICES[transform]
+    )
     if chroma == "420":
         differences = [_halve(_halve(plane, 0), 1) for plane in differences]
     return Planes(_quantise(luma, 0), *(_quantise(plane, _MIDDLE) for plane in differences))
 
 
-def planes_to_rgb(planes: Planes) -> NDArray[np.uint8]:
+def planes_to_rgb(planes: Planes, transform: str = "bt709") -> NDArray[np.uint8]:
     """Convert back to an H×W×3 image."""
+    return to_eight_bits(planes_to_float(planes, transform))
+
+
+def planes_to_float(planes: Planes, transform: str = "bt709") -> NDArray[np.float32]:
+    """Convert back to float32 3×H×W in units of 8-bit levels, neither rounded nor clipped."""
     luma = planes.y.astype(np.float32)
     cb, cr = (plane.astype(np.float32) - np.float32(_MIDDLE) for plane in planes[1:])
     if cb.shape != luma.shape:
         cb, cr = (_double(_double(plane, 0), 1) for plane in (cb, cr))
-    scale = 255.0 / _PEAK
-    luma = luma * np.float32(scale)
-    image = np.empty((*luma.shape, 3), np.uint8)
-    channels = (
-        luma + cr * np.float32(2 * (1 - _KR) * scale),
-        luma
-        - cb * np.float32(2 * (1 - _KB) * _KB / _KG * scale)
-        - cr * np.float32(2 * (1 - _KR) * _KR / _KG * scale),
-        luma + cb * np.float32(2 * (1 - _KB) * scale),
-    )
-    for channel, values in enumerate(channels):
-        image[..., channel] = np.clip(np.rint(values), 0, 255)
+    image = np.empty((3, *luma.shape), np.float32)
+    # Rounded before use, so that every machine has the same factors.
+    back = np.round(np.linalg.inv(_MATRICES[transform]), 12) * (255.0 / _PEAK)
+    for channel, factors in zip(image, back, strict=True):
+        terms = [
+            plane * np.float32(factor)
+            for plane, factor in zip((luma, cb, cr), factors, strict=True)
+            if factor
+        ]
+        channel[:] = sum(terms[1:], start=terms[0])
     return image
+
+
+def to_eight_bits(image: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """float32 3×H×W in 8-bit levels to uint8 H×W×3, rounded half to even and clipped."""
+    return np.ascontiguousarray(np.clip(np.rint(image), 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def pad(image: NDArray[np.uint8], multiple: int, smallest: int) -> NDArray[np.uint8]:

@@ -9,7 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_tucodec.codecs import ffmpeg
-from lightning_tucodec.codecs.colour import COLOUR_PATH, Planes, pad, planes_to_rgb, rgb_to_planes
+from lightning_tucodec.codecs.colour import (
+    Planes,
+    colour_path,
+    pad,
+    planes_to_rgb,
+    rgb_to_planes,
+)
 from lightning_tucodec.codecs.options import Options
 from lightning_tucodec.errors import CorruptStreamError, ImageInputError
 
@@ -47,6 +53,11 @@ class VideoCodec(Options, ABC):
     def subsampling(self) -> str:
         """ "420" or "444"."""
 
+    @property
+    def transform(self) -> str:
+        """Colour transform, one of `colour.TRANSFORMS`."""
+        return "bt709"
+
     @abstractmethod
     def encoder_options(self) -> list[str]:
         """ffmpeg's options after `-c:v`."""
@@ -58,18 +69,22 @@ class VideoCodec(Options, ABC):
             raise ImageInputError(
                 f"{width}×{height} pixels: {self.name} takes sides up to {self.max_side}"
             )
-        planes = rgb_to_planes(pad(image, 2, _SMALLEST), self.subsampling)
+        planes = rgb_to_planes(pad(image, 2, _SMALLEST), self.subsampling, self.transform)
         return _HEADER.pack(width, height) + self.encode_planes(planes)
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """The H×W×3 image; see `ImageCodec.decode`."""
+        planes, width, height = self.decode_picture(data)
+        return planes_to_rgb(planes, self.transform)[:height, :width]
+
+    def decode_picture(self, data: bytes) -> tuple[Planes, int, int]:
+        """What `encode` returned as padded planes, with the width and height of the image."""
         if len(data) <= _HEADER.size:
             raise CorruptStreamError(f"{self.name}: {len(data)} bytes are not a coded picture")
         width, height = _HEADER.unpack_from(data)
         if not (0 < width <= self.max_side and 0 < height <= self.max_side):
             raise CorruptStreamError(f"{self.name}: impossible size {width}×{height}")
-        planes = self.decode_planes(data[_HEADER.size :], height, width)
-        return planes_to_rgb(planes)[:height, :width]
+        return self.decode_planes(data[_HEADER.size :], height, width), width, height
 
     def encode_planes(self, planes: Planes) -> bytes:
         """The bare bitstream of planes whose sides are even and at least 16."""
@@ -108,7 +123,7 @@ class VideoCodec(Options, ABC):
             "codec": self.name,
             "version": ffmpeg.version(self.encoder),
             "command": " ".join(command),
-            "colour": COLOUR_PATH[self.subsampling],
+            "colour": colour_path(self.subsampling, self.transform),
         }
 
     @property

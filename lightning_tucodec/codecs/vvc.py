@@ -8,6 +8,7 @@ delimiters, which a decoder of one picture does not need, are left out of the st
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lightning_tucodec.codecs.colour import TRANSFORMS
 from lightning_tucodec.codecs.video import VideoCodec
 
 PRESETS = ("faster", "fast", "medium", "slow", "slower")
@@ -23,6 +24,7 @@ class Vvc(VideoCodec):
             9 s with `faster`, `medium` and `slower` at QP 42.
         chroma_qp_offset: added to the QP of Cb and Cr, −12 … 12. RGB-PSNR at 0.15 bpp gains from
             finer chroma.
+        colour: the transform, `bt709` or `orthonormal`, see `codecs.colour`.
     """
 
     codec_name: ClassVar[str] = "vvc"
@@ -38,16 +40,23 @@ class Vvc(VideoCodec):
     qp: int
     preset: str = "medium"
     chroma_qp_offset: int = 0
+    colour: str = "bt709"
 
     def __post_init__(self) -> None:
         self.check_range("qp", 0, 63)
         self.check_choice("preset", *PRESETS)
         self.check_range("chroma_qp_offset", -12, 12)
+        self.check_choice("colour", *TRANSFORMS)
 
     @property
     def subsampling(self) -> str:
         """Always 4:2:0."""
         return "420"
+
+    @property
+    def transform(self) -> str:
+        """As chosen."""
+        return self.colour
 
     def encoder_options(self) -> list[str]:
         """ffmpeg's options for this setting."""
