@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tucodec.codecs.model_file import ModelFile, freeze
+from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.codecs.tuc import TucModel
 from lightning_tucodec.errors import ModelFileError, UnknownModelError
 
@@ -35,11 +36,14 @@ def model_files() -> list[Path]:
 
 
 @cache
-def _load(path: Path, modified_ns: int, device: str) -> TucModel:
-    return TucModel(ModelFile.load(path), device)
+def _load(path: Path, modified_ns: int, device: str) -> TucModel | FilterModel:
+    file = ModelFile.load(path)
+    if file.config.get("kind") == FilterModel.KIND:
+        return FilterModel(file)
+    return TucModel(file, device)
 
 
-def _cached(path: Path, device: str = "cpu") -> TucModel:
+def _cached(path: Path, device: str = "cpu") -> TucModel | FilterModel:
     """One load a file and version of it."""
     try:
         modified = path.stat().st_mtime_ns
@@ -55,17 +59,38 @@ def load(name: str | Path, device: str = "cpu") -> TucModel:
         UnknownModelError: no model has this name.
         ModelFileError: the file is missing or damaged.
     """
+    model = _cached(_find(name), device)
+    if not isinstance(model, TucModel):
+        raise UnknownModelError(f"{name} is a post-filter; it works through vvc+postfilter")
+    return model
+
+
+def load_filter(name: str | Path) -> FilterModel:
+    """A post-filter by name, or from a path to an exported file.
+
+    Raises:
+        UnknownModelError: no post-filter has this name.
+        ModelFileError: the file is missing or damaged.
+    """
+    model = _cached(_find(name))
+    if not isinstance(model, FilterModel):
+        raise UnknownModelError(f"{name} is not a post-filter")
+    return model
+
+
+def _find(name: str | Path) -> Path:
+    """The file of a model."""
     text = str(name)
     if text.endswith(SUFFIX) or os.sep in text:
-        return _cached(Path(text), device)
+        return Path(text)
     for path in model_files():
         if path.name == text + SUFFIX:
-            return _cached(path, device)
+            return path
     known = ", ".join(sorted({path.stem for path in model_files()})) or "none"
     raise UnknownModelError(f"no model is called {text!r} (known: {known}; or give a path)")
 
 
-def _loadable(device: str = "cpu") -> Iterator[TucModel]:
+def _loadable(device: str = "cpu") -> Iterator[TucModel | FilterModel]:
     for path in model_files():
         try:
             yield _cached(path, device)
@@ -80,9 +105,25 @@ def load_by_id(identity: bytes, device: str = "cpu") -> TucModel:
         UnknownModelError: no known model has this id.
     """
     for model in _loadable(device):
-        if model.id == identity:
+        if model.id == identity and isinstance(model, TucModel):
             return model
-    raise UnknownModelError(
+    raise _unknown(identity)
+
+
+def load_filter_by_id(identity: bytes) -> FilterModel:
+    """The post-filter that a stream names.
+
+    Raises:
+        UnknownModelError: no known post-filter has this id.
+    """
+    for model in _loadable():
+        if model.id == identity and isinstance(model, FilterModel):
+            return model
+    raise _unknown(identity)
+
+
+def _unknown(identity: bytes) -> UnknownModelError:
+    return UnknownModelError(
         f"the file needs model {identity.hex()}, which is neither shipped nor in {model_folder()}; "
         "name its file with --model, or copy it there"
     )
@@ -109,9 +150,12 @@ def untrained(preset: str, seed: int = 0) -> TucModel:
 
 def decompress(data: bytes) -> Any:
     """The image (PIL.Image) of a `.tuc` file, whatever known model wrote it."""
-    from lightning_tucodec.coding.container import unpack
-
-    container = unpack(data)
     from PIL import Image
 
+    from lightning_tucodec.codecs.h266 import decode_container
+    from lightning_tucodec.coding.container import CodecKind, unpack
+
+    container = unpack(data)
+    if container.kind == CodecKind.VVC:
+        return Image.fromarray(decode_container(container))
     return Image.fromarray(load_by_id(container.model_id).decode_pixels(container))

@@ -1,11 +1,16 @@
 """Decoded planes to RGB through a PostFilter."""
 
+from functools import cached_property
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lightning_tucodec.codecs.colour import Planes, planes_to_float, to_eight_bits
-from lightning_tucodec.nn.postfilter import DecodedPicture, PostFilter
+from lightning_tucodec.codecs.model_file import ModelFile
+from lightning_tucodec.errors import ModelFileError
+from lightning_tucodec.nn.postfilter import DecodedPicture, PostFilter, PostFilterConfig
 
 _PEAK = 1023.0
 
@@ -41,3 +46,48 @@ def apply(network: PostFilter, planes: Planes, qp: float, transform: str) -> NDA
         )
         bands.append(network(band)[0, :, top - first : top - first + ROWS])
     return to_eight_bits(torch.cat(bands, 1).mul_(255.0).numpy())
+
+
+class FilterModel:
+    """An exported post-filter, ready for decoded pictures."""
+
+    KIND = "postfilter"
+
+    def __init__(self, file: ModelFile) -> None:
+        self.file = file
+        self.id, self.name, self.card = file.id, file.name, file.card
+
+    @classmethod
+    def freeze(cls, network: PostFilter, name: str, card: dict[str, Any]) -> "FilterModel":
+        """An exported model of a network; convolution weights in half precision."""
+        tensors = {
+            f"network.{key}": value.detach().to(
+                torch.float16 if value.ndim == 4 else torch.float32, copy=True
+            )
+            for key, value in network.state_dict().items()
+        }
+        config = {"kind": cls.KIND, **vars(network.config)}
+        return cls(ModelFile(name, config, tensors, card))
+
+    @cached_property
+    def network(self) -> PostFilter:
+        """The network in eval mode.
+
+        Raises:
+            ModelFileError: the file's content is inconsistent.
+        """
+        try:
+            config = {key: value for key, value in self.file.config.items() if key != "kind"}
+            network = PostFilter(PostFilterConfig(**config))
+            network.load_state_dict(
+                {k.removeprefix("network."): v.float() for k, v in self.file.tensors.items()}
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ModelFileError(
+                f"model {self.name}: its content is inconsistent ({error})"
+            ) from None
+        return network.eval().to(memory_format=torch.channels_last)
+
+    def apply(self, planes: Planes, qp: float, transform: str) -> NDArray[np.uint8]:
+        """See `apply`."""
+        return apply(self.network, planes, qp, transform)

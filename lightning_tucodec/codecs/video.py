@@ -20,7 +20,6 @@ from lightning_tucodec.codecs.options import Options
 from lightning_tucodec.errors import CorruptStreamError, ImageInputError
 
 _HEADER = struct.Struct(">HH")
-_SMALLEST = 16
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ class VideoCodec(Options, ABC):
     timeout: float | None = field(default=None, kw_only=True, compare=False)
 
     max_side: ClassVar[int] = 16_384
+    smallest: ClassVar[int] = 16
+    """Shorter sides are padded to so many pixels."""
     encoder: ClassVar[str]
     decoder: ClassVar[str]
     stream_format: ClassVar[tuple[str, ...]]
@@ -69,7 +70,7 @@ class VideoCodec(Options, ABC):
             raise ImageInputError(
                 f"{width}×{height} pixels: {self.name} takes sides up to {self.max_side}"
             )
-        planes = rgb_to_planes(pad(image, 2, _SMALLEST), self.subsampling, self.transform)
+        planes = rgb_to_planes(pad(image, 2, self.smallest), self.subsampling, self.transform)
         return _HEADER.pack(width, height) + self.encode_planes(planes)
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
@@ -100,7 +101,7 @@ class VideoCodec(Options, ABC):
 
     def decode_planes(self, stream: bytes, height: int, width: int) -> Planes:
         """Planes of a bare bitstream, padded as `encode` padded an image of this size."""
-        height, width = (max(_SMALLEST, side + side % 2) for side in (height, width))
+        height, width = (max(self.smallest, side + side % 2) for side in (height, width))
         data = ffmpeg.decode(
             ["-threads", str(self.threads), "-f", self.demuxer],
             ["-f", "rawvideo", "-pix_fmt", self._pixel_format],

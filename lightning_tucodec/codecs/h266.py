@@ -1,0 +1,212 @@
+"""TucodecPSNR: H.266 below, a learned post-filter above, in a `.tuc` file.
+
+The H.266 below is tuned for the squared error of RGB without touching the decoder: orthonormal
+colour (`codecs.colour`), and a chroma QP offset that is searched for each image. Strip 0 of the
+container:
+
+    bytes   field
+    1       QP in the low six bits, colour transform (its number in `colour.TRANSFORMS`) in the high two
+    …       the picture, see `codecs.parameter_sets`
+
+Flag 1 of the container is the gate: the post-filter of the model id is applied. Where it would hurt an
+image it is off, and the model id is zero.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_tucodec.codecs import parameter_sets
+from lightning_tucodec.codecs.colour import TRANSFORMS, Planes, pad, planes_to_rgb, rgb_to_planes
+from lightning_tucodec.codecs.options import Options
+from lightning_tucodec.codecs.postfilter import FilterModel
+from lightning_tucodec.codecs.vvc import PRESETS, Vvc
+from lightning_tucodec.coding.container import MODEL_ID_BYTES, CodecKind, Container, pack, unpack
+from lightning_tucodec.errors import ConfigError, CorruptStreamError, ImageInputError
+from lightning_tucodec.metrics import sse
+
+DEFAULT_FILTER = "vvc-postfilter"
+NO_FILTER = "none"
+NO_MODEL = bytes(MODEL_ID_BYTES)
+
+OFFSETS = (-2, -4, -6)
+"""Chroma QP offsets that are tried; docs/vvc.md has what they are worth."""
+
+_FILTERED = 1
+
+
+class CodedPicture(NamedTuple):
+    """One way to code an image.
+
+    Attributes:
+        data: the `.tuc` file.
+        shown: H×W×3, what a decoder shows.
+        cost: squared error plus λ times the bits.
+    """
+
+    data: bytes
+    shown: NDArray[np.uint8]
+    cost: float
+
+
+@dataclass(frozen=True)
+class H266(Options):
+    """H.266 in a `.tuc`, with or without a post-filter.
+
+    Attributes:
+        qp: 0 … 63.
+        preset: see `Vvc`; every offset tried costs one encoding.
+        chroma_qp_offset: −12 … 12; None tries `OFFSETS` and takes the best.
+        colour: transform, see `codecs.colour`.
+        filter: name or file of a post-filter, or `none`.
+        threads: see `Vvc`.
+        timeout: see `Vvc`.
+    """
+
+    codec_name: ClassVar[str] = "vvc+postfilter"
+
+    qp: int
+    preset: str = "medium"
+    chroma_qp_offset: int | None = None
+    colour: str = "orthonormal"
+    filter: str = DEFAULT_FILTER
+    threads: int = field(default=1, kw_only=True, compare=False)
+    timeout: float | None = field(default=None, kw_only=True, compare=False)
+
+    def __post_init__(self) -> None:
+        self.check_range("qp", 0, 63)
+        self.check_choice("preset", *PRESETS)
+        self.check_choice("colour", *TRANSFORMS)
+        if self.chroma_qp_offset is not None:
+            self.check_range("chroma_qp_offset", -12, 12)
+
+    def encode(self, image: NDArray[np.uint8]) -> bytes:
+        """The `.tuc` file of an H×W×3 image; see `ImageCodec.encode`."""
+        return self.code(image).data
+
+    def code(self, image: NDArray[np.uint8], max_bytes: int | None = None) -> CodedPicture:
+        """The cheapest of the ways to code an image, in squared error plus λ times bits.
+
+        Args:
+            image: H×W×3.
+            max_bytes: ways that take more are used only if all do, and then the smallest.
+        """
+        offsets = OFFSETS if self.chroma_qp_offset is None else (self.chroma_qp_offset,)
+        ways = [self._way(image, offset) for offset in offsets]
+        fitting = [way for way in ways if max_bytes is None or len(way.data) <= max_bytes]
+        if fitting:
+            return min(fitting, key=lambda way: way.cost)
+        return min(ways, key=lambda way: len(way.data))
+
+    def decode(self, data: bytes) -> NDArray[np.uint8]:
+        """The H×W×3 image of a `.tuc` file; see `ImageCodec.decode`."""
+        return decode_container(unpack(data), self._filter())
+
+    def describe(self) -> dict[str, Any]:
+        """See `ImageCodec.describe`."""
+        model = self._filter()
+        return {
+            **self._coder(self.chroma_qp_offset or 0).describe(),
+            "codec": self.name,
+            "chroma_qp_offsets": OFFSETS if self.chroma_qp_offset is None else None,
+            "filter": None if model is None else f"{model.name} {model.id.hex()}",
+        }
+
+    def _way(self, image: NDArray[np.uint8], offset: int) -> CodedPicture:
+        height, width = image.shape[:2]
+        coder = self._coder(offset)
+        if max(height, width) > coder.max_side:
+            raise ImageInputError(
+                f"{width}×{height} pixels: {self.name} takes sides up to {coder.max_side}"
+            )
+        planes = rgb_to_planes(pad(image, 2, coder.smallest), transform=self.colour)
+        stream = coder.encode_planes(planes)
+        decoded = coder.decode_planes(stream, height, width)
+        shown = planes_to_rgb(decoded, self.colour)[:height, :width]
+        error, gate, model = sse(image, shown), 0, self._filter()
+        if model is not None:
+            filtered = model.apply(decoded, self.qp, self.colour)[:height, :width]
+            if sse(image, filtered) < error:
+                shown, error, gate = filtered, sse(image, filtered), _FILTERED
+        strip = bytes([self.qp | TRANSFORMS.index(self.colour) << 6])
+        strip += parameter_sets.strip(stream, *planes.y.shape)
+        identity = model.id if model is not None and gate else NO_MODEL
+        data = pack(Container(CodecKind.VVC, identity, width, height, (strip,), gate))
+        # The encoder's own λ for 8-bit samples, times what a unit of a plane is in RGB.
+        slope = 0.57 * 2 ** ((self.qp - 12) / 3) * 3
+        return CodedPicture(data, shown, error + slope * 8 * len(data))
+
+    def _coder(self, offset: int) -> Vvc:
+        limits: dict[str, Any] = {"threads": self.threads, "timeout": self.timeout}
+        return Vvc(self.qp, self.preset, offset, self.colour, **limits)
+
+    def _filter(self) -> FilterModel | None:
+        if self.filter == NO_FILTER:
+            return None
+        # Models know this codec, so that they can decode its files.
+        from lightning_tucodec.codecs.models import load_filter
+
+        return load_filter(self.filter)
+
+
+def code_at_most(
+    settings: Iterable[H266], image: NDArray[np.uint8], bpp: float
+) -> tuple[H266, CodedPicture]:
+    """The finest setting whose file has at most so many bits a pixel.
+
+    Args:
+        settings: by falling rate, as QP 0 … 63.
+        image: H×W×3.
+        bpp: bits per pixel, headers counted.
+
+    Raises:
+        ConfigError: even the coarsest takes more.
+    """
+    ladder = list(settings)
+    budget = int(bpp * image.shape[0] * image.shape[1] / 8)
+    best: tuple[H266, CodedPicture] | None = None
+    low, high = 0, len(ladder) - 1
+    while low <= high:
+        middle = (low + high) // 2
+        coded = ladder[middle].code(image, budget)
+        if len(coded.data) <= budget:
+            best, high = (ladder[middle], coded), middle - 1
+        else:
+            low = middle + 1
+    if best is None:
+        raise ConfigError(f"--target-bpp {bpp}: even {ladder[-1].name} takes more")
+    return best
+
+
+def decode_container(container: Container, model: FilterModel | None = None) -> NDArray[np.uint8]:
+    """The H×W×3 image of an unpacked file of this kind.
+
+    Args:
+        container: of kind VVC.
+        model: the post-filter; looked up by its id where the gate is on and this is None.
+
+    Raises:
+        CorruptStreamError: the picture is not one of ours.
+        UnknownModelError: the post-filter is not known.
+    """
+    (strip,) = container.strips if len(container.strips) == 1 else (None,)
+    if container.kind != CodecKind.VVC or not strip:
+        raise CorruptStreamError("the file does not hold one H.266 picture")
+    width, height = container.width, container.height
+    if max(width, height) > Vvc.max_side or strip[0] >> 6 >= len(TRANSFORMS):
+        raise CorruptStreamError(f"impossible picture: {width}×{height}, {strip[0]}")
+    qp, transform = strip[0] & 63, TRANSFORMS[strip[0] >> 6]
+    coder = Vvc(qp, colour=transform)
+    padded = [max(coder.smallest, side + side % 2) for side in (height, width)]
+    stream = parameter_sets.restore(strip[1:], *padded)
+    planes: Planes = coder.decode_planes(stream, height, width)
+    if container.flags & _FILTERED:
+        if model is None or model.id != container.model_id:
+            from lightning_tucodec.codecs.models import load_filter_by_id
+
+            model = load_filter_by_id(container.model_id)
+        return model.apply(planes, qp, transform)[:height, :width]
+    return planes_to_rgb(planes, transform)[:height, :width]
