@@ -8,7 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lightning_tucodec.errors import ConfigError, ImageInputError, TucodecError
+from lightning_tucodec.errors import (
+    ConfigError,
+    ImageInputError,
+    TucodecError,
+    UnknownModelError,
+)
 from lightning_tucodec.files import atomic_write
 
 if TYPE_CHECKING:
@@ -23,12 +28,25 @@ Job = tuple[Path, Path]
 
 DEFAULT_MODEL = "tiny-mse"
 
+H266_MODELS = ("vvc", "vvc+postfilter")
+"""What `--model` also takes: H.266 without and with the learned post-filter."""
+
 
 def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tucodec compress`."""
     parser.add_argument("images", nargs="+", metavar="IMG", help="image files, or folders of them")
     parser.add_argument("-o", "--out", required=True, help="a .tuc file, or a folder")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="name or file (%(default)s)")
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"name or file (%(default)s), or {' or '.join(H266_MODELS)}",
+    )
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument("--qp", type=int, help="of vvc and vvc+postfilter, 0 … 63")
+    rate.add_argument(
+        "--target-bpp", type=float, metavar="B", help="the finest QP that takes at most B"
+    )
+    parser.add_argument("--preset", help="of vvc and vvc+postfilter, faster … slower (medium)")
     _add_device(parser)
     parser.add_argument(
         "--effort",
@@ -67,6 +85,12 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 def run_compress(arguments: argparse.Namespace) -> int:
     """Code images; a bad one is named, the others succeed, the status says that one failed."""
+    if arguments.model in H266_MODELS:
+        return _compress_h266(arguments)
+    for option in ("qp", "target_bpp", "preset"):
+        if getattr(arguments, option) is not None:
+            text = f"--{option.replace('_', '-')}"
+            raise ConfigError(f"{text} is an option of --model {' and '.join(H266_MODELS)}")
     from lightning_tucodec.codecs import pipeline
     from lightning_tucodec.codecs.models import load
     from lightning_tucodec.codecs.refine import RefinedModel, with_effort
@@ -137,6 +161,64 @@ def run_compress(arguments: argparse.Namespace) -> int:
     return _report(pipeline.run(stages, jobs), len(jobs), arguments.json)
 
 
+def _compress_h266(arguments: argparse.Namespace) -> int:
+    """`run_compress` through H.266."""
+    from lightning_tucodec.codecs import pipeline
+    from lightning_tucodec.codecs.h266 import H266, NO_FILTER, code_at_most
+    from lightning_tucodec.images import read_image, write_png
+    from lightning_tucodec.metrics import bits_per_pixel
+
+    options: dict[str, Any] = {"preset": arguments.preset or "medium"}
+    if arguments.model == "vvc":
+        options["filter"] = NO_FILTER
+    if arguments.qp is None and arguments.target_bpp is None:
+        raise ConfigError(f"--model {arguments.model} needs --qp or --target-bpp")
+    settings = [
+        H266(qp, **options) for qp in (range(64) if arguments.qp is None else [arguments.qp])
+    ]
+    settings[0].describe()  # says now what is wrong with binary or filter
+    jobs = _targets(_images(arguments.images), arguments.out, ".tuc")
+    recons = dict(_targets([source for source, _ in jobs], arguments.recon, ".png")
+                  if arguments.recon else [])  # fmt: skip
+
+    def finish(job: Job, pixels: "NDArray[np.uint8]", _: None) -> dict[str, Any]:
+        source, target = job
+        started = time.perf_counter()
+        if arguments.target_bpp is None:
+            setting, coded = settings[0], settings[0].code(pixels)
+        else:
+            setting, coded = code_at_most(settings, pixels, arguments.target_bpp)
+        seconds = time.perf_counter() - started
+        with atomic_write(target) as stream:
+            stream.write(coded.data)
+        if source in recons:
+            write_png(recons[source], coded.shown)
+        height, width = pixels.shape[:2]
+        return {
+            "file": str(source),
+            "output": str(target),
+            "width": width,
+            "height": height,
+            "bytes": len(coded.data),
+            "bpp": bits_per_pixel(len(coded.data), width * height),
+            "estimated_bits": None,
+            **(_quality(pixels, coded.shown) if arguments.json else {}),
+            "seconds": seconds,
+            "model": arguments.model,
+            "qp": setting.qp,
+        }
+
+    stages = pipeline.Stages(
+        pixels=lambda job: _image_size(job[0]),
+        prepare=lambda job: read_image(job[0]),
+        group=lambda pixels: pixels.shape,
+        batch=lambda pixels: 1,
+        network=lambda images: [None] * len(images),
+        finish=finish,
+    )
+    return _report(pipeline.run(stages, jobs), len(jobs), arguments.json)
+
+
 def _image_size(path: Path) -> int:
     """Pixels of an image by its header; 0 when it has none."""
     from PIL import Image
@@ -178,6 +260,22 @@ def _quality(pixels: Any, shown: Any) -> dict[str, float | None]:
     return quality
 
 
+class _Picture(NamedTuple):
+    """A file that needs no network of ours any more."""
+
+    model: "NamedModel"
+    container: "Container"
+    pixels: "NDArray[np.uint8]"
+    damaged: list[int]
+    seconds: float
+
+
+class NamedModel(NamedTuple):
+    """A name where a model is expected."""
+
+    name: str
+
+
 class _Symbols(NamedTuple):
     """A file between the entropy decoder and g_s."""
 
@@ -191,29 +289,42 @@ class _Symbols(NamedTuple):
 def run_decompress(arguments: argparse.Namespace) -> int:
     """Decode files; a bad one is named and leaves no output, unless it is to be salvaged."""
     from lightning_tucodec.codecs import pipeline
-    from lightning_tucodec.codecs.models import load, load_by_id
+    from lightning_tucodec.codecs.h266 import decode_container
+    from lightning_tucodec.codecs.models import load_any, load_by_id
+    from lightning_tucodec.codecs.postfilter import FilterModel
     from lightning_tucodec.codecs.tuc import WHOLE_POSITIONS, mark
-    from lightning_tucodec.coding.container import unpack
+    from lightning_tucodec.coding.container import CodecKind, unpack
     from lightning_tucodec.images import write_png
 
     device = _device(arguments.device)
-    chosen = load(arguments.model, device) if arguments.model else None
+    chosen = load_any(arguments.model, device) if arguments.model else None
 
-    def prepare(job: Job) -> _Symbols:
+    def prepare(job: Job) -> _Symbols | _Picture:
         container = unpack(_read(job[0]), salvage=arguments.salvage)
+        started = time.perf_counter()
+        if container.kind == CodecKind.VVC:
+            shown = decode_container(container, chosen if isinstance(chosen, FilterModel) else None)
+            name = NamedModel(H266_MODELS[bool(any(container.model_id))])
+            return _Picture(name, container, shown, [], time.perf_counter() - started)
         model = chosen or load_by_id(container.model_id, device)
+        if isinstance(model, FilterModel):
+            raise UnknownModelError(f"{model.name} is a post-filter, which did not write this file")
         started = time.perf_counter()
         y, damaged = model.read(container, arguments.salvage)
         return _Symbols(model, container, y, damaged, time.perf_counter() - started)
 
-    def network(batch: Sequence[_Symbols]) -> "list[tuple[NDArray[np.uint8], float]]":
+    def network(batch: Sequence[_Symbols | _Picture]) -> "list[tuple[NDArray[np.uint8], float]]":
+        if isinstance(batch[0], _Picture):
+            return [(one.pixels, 0.0) for one in batch if isinstance(one, _Picture)]
         started = time.perf_counter()
-        images = batch[0].model.synthesise_batch([one.y for one in batch])
+        images = batch[0].model.synthesise_batch(
+            [one.y for one in batch if isinstance(one, _Symbols)]
+        )
         seconds = (time.perf_counter() - started) / len(batch)
         return [(pixels, seconds) for pixels in images]
 
     def finish(
-        job: Job, symbols: _Symbols, result: "tuple[NDArray[np.uint8], float]"
+        job: Job, symbols: _Symbols | _Picture, result: "tuple[NDArray[np.uint8], float]"
     ) -> dict[str, Any]:
         source, target = job
         width, height = symbols.container.width, symbols.container.height
@@ -233,8 +344,14 @@ def run_decompress(arguments: argparse.Namespace) -> int:
     stages = pipeline.Stages(
         pixels=lambda job: _coded_size(job[0]),
         prepare=prepare,
-        group=lambda symbols: (symbols.model.id, symbols.y.shape),
-        batch=lambda symbols: max(1, WHOLE_POSITIONS // (symbols.y.shape[0] * symbols.y.shape[1])),
+        group=lambda one: (
+            (one.model.id, one.y.shape) if isinstance(one, _Symbols) else one.pixels.shape
+        ),
+        batch=lambda one: (
+            max(1, WHOLE_POSITIONS // (one.y.shape[0] * one.y.shape[1]))
+            if isinstance(one, _Symbols)
+            else 1
+        ),
         network=network,
         finish=finish,
     )
@@ -284,23 +401,20 @@ def run_info(arguments: argparse.Namespace) -> int:
 
 
 def _name_of(identity: bytes) -> str | None:
-    from lightning_tucodec.codecs.models import load_by_id
+    from lightning_tucodec.codecs.models import models
 
-    try:
-        return load_by_id(identity).name
-    except TucodecError:
-        return None
+    return next((name for name, card in models().items() if card["id"] == identity.hex()), None)
 
 
 def run_models(arguments: argparse.Namespace) -> int:
     """List shipped and local models; a damaged file is named and the status says so."""
-    from lightning_tucodec.codecs.models import SHIPPED, load, model_files
+    from lightning_tucodec.codecs.models import SHIPPED, load_any, model_files
 
     status = 0
     rows = []
     for path in model_files():
         try:
-            model = load(path)
+            model = load_any(path)
         except TucodecError as error:
             print(f"tucodec: {error}", file=sys.stderr)
             status = 1

@@ -103,11 +103,11 @@ class H266(Options):
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """The H×W×3 image of a `.tuc` file; see `ImageCodec.decode`."""
-        return decode_container(unpack(data), self._filter())
+        return decode_container(unpack(data), self.model())
 
     def describe(self) -> dict[str, Any]:
         """See `ImageCodec.describe`."""
-        model = self._filter()
+        model = self.model()
         return {
             **self._coder(self.chroma_qp_offset or 0).describe(),
             "codec": self.name,
@@ -126,7 +126,7 @@ class H266(Options):
         stream = coder.encode_planes(planes)
         decoded = coder.decode_planes(stream, height, width)
         shown = planes_to_rgb(decoded, self.colour)[:height, :width]
-        error, gate, model = sse(image, shown), 0, self._filter()
+        error, gate, model = sse(image, shown), 0, self.model()
         if model is not None:
             filtered = model.apply(decoded, self.qp, self.colour)[:height, :width]
             if sse(image, filtered) < error:
@@ -143,7 +143,12 @@ class H266(Options):
         limits: dict[str, Any] = {"threads": self.threads, "timeout": self.timeout}
         return Vvc(self.qp, self.preset, offset, self.colour, **limits)
 
-    def _filter(self) -> FilterModel | None:
+    def model(self) -> FilterModel | None:
+        """The post-filter.
+
+        Raises:
+            UnknownModelError, ModelFileError: see `models.load_filter`.
+        """
         if self.filter == NO_FILTER:
             return None
         # Models know this codec, so that they can decode its files.

@@ -59,10 +59,15 @@ def load(name: str | Path, device: str = "cpu") -> TucModel:
         UnknownModelError: no model has this name.
         ModelFileError: the file is missing or damaged.
     """
-    model = _cached(_find(name), device)
+    model = load_any(name, device)
     if not isinstance(model, TucModel):
         raise UnknownModelError(f"{name} is a post-filter; it works through vvc+postfilter")
     return model
+
+
+def load_any(name: str | Path, device: str = "cpu") -> TucModel | FilterModel:
+    """A model of any kind, otherwise as `load`."""
+    return _cached(_find(name), device)
 
 
 def load_filter(name: str | Path) -> FilterModel:
@@ -72,7 +77,7 @@ def load_filter(name: str | Path) -> FilterModel:
         UnknownModelError: no post-filter has this name.
         ModelFileError: the file is missing or damaged.
     """
-    model = _cached(_find(name))
+    model = load_any(name)
     if not isinstance(model, FilterModel):
         raise UnknownModelError(f"{name} is not a post-filter")
     return model

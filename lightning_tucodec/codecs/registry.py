@@ -3,9 +3,9 @@
     specification = name [":" key "=" value {"," key "=" value}]
 
 Names are those of `CLASSES`, keys the fields of the class: `jpeg:q=30`, `hevc:qp=32,chroma=420`,
-`vvc:qp=37,preset=slow,chroma_qp_offset=-6`. Any other name, or a path to a `.safetensors` file, is
-a learned model's, with the options of `codecs.refine`: `tiny-mse:effort=5`. The shell's braces make a
-sweep of one: `jpeg:q={10,30,50}`.
+`vvc:qp=37,preset=slow,chroma_qp_offset=-6`, and `vvc+postfilter:qp=42` for H.266 with a learned
+filter. Any other name, or a path to a `.safetensors` file, is a learned model's, with the options of
+`codecs.refine`: `tiny-mse:effort=5`. The shell's braces make a sweep of one: `jpeg:q={10,30,50}`.
 """
 
 from typing import TYPE_CHECKING
@@ -57,11 +57,14 @@ def codec(specification: str) -> ImageCodec:
         return built
     # Only now: a codec that is not learned must not wait for torch.
     from lightning_tucodec.codecs import models
+    from lightning_tucodec.codecs.h266 import H266
 
+    if name == H266.codec_name:
+        return H266.parse(options)
     try:
         model = models.load(name)
     except UnknownModelError:
-        known = ", ".join(sorted(CLASSES))
+        known = ", ".join(sorted([*CLASSES, H266.codec_name]))
         raise ConfigError(f"no codec or model is named {name}; codecs: {known}") from None
     if not options:
         return model
@@ -74,7 +77,11 @@ def model_of(coder: ImageCodec) -> "ModelFile | None":
     """The model file that a codec's decoder needs, if it is a learned one."""
     if type(coder) in CLASSES.values():
         return None
+    from lightning_tucodec.codecs.h266 import H266
     from lightning_tucodec.codecs.refine import RefinedModel
     from lightning_tucodec.codecs.tuc import TucModel
 
+    if isinstance(coder, H266):
+        model = coder.model()
+        return None if model is None else model.file
     return coder.file if isinstance(coder, TucModel | RefinedModel) else None

@@ -26,6 +26,9 @@ from lightning_tucodec.nn.blocks import PixelShuffle, PixelUnshuffle, conv3x3
 
 _SLOPE = 0.1
 
+_RESIDUAL = 1 / 16
+"""What is learned is a few grey levels; at this scale the last layer's weights are like the others'."""
+
 
 class DecodedPicture(NamedTuple):
     """What a post-filter sees of a batch of decoded pictures with even sides.
@@ -139,7 +142,7 @@ class PostFilter(nn.Module):
         for block, (scale, shift) in zip(self.body, pairs, strict=True):
             x = block(x, scale, shift)
         x = self.tail(F.leaky_relu(x, _SLOPE))
-        return picture.plain + (self.unfold(x) if half else x)
+        return picture.plain + _RESIDUAL * (self.unfold(x) if half else x)
 
     @property
     def reach(self) -> int:

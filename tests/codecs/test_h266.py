@@ -1,0 +1,213 @@
+"""H.266 in `.tuc` files: parameter sets, gate, rate control, command line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.data import astronaut
+
+from lightning_tucodec.cli import main
+from lightning_tucodec.codecs import parameter_sets
+from lightning_tucodec.codecs.colour import pad, planes_to_rgb, rgb_to_planes
+from lightning_tucodec.codecs.h266 import H266, NO_MODEL, code_at_most
+from lightning_tucodec.codecs.models import decompress, load, load_any, models
+from lightning_tucodec.codecs.postfilter import FilterModel, apply
+from lightning_tucodec.codecs.registry import codec
+from lightning_tucodec.codecs.vvc import PRESETS, Vvc
+from lightning_tucodec.coding.container import CodecKind, Container, pack, unpack
+from lightning_tucodec.errors import (
+    ConfigError,
+    CorruptStreamError,
+    ImageInputError,
+    ModelFileError,
+    UnknownModelError,
+)
+from lightning_tucodec.metrics import sse
+from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
+
+PHOTO = np.ascontiguousarray(astronaut()[40:103, 150:241])
+FAST = "preset=faster,chroma_qp_offset=-4"
+
+
+def filter_file(folder: Path, name: str, harm: float) -> FilterModel:
+    """A filter that adds `harm` times noise to the plain conversion, in the model folder."""
+    torch.manual_seed(0)
+    network = PostFilter(PostFilterConfig(channels=8, blocks=1))
+    with torch.no_grad():
+        network.tail.weight.normal_(std=harm)
+    model = FilterModel.freeze(network, name, {"note": "for tests"})
+    model.file.save(folder / f"{name}.safetensors")
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TUCODEC_MODELS", str(tmp_path / "models"))
+    return tmp_path / "models"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameter_sets_cost_three_bytes_and_come_back(preset: str) -> None:
+    for height, width, offset in ((16, 32, 0), (22, 18, -4), (40, 26, 3)):
+        image = PHOTO[20 : 20 + height, 20 : 20 + width]
+        stream = Vvc(50, preset, offset).encode_planes(rgb_to_planes(image))
+        short = parameter_sets.strip(stream, height, width)
+        assert len(stream) - len(short) > 50
+        assert parameter_sets.restore(short, height, width) == stream
+
+
+def test_other_parameter_sets_stay_in() -> None:
+    stream = Vvc(45, "faster").encode_planes(rgb_to_planes(pad(PHOTO, 2, 16)))
+    other = bytearray(stream)
+    other[20] ^= 1
+    for kept in (bytes(other), b"", stream[:9], b"anything"):
+        data = parameter_sets.strip(kept, 64, 92)
+        assert data == b"\xff" + kept
+        assert parameter_sets.restore(data, 64, 92) == kept
+    for damaged in (b"", b"\x00\x10", b"\x05\x10\x0c123", b"\x00\x10\x19123"):
+        with pytest.raises(CorruptStreamError):
+            parameter_sets.restore(damaged, 64, 92)
+
+
+def test_orthonormal_colour_comes_back_and_weighs_all_planes_alike() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (32, 48, 3)).astype(np.uint8)
+    planes = rgb_to_planes(image, "444", "orthonormal")
+    back = planes_to_rgb(planes, "orthonormal")
+    assert np.abs(back.astype(int) - image).max() <= 1
+    gray = np.full_like(image, 128)
+    base = rgb_to_planes(gray, "444", "orthonormal")
+    errors = []
+    for number in range(3):
+        moved = list(base)
+        steps = rng.choice([-40, 40], moved[number].shape)
+        moved[number] = (moved[number] + steps).astype(np.uint16)
+        errors.append(sse(gray, planes_to_rgb(type(planes)(*moved), "orthonormal")))
+    assert max(errors) < 1.05 * min(errors)
+
+
+def test_without_filter_the_file_is_smaller_than_stream_and_header(folder: Path) -> None:
+    setting = codec(f"vvc+postfilter:qp=42,{FAST},filter=none")
+    data = setting.encode(PHOTO)
+    plain = codec(f"vvc:qp=42,{FAST},colour=orthonormal")
+    assert len(data) < len(plain.encode(PHOTO))
+    assert np.array_equal(setting.decode(data), plain.decode(plain.encode(PHOTO)))
+    container = unpack(data)
+    assert (container.kind, container.flags, container.model_id) == (CodecKind.VVC, 0, NO_MODEL)
+    assert np.array_equal(np.asarray(decompress(data)), setting.decode(data))
+    assert setting.name == f"vvc+postfilter:qp=42,{FAST},filter=none"
+    assert "filter" in setting.describe()
+
+
+def test_the_gate_opens_only_for_a_filter_that_helps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filter_file(folder, "bad", 0.5)
+    bad = H266(42, "faster", -4, filter="bad")
+    plain = H266(42, "faster", -4, filter="none")
+    assert bad.encode(PHOTO) == plain.encode(PHOTO)
+
+    good = filter_file(folder, "good", 0.0)
+    monkeypatch.setattr(
+        "lightning_tucodec.codecs.postfilter.apply",
+        lambda network, planes, qp, transform: pad(PHOTO, 2, 16),
+    )
+    setting = H266(42, "faster", -4, filter="good")
+    coded = setting.code(PHOTO)
+    container = unpack(coded.data)
+    assert (container.flags, container.model_id) == (1, good.id)
+    assert np.array_equal(coded.shown, PHOTO)
+    assert np.array_equal(np.asarray(decompress(coded.data)), PHOTO)
+    assert good.name in setting.describe()["filter"]
+
+
+def test_bands_leave_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = PostFilter(PostFilterConfig(channels=8, blocks=2)).eval()
+    with torch.no_grad():
+        network.tail.weight.normal_(std=0.02)
+    planes = rgb_to_planes(np.tile(pad(PHOTO, 2, 16), (3, 1, 1)), transform="orthonormal")
+    whole = apply(network, planes, 40, "orthonormal")
+    monkeypatch.setattr("lightning_tucodec.codecs.postfilter.ROWS", 48)
+    banded = apply(network, planes, 40, "orthonormal")
+    assert banded.shape == whole.shape
+    assert np.abs(banded.astype(int) - whole).max() <= 1
+    assert np.mean(banded != whole) < 1e-3
+
+
+def test_the_searched_offset_is_the_cheapest() -> None:
+    costs = [H266(40, "faster", o, filter="none").code(PHOTO).cost for o in (-2, -4, -6)]
+    assert H266(40, "faster", filter="none").code(PHOTO).cost == min(costs)
+
+
+def test_at_most() -> None:
+    ladder = [H266(qp, "faster", -4, filter="none") for qp in range(64)]
+    setting, coded = code_at_most(ladder, PHOTO, 1.0)
+    budget = PHOTO.shape[0] * PHOTO.shape[1] / 8
+    assert len(coded.data) <= budget < len(ladder[setting.qp - 1].code(PHOTO).data)
+    with pytest.raises(ConfigError, match=r"--target-bpp 0.01: even vvc\+postfilter:qp=63"):
+        code_at_most(ladder, PHOTO, 0.01)
+
+
+def test_files_that_cannot_be(folder: Path) -> None:
+    strip = unpack(H266(42, "faster", -4, filter="none").encode(PHOTO)).strips[0]
+    assert strip is not None
+
+    def tuc(strips: tuple[bytes, ...], width: int = 91, flags: int = 0) -> bytes:
+        return pack(Container(CodecKind.VVC, NO_MODEL, width, 63, strips, flags))
+
+    assert decompress(tuc((strip,))).size == (91, 63)
+    cases = [(b"",), (strip[:1],), (strip[:30],), (b"\xff" + strip[1:],), (strip, strip)]
+    for strips in cases:
+        with pytest.raises(CorruptStreamError):
+            decompress(tuc(strips))
+    for width in (16385, 190):
+        with pytest.raises(CorruptStreamError):
+            decompress(tuc((strip,), width))
+    with pytest.raises(UnknownModelError, match="0000000000000000"):
+        decompress(tuc((strip,), flags=1))
+    with pytest.raises(ImageInputError, match=r"16385×1 pixels.* sides up to 16384"):
+        H266(42, filter="none").encode(np.zeros((1, 16385, 3), np.uint8))
+
+
+def test_filters_are_models_of_their_own_kind(folder: Path) -> None:
+    model = filter_file(folder, "mine", 0.1)
+    assert models()["mine"]["id"] == model.id.hex()
+    again = load_any("mine")
+    assert isinstance(again, FilterModel)
+    for ours, theirs in zip(model.network.parameters(), again.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(UnknownModelError, match="mine is a post-filter"):
+        load("mine")
+    with pytest.raises(UnknownModelError, match="tiny-mse is not a post-filter"):
+        H266(40, filter="tiny-mse").encode(PHOTO)
+    file = model.file
+    tensors = {name: tensor for name, tensor in file.tensors.items() if "head" not in name}
+    broken = FilterModel(type(file)("broken", file.config, tensors, {}))
+    with pytest.raises(ModelFileError, match="broken: its content is inconsistent"):
+        _ = broken.network
+
+
+def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(PHOTO).save(photo)
+    out, shown = str(tmp_path / "photo.tuc"), str(tmp_path / "shown.png")
+    words = ["compress", str(photo), "-o", out, "--preset", "faster", "--json", "--recon", shown]
+    assert main([*words, "--model", "vvc", "--target-bpp", "1.2"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["bpp"] <= 1.2
+    assert row["bytes"] == Path(out).stat().st_size
+    assert row["psnr"] > 25
+    assert row["qp"] > 20
+    assert main(["decompress", out, "-o", str(tmp_path / "back.png")]) == 0
+    with Image.open(shown) as first, Image.open(tmp_path / "back.png") as second:
+        assert np.array_equal(np.asarray(first), np.asarray(second))
+    assert main(["info", out]) == 0
+    assert "vvc" in capsys.readouterr().out
+    assert main([*words, "--model", "vvc"]) == 1
+    assert "--model vvc needs --qp or --target-bpp" in capsys.readouterr().err
+    assert main(["compress", str(photo), "-o", out, "--qp", "30"]) == 1
+    assert "--qp is an option of --model vvc and vvc+postfilter" in capsys.readouterr().err
