@@ -144,11 +144,11 @@ def test_the_searched_offset_is_the_cheapest() -> None:
 
 
 def test_at_most() -> None:
-    ladder = [H266(qp, "faster", -4, filter="none") for qp in range(64)]
+    ladder = [H266(qp, "faster", -4, filter="none") for qp in range(34, 50)]
     setting, coded = code_at_most(ladder, PHOTO, 1.0)
     budget = PHOTO.shape[0] * PHOTO.shape[1] / 8
-    assert len(coded.data) <= budget < len(ladder[setting.qp - 1].code(PHOTO).data)
-    with pytest.raises(ConfigError, match=r"--target-bpp 0.01: even vvc\+postfilter:qp=63"):
+    assert len(coded.data) <= budget < len(ladder[setting.qp - 35].code(PHOTO).data)
+    with pytest.raises(ConfigError, match=r"--target-bpp 0.01: even vvc\+postfilter:qp=49"):
         code_at_most(ladder, PHOTO, 0.01)
 
 
@@ -193,12 +193,12 @@ def test_filters_are_models_of_their_own_kind(folder: Path) -> None:
 
 def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo = tmp_path / "photo.png"
-    Image.fromarray(PHOTO).save(photo)
+    Image.fromarray(PHOTO[:40, :60]).save(photo)
     out, shown = str(tmp_path / "photo.tuc"), str(tmp_path / "shown.png")
     words = ["compress", str(photo), "-o", out, "--preset", "faster", "--json", "--recon", shown]
-    assert main([*words, "--model", "vvc", "--target-bpp", "1.2"]) == 0
+    assert main([*words, "--model", "vvc", "--target-bpp", "2"]) == 0
     row = json.loads(capsys.readouterr().out)
-    assert row["bpp"] <= 1.2
+    assert row["bpp"] <= 2
     assert row["bytes"] == Path(out).stat().st_size
     assert row["psnr"] > 25
     assert row["qp"] > 20
