@@ -91,8 +91,8 @@ def decode_patch(data: bytes, encoding: str) -> NDArray[np.uint8]:
     if encoding == "raw":
         pixels: NDArray[np.uint8] = np.load(io.BytesIO(data))
         return pixels
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
+    with Image.open(io.BytesIO(data), formats=[encoding]) as image:
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def pixel_hash(pixels: NDArray[np.uint8]) -> str:

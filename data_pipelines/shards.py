@@ -17,7 +17,7 @@ import json
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,7 +202,7 @@ class _Build:
         missing = self._inspect(chunks)
         if missing and not merge:
             return Summary(None, f"{missing} of {len(chunks)} chunks of images to inspect")
-        plan = _Plan(self, [self._notes(chunk) for chunk in chunks])
+        plan = _Plan(self, (note for chunk in chunks for note in self._notes(chunk)))
         self._write(plan)
         if not merge:
             left = sum(self._record(shard) is None for shard in range(plan.shards))
@@ -337,9 +337,14 @@ class _Build:
 
 
 class _Plan:
-    """Which patch becomes which sample, as arrays of a few bytes a patch."""
+    """Which patch becomes which sample, as arrays of a few bytes a patch.
 
-    def __init__(self, job: _Build, notes: list[list[dict[str, Any]]]) -> None:
+    Args:
+        job: the build.
+        notes: of all images in their order; each is let go before the next is read.
+    """
+
+    def __init__(self, job: _Build, notes: Iterable[dict[str, Any]]) -> None:
         options, self.entries = job.options, job.entries
         self.shard_size = options.shard_size
         self.rejected: list[dict[str, Any]] = []
@@ -348,7 +353,7 @@ class _Plan:
         hashes: dict[int, int] = {}
         areas: dict[int, int] = {}
         self._scales = options.scales
-        for number, note in enumerate(note for chunk in notes for note in chunk):
+        for number, note in enumerate(notes):
             if "kind" in note:
                 self._reject(job, number, note["kind"], note["reason"])
                 continue

@@ -51,7 +51,7 @@ submit() { # submit NAME OPTION... -- WORDS: sets `job`
 self=$TUCODEC_ROOT/slurm/build_shards.sh
 submit shards-inspect --array="1-$parts" -- "$self" --share "$parts" "$@"
 inspect=$job
-submit shards-write --array="1-$parts" --dependency="afterok:$inspect" -- "$self" --share "$parts" "$@"
+submit shards-write --array="1-$parts" --dependency="afterany:$inspect" -- "$self" --share "$parts" "$@"
 write=$job
 submit shards-merge --dependency="afterany:$write" -- "$self" "$@"
 echo "inspect $inspect, write $write, merge $job; logs in $logs"

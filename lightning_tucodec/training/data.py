@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import mmap
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
@@ -27,6 +29,10 @@ Batch = dict[str, torch.Tensor]
 MIXED_SAMPLES = 16384
 """Samples that a batch is drawn from: the plan's window is as many shards as hold these."""
 
+_DRAWN_SAMPLES = 1024  # whose order is computed at once
+
+_PREFETCH = 2  # batches that a worker has been asked for, at most
+
 _AUGMENT = 0x617567  # separates the augmentation's random bits from those of the order
 
 
@@ -36,7 +42,7 @@ def data_plan(reader: ShardReader, seed: int) -> DataPlan:
     return DataPlan(len(reader), seed, size, max(2, math.ceil(MIXED_SAMPLES / size)))
 
 
-class RankBatches(Dataset[Batch]):
+class RankBatches:
     """This rank's share of the global batch that starts at a global position.
 
     Ranks take consecutive shares; they differ by one sample at most where the world size does not
@@ -50,6 +56,9 @@ class RankBatches(Dataset[Batch]):
         flip: mirror half of the samples left to right.
         rank: this process.
         world_size: number of processes.
+
+    Attributes:
+        shape: of the share's pixels, N×crop×crop×3.
     """
 
     def __init__(
@@ -58,30 +67,52 @@ class RankBatches(Dataset[Batch]):
     ) -> None:  # fmt: skip
         self.reader, self.plan, self.batch_size = reader, plan, batch_size
         self.crop, self.flip = crop, flip
-        self.rank, self.world_size = rank, world_size
+        first, end = (place * batch_size // world_size for place in (rank, rank + 1))
+        self._share = np.arange(first, end)
+        self.shape = (end - first, crop, crop, 3)
         self._key = derive(plan.seed & 0xFFFFFFFFFFFFFFFF, _AUGMENT)
+        self._drawn: dict[int, tuple[NDArray[np.int64], NDArray[np.uint64]]] = {}
         self._fetcher: ThreadPoolExecutor | None = None
         self._fetched_window = -1
 
-    def __getitem__(self, start: int) -> Batch:
-        """Image uint8 N×3×crop×crop and index int64 N (global positions)."""
-        positions = np.arange(
-            start + self.rank * self.batch_size // self.world_size,
-            start + (self.rank + 1) * self.batch_size // self.world_size,
-        )
+    def positions(self, start: int) -> NDArray[np.int64]:
+        """Global positions of the share, int64 N."""
+        return start + self._share
+
+    def read(self, start: int, out: NDArray[np.uint8]) -> None:
+        """Decode, crop and flip the share's samples into `out`, uint8 N×crop×crop×3.
+
+        Raises:
+            DatasetError: a sample cannot be decoded.
+        """
         if self.reader.cache is not None:
             self._fetch_ahead(start)
-        noise = hash_positions(self._key, positions)
+        samples, noise = self._draw(start)
         room = np.uint64(self.reader.index.patch - self.crop + 1)
         lefts = ((noise & np.uint64(0xFFFFF)) % room).tolist()
         tops = ((noise >> np.uint64(20) & np.uint64(0xFFFFF)) % room).tolist()
         flips = ((noise >> np.uint64(63)).astype(bool) & self.flip).tolist()
-        images = np.empty((len(positions), 3, self.crop, self.crop), np.uint8)
-        samples = self.plan.indices(positions).tolist()
-        for image, sample, x, y, flip in zip(images, samples, lefts, tops, flips, strict=True):
+        for image, sample, x, y, flip in zip(
+            out, samples.tolist(), lefts, tops, flips, strict=True
+        ):
             pixels = self.reader.pixels(sample)[y : y + self.crop, x : x + self.crop]
-            image[:] = (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1)
-        return {"image": torch.from_numpy(images), "index": torch.from_numpy(positions)}
+            image[:] = pixels[:, ::-1] if flip else pixels
+
+    def _draw(self, start: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Samples and random bits of the share.
+
+        They are drawn for many batches at a time, those that this worker gets next, because numpy
+        costs more by the call than by the number.
+        """
+        if start not in self._drawn:
+            worker = get_worker_info()
+            step = self.batch_size * (1 if worker is None else worker.num_workers)
+            starts = start + step * np.arange(max(1, _DRAWN_SAMPLES // len(self._share)))
+            positions = starts[:, None] + self._share
+            samples = self.plan.indices(positions.ravel()).reshape(positions.shape)
+            noise = hash_positions(self._key, positions)
+            self._drawn = dict(zip(starts.tolist(), zip(samples, noise, strict=True), strict=True))
+        return self._drawn[start]
 
     def _fetch_ahead(self, position: int) -> None:
         """On entering a window, one process starts to fetch the shards of the next one."""
@@ -112,7 +143,8 @@ class PlanLoader:
         self.num_workers = num_workers
         self.position = 0
         self._pass = len(self)
-        self._stream: Iterator[Batch] | None = None
+        self._shared: _SharedBatches | None = None
+        self._stream: Iterator[tuple[int, int]] = iter(())
 
     def __len__(self) -> int:
         """Batches in one pass over the samples; the last one may reach into the next pass."""
@@ -153,25 +185,19 @@ class PlanLoader:
 
     def close(self) -> None:
         """Let the workers go; iterating again starts new ones."""
-        self._stream = None
+        self._stream, self._shared = iter(()), None
 
     def _next(self) -> Batch:
-        if self._stream is None:
-            # The stream has no end, so that workers decode across the ends of passes as well.
-            loader = DataLoader(
-                self.batches,
-                batch_size=None,
-                sampler=_Starts(self.position, self.batches.batch_size),
-                num_workers=self.num_workers,
-                generator=torch.Generator(),  # or else starting would advance the global one
-                # Forked workers share the index, and end when this process is killed; those of a
-                # fork server would wait for ever.
-                multiprocessing_context="fork" if self.num_workers else None,
-                worker_init_fn=partial(_end_with_parent, os.getpid()),
-            )
-            self._stream = iter(loader)
+        positions = torch.from_numpy(self.batches.positions(self.position))
+        if not self.num_workers:
+            pixels = np.empty(self.batches.shape, np.uint8)
+            self.batches.read(self.position, pixels)
+            return {"image": _planes(pixels), "index": positions}
+        if self._shared is None:
+            self._start_workers()
+        assert self._shared is not None
         try:
-            batch = next(self._stream)
+            worker, slot = next(self._stream)
         except TucodecError as error:
             # From a worker the message comes with a traceback around it.
             self.close()
@@ -179,8 +205,68 @@ class PlanLoader:
             raise type(error)(
                 last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
             ) from None
-        image = batch["image"].to(torch.float32).div_(255)
-        return {"image": image, "index": batch["index"]}
+        image = _planes(self._shared.pixels[worker, slot])
+        if self._shared.starts[worker, slot] != self.position:
+            raise RuntimeError("a worker overwrote a batch before it was read")
+        return {"image": image, "index": positions}
+
+    def _start_workers(self) -> None:
+        self._shared = _SharedBatches(self.batches, self.num_workers)
+        # The stream has no end, so that workers decode across the ends of passes as well.
+        loader = DataLoader(
+            self._shared,
+            batch_size=None,
+            sampler=_Starts(self.position, self.batches.batch_size),
+            num_workers=self.num_workers,
+            prefetch_factor=_PREFETCH,
+            generator=torch.Generator(),  # or else starting would advance the global one
+            # Forked workers share the index and the memory for batches, and end when this process
+            # is killed; those of a fork server would wait for ever.
+            multiprocessing_context="fork",
+            worker_init_fn=partial(_end_with_parent, os.getpid()),
+        )
+        self._stream = iter(loader)
+
+
+def _planes(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    """uint8 N×H×W×3 to float32 N×3×H×W in [0, 1], a copy."""
+    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    # numpy's memory, because PyTorch's is given back and mapped anew for every batch.
+    result = torch.from_numpy(np.empty(planes.shape, np.float32))
+    return result.copy_(planes).div_(255)
+
+
+class _SharedBatches(Dataset[tuple[int, int]]):
+    """Memory in which workers leave their batches for the main process, used again and again.
+
+    Sending each batch through memory of its own, as PyTorch does, costs page faults on both sides
+    that take a good part of the time of decoding. A worker has been asked for `_PREFETCH` batches
+    at most while the main process copies one more out, so with one slot more than that it never
+    writes where somebody reads.
+
+    Attributes:
+        pixels: uint8 workers×slots×N×crop×crop×3.
+        starts: int64 workers×slots, the position of the batch in each slot.
+    """
+
+    def __init__(self, batches: RankBatches, workers: int) -> None:
+        self.batches = batches
+        slots = (workers, _PREFETCH + 1)
+        # Anonymous, so that small limits of /dev/shm do not matter.
+        pixels = mmap.mmap(-1, math.prod(slots + batches.shape))
+        self.pixels = np.frombuffer(pixels, np.uint8).reshape(slots + batches.shape)
+        self.starts = np.frombuffer(mmap.mmap(-1, 8 * math.prod(slots)), np.int64).reshape(slots)
+        self._slot = 0  # each worker counts its own
+
+    def __getitem__(self, start: int) -> tuple[int, int]:
+        """Decode a batch; returns where it lies: worker and slot."""
+        info = get_worker_info()
+        assert info is not None
+        place = info.id, self._slot
+        self._slot = (self._slot + 1) % self.starts.shape[1]
+        self.starts[place] = start
+        self.batches.read(start, self.pixels[place])
+        return place
 
 
 def _end_with_parent(parent: int, worker: int) -> None:

@@ -63,10 +63,28 @@ def test_all_ranks_together_are_the_plan(shards: Path, batch: int, world: int) -
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine's cores
 @pytest.mark.parametrize("workers", [1, 4])
-def test_workers_change_nothing(shards: Path, workers: int) -> None:
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_workers_change_nothing(shards: Path, world: int, workers: int) -> None:
     expected = take([loader(shards, 10)], 30)
-    found = take([loader(shards, 10, workers=workers)], 30)
+    found = take([loader(shards, 10, rank, world, workers) for rank in range(world)], 30)
     assert same(expected, found)
+
+
+def test_batches_stay_as_they_were_handed_out(shards: Path) -> None:
+    stream = endless(loader(shards, 10, workers=1))
+    batches = [next(stream) for _ in range(12)]
+    assert same(take([loader(shards, 10)], 12), batches)
+    assert len({batch["image"].data_ptr() for batch in batches}) == 12
+
+
+def test_a_batch_that_was_overwritten_is_refused(shards: Path) -> None:
+    one = loader(shards, 10, workers=1)
+    stream = endless(one)
+    next(stream)
+    assert one._shared is not None
+    one._shared.starts = one._shared.starts - 1  # as if another batch lay in every slot
+    with pytest.raises(RuntimeError, match="overwrote"):
+        next(stream)
 
 
 def test_samples_of_three_passes_are_each_there_three_times(shards: Path) -> None:
@@ -77,7 +95,8 @@ def test_samples_of_three_passes_are_each_there_three_times(shards: Path) -> Non
     assert counts.tolist() == [3] * 138
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1, 4])
 def test_world_size_changes_half_way(shards: Path, workers: int) -> None:
     expected = take([loader(shards, 12)], 24)
     found: list[dict[str, torch.Tensor]] = []
