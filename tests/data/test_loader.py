@@ -23,6 +23,9 @@ from lightning_tucodec.training.data import (
 )
 from lightning_tucodec.training.shards import ShardReader
 
+# More workers than this machine has cores are meant.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
 
 def loader(shards: Path, batch: int, rank: int = 0, world: int = 1, workers: int = 0) -> PlanLoader:
     reader = ShardReader(str(shards))
@@ -61,7 +64,6 @@ def test_all_ranks_together_are_the_plan(shards: Path, batch: int, world: int) -
     assert positions.tolist() == list(range(9 * batch))
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine's cores
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_workers_change_nothing(shards: Path, world: int, workers: int) -> None:
@@ -95,7 +97,6 @@ def test_samples_of_three_passes_are_each_there_three_times(shards: Path) -> Non
     assert counts.tolist() == [3] * 138
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_world_size_changes_half_way(shards: Path, workers: int) -> None:
     expected = take([loader(shards, 12)], 24)
@@ -224,7 +225,7 @@ def _fit(
     return module.seen, module.weight.item()
 
 
-@pytest.mark.filterwarnings("ignore:.*(LeafSpec|but have no `validation_step`)")
+@pytest.mark.filterwarnings("ignore:.*(LeafSpec|`srun` command|but have no `validation_step`)")
 @pytest.mark.parametrize("stop", [1, 4, 9, 13])
 @pytest.mark.parametrize("options", [{}, {"limit_train_batches": 4}])
 def test_a_lightning_run_that_stops_anywhere_goes_on_exactly(
@@ -239,7 +240,7 @@ def test_a_lightning_run_that_stops_anywhere_goes_on_exactly(
     assert resumed == weight
 
 
-@pytest.mark.filterwarnings("ignore:.*(LeafSpec|but have no `validation_step`)")
+@pytest.mark.filterwarnings("ignore:.*(LeafSpec|`srun` command|but have no `validation_step`)")
 def test_reloading_the_loader_does_not_turn_back(shards: Path, tmp_path: Path) -> None:
     seen, _ = _fit(shards, tmp_path, 20, reload_dataloaders_every_n_epochs=1)
     assert list(chain.from_iterable(seen)) == list(range(20 * 16))
