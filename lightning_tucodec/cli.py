@@ -112,6 +112,19 @@ def _register_export(subparsers: Any) -> None:
     parser.add_argument("--card", metavar="YAML", help="file with more entries of the card")
 
 
+def _register_wandb_sync(subparsers: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from lightning_tucodec.training.wandb_view import run_sync
+
+        return run_sync(arguments)
+
+    parser = _command(
+        subparsers, "wandb-sync", run, "send what W&B lacks of runs, from their metrics.jsonl"
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--offline", action="store_true", help="write an offline run instead")
+
+
 def _register_evaluate(subparsers: Any) -> None:
     def run(arguments: argparse.Namespace) -> int:
         import json
@@ -322,6 +335,7 @@ _REGISTER: list[Callable[[Any], None]] = [
     _register_export,
     _register_shards,
     _register_sweep,
+    _register_wandb_sync,
 ]
 
 

@@ -67,7 +67,7 @@ def load(name: str | Path, device: str = "cpu") -> TucModel:
 
 def load_any(name: str | Path, device: str = "cpu") -> TucModel | FilterModel:
     """A model of any kind, otherwise as `load`."""
-    return _cached(_find(name), device)
+    return _cached(find(name), device)
 
 
 def load_filter(name: str | Path) -> FilterModel:
@@ -83,8 +83,12 @@ def load_filter(name: str | Path) -> FilterModel:
     return model
 
 
-def _find(name: str | Path) -> Path:
-    """The file of a model."""
+def find(name: str | Path) -> Path:
+    """The file of a model, by its name or path.
+
+    Raises:
+        UnknownModelError: no model has this name.
+    """
     text = str(name)
     if text.endswith(SUFFIX) or os.sep in text:
         return Path(text)

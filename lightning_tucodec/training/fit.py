@@ -1,8 +1,15 @@
-"""`tucodec fit | validate | test`: LightningCLI with run folders, resume and preemption."""
+"""`tucodec fit | validate | test`: LightningCLI with run folders, resume and preemption.
 
+The recipe chooses the model (`training.module` says what it must offer) and the data by `class_path`;
+without one they are `VAE` and `PatchDataModule`.
+"""
+
+import contextlib
 import logging
+import os
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +18,34 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from jsonargparse import ArgumentError
+from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.training.data import PatchDataModule
+from lightning_tucodec.errors import ConfigError, DatasetError
+from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
+from lightning_tucodec.training.companions import Companion
+from lightning_tucodec.training.mirror import pull
+from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.preemption import PREEMPTED, Preemption
-from lightning_tucodec.training.runs import Checkpointing, RunFolder, network_weights, run_id
-from lightning_tucodec.training.tracking import JsonlLogger, WandbView
-from lightning_tucodec.training.vae import VAE
+from lightning_tucodec.training.runs import (
+    DEFAULT_DATA,
+    DEFAULT_MODEL,
+    Manifest,
+    RunFolder,
+    identity,
+    run_id,
+)
+from lightning_tucodec.training.tracking import Counters, JsonlLogger
+from lightning_tucodec.training.wandb_view import mode
+
+_MIRROR_SECONDS = {"finished": 900.0, "preempted": 60.0, "failed": 60.0}
+"""How long the last copy to the mirror may take; before a requeue there is little time."""
+
+_WANDB_SECONDS = {"online": 20.0, "offline": 120.0, "disabled": 20.0}
+"""How long W&B may take at the end; what it misses, `tucodec wandb-sync` sends."""
 
 
 @dataclass
@@ -30,11 +55,16 @@ class RunConfig:
     Attributes:
         name: first part of the folder's name.
         runs_dir: parent of all run folders.
-        init_from: checkpoint whose weights a fresh run starts with; a run that can be resumed
-            ignores it.
+        init_from: what a fresh run takes its weights from: a checkpoint, a run folder, an exported
+            model or its name. A run that can be resumed ignores it.
         checkpoint_minutes: time between two saves.
+        mirror: parent folder or fsspec URL of copies of run folders; a run goes on from there when it
+            is further there.
         wandb: mirror metrics to W&B (offline unless WANDB_API_KEY is set).
         project: W&B project.
+        group: W&B group, such as the sweep.
+        job_type: W&B job type.
+        tags: W&B tags.
         threads: CPU threads; None leaves PyTorch's choice.
     """
 
@@ -42,19 +72,13 @@ class RunConfig:
     runs_dir: str = "runs"
     init_from: str | None = None
     checkpoint_minutes: float = 5.0
+    mirror: str | None = None
     wandb: bool = False
     project: str = "lightning-tucodec"
+    group: str | None = None
+    job_type: str = "train"
+    tags: list[str] | None = None
     threads: int | None = None
-
-
-class _Counters(pl.Callback):
-    """Gives the loggers our own counters."""
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, JsonlLogger | WandbView):
-                logger.counters["opt_step"] = pl_module.opt_step
-                logger.counters["images_seen"] = pl_module.images_seen
 
 
 class _PlainProgress(pl.Callback):
@@ -73,86 +97,181 @@ class _PlainProgress(pl.Callback):
             print(f"step {pl_module.opt_step}/{trainer.max_steps} {words}", file=sys.stderr)
 
 
-def load_weights(network: torch.nn.Module, path: str) -> None:
-    """Warm start: weights of a checkpoint into `network`; nothing else is taken over.
-
-    The quantiser may be of another kind: learned centres start on the integers that rounding and
-    noise use.
-
-    Raises:
-        ConfigError: the checkpoint is of another network.
-    """
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    weights = network_weights(content)
-    own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in weights.items()}
-    differing = [
-        name for name, _ in own.items() ^ theirs.items() if not name.startswith("quantizer.")
-    ]
-    if differing:
-        raise ConfigError(f"{path}: another network (differs in {min(differing)}, …)")
-    fitting = {name: value for name, value in weights.items() if own.get(name) == value.shape}
-    network.load_state_dict(fitting, strict=False)
-
-
 class TucodecCLI(LightningCLI):
     """Adds the `run` group; finds the run's folder and goes on from its newest checkpoint."""
+
+    preemption: Preemption
+    folder: RunFolder | None = None
+    resume: tuple[Path, dict[str, Any]] | None = None
+    mirror: Companion | None = None
+    wandb: Companion | None = None
+    outcome = "finished"
+
+    def __init__(self, *args: Any, preemption: Preemption, **kwargs: Any) -> None:
+        self.preemption = preemption
+        self.cleanup = contextlib.ExitStack()
+        with self.cleanup:
+            super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run's own options."""
         parser.add_argument("--run", type=RunConfig, default=RunConfig())
+        parser.add_argument("--mirror", help="the same as --run.mirror")
+        parser.set_defaults(
+            {"model": {"class_path": DEFAULT_MODEL}, "data": {"class_path": DEFAULT_DATA}}
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Loggers and callbacks of the run folder."""
+        """Loggers, callbacks and signals of a run."""
         if self.subcommand != "fit":
             return self._build_trainer(logger=False, enable_checkpointing=False, **kwargs)
         config = self._plain_config()
         run = config["run"]
         if run["threads"]:
             torch.set_num_threads(run["threads"])
-        self.folder = RunFolder.of(config)
-        self.resume = self.folder.latest()
-        step = 0 if self.resume is None else int(self.resume[1]["tucodec"]["opt_step"])
-        loggers: list[Any] = [JsonlLogger(self.folder.path / "metrics.jsonl", step)]
-        if run["wandb"]:
-            identifier = run_id(config)
-            loggers.append(WandbView(self.folder.path, identifier, run["project"], config))
-        self.preemption = Preemption()
+        folder = RunFolder.of(config)
+        log = JsonlLogger(folder.metrics)
+        writer = BackgroundWriter(folder)
+        checkpointing = Checkpointing(
+            writer, run["checkpoint_minutes"], self.preemption, run_id(config)
+        )
         interactive = sys.stderr.isatty()
-        callbacks: list[pl.Callback] = [
-            _Counters(),
-            self.preemption,
-            Checkpointing(self.folder, run["checkpoint_minutes"], self.preemption),
-        ]
+        callbacks: list[pl.Callback] = [Counters(log), self.preemption, checkpointing]
         if not interactive:
             callbacks.append(_PlainProgress())
+        plugins: list[Any] = [writer]
+        if SLURMEnvironment.detect():
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         trainer = self._build_trainer(
-            logger=loggers,
+            logger=log,
             callbacks=callbacks,
+            plugins=plugins,
             enable_checkpointing=False,
             enable_progress_bar=interactive,
-            default_root_dir=str(self.folder.path),
+            default_root_dir=str(folder.path),
             **kwargs,
         )
+        # One owner of signals: Lightning's own handlers talk to other ranks from inside a signal.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self._begin(config, folder, trainer)
+        if self.resume is not None:
+            state = self.resume[1]
+            log.counters = {k: int(state["tucodec"][k]) for k in ("opt_step", "images_seen")}
+            checkpointing.rng = state.get("run", {}).get("rng")
+        log.go_on_from(log.counters["opt_step"])
         if trainer.is_global_zero:
-            self.folder.write_config(config)
+            self._start_companions(run)
         return trainer
 
+    def _begin(self, config: dict[str, Any], folder: RunFolder, trainer: pl.Trainer) -> None:
+        """Find what to go on from; rank 0 first, who announces the attempt to the others.
+
+        Raises:
+            ConfigError: the folder is in use or belongs to another configuration.
+        """
+        self.folder = folder
+        manifest = Manifest(folder)
+        if not trainer.is_global_zero:
+            manifest.wait_for_rank_0()
+            self.resume = folder.latest()
+            return
+        os.environ.setdefault("TUCODEC_ATTEMPT", uuid.uuid4().hex)
+        self.cleanup.callback(os.environ.pop, "TUCODEC_ATTEMPT", None)
+        self.cleanup.enter_context(folder.locked())
+        manifest.check(identity(config))
+        self.resume = folder.latest()
+        step = 0 if self.resume is None else int(self.resume[1]["tucodec"]["opt_step"])
+        if mirror := config["run"]["mirror"]:
+            step = self._pull(folder, mirror, step)
+            manifest.check(identity(config))
+        folder.write_config(config)
+        manifest.begin(config, step, trainer.world_size)
+        self.cleanup.callback(self._finish_companions)
+        self.cleanup.push(self._end)
+
+    def _pull(self, folder: RunFolder, mirror: str, step: int) -> int:
+        """Take over the mirror's state if it is further; returns the step to go on from.
+
+        Raises:
+            DatasetError: it cannot be reached, and there is nothing here to go on from.
+        """
+        try:
+            pulled = pull(folder, mirror, step)
+        except DatasetError as error:
+            if self.resume is None:
+                raise
+            print(f"tucodec: {error}; goes on with what is here", file=sys.stderr)
+            return step
+        if pulled is None:
+            return step
+        print(f"run {folder.path}: step {pulled} comes from {mirror}", file=sys.stderr)
+        self.resume = folder.latest()
+        return pulled
+
+    def _start_companions(self, run: dict[str, Any]) -> None:
+        assert self.folder is not None
+        package = "lightning_tucodec.training"
+        path = str(self.folder.path)
+        if run["mirror"]:
+            log = self.folder.path / "mirror.log"
+            self.mirror = Companion(f"{package}.mirror", [path, run["mirror"]], log)
+        if run["wandb"] and mode() != "disabled":
+            log = self.folder.path / "wandb.log"
+            self.wandb = Companion(f"{package}.wandb_view", [path], log)
+
+    def _finish_companions(self) -> None:
+        limits = {
+            self.mirror: _MIRROR_SECONDS[self.outcome],
+            self.wandb: _WANDB_SECONDS.get(mode(), 20.0),
+        }
+        for companion, seconds in limits.items():
+            if companion is not None and not companion.finish(seconds):
+                print(f"tucodec: {companion.name} did not get to its end; see its log",
+                      file=sys.stderr)  # fmt: skip
+
+    def _end(self, kind: type[BaseException] | None, error: BaseException | None, *_: Any) -> None:
+        """Leave in the manifest how this attempt ended."""
+        assert self.folder is not None
+        reason, status, text = "finished", 0, None
+        if error is not None:
+            self.outcome = reason = "failed"
+            status = 1
+            text = (str(error).strip() or type(error).__name__).splitlines()[-1][:500]
+        elif self.preempted:
+            assert self.preemption.received is not None
+            self.outcome = "preempted"
+            reason, status = f"preempted ({self.preemption.received.name})", PREEMPTED
+        Manifest(self.folder).end(self.model.opt_step, reason, status, text)
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a signal ended the run before its last step."""
+        return self.preemption.stopping and self.model.opt_step < self.model.max_steps
+
     def _build_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The trainer as Lightning builds it.
+        """The trainer as Lightning builds it; `max_steps` counts batches also with several optimisers.
 
         Raises:
             ConfigError: its options do not fit together or this machine.
         """
+        options = self.config_init[self.subcommand]["trainer"]
+        plugins = options.get("plugins") or []
+        kwargs["plugins"] = [
+            *(plugins if isinstance(plugins, list) else [plugins]),
+            *kwargs.get("plugins", []),
+        ]
+        if options["max_steps"] > 0:
+            kwargs["max_steps"] = options["max_steps"] * self.model.optimizers_a_step
         try:
             trainer: pl.Trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
         return trainer
 
-    def fit(self, model: VAE, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+    def fit(self, model: TrainingModule, datamodule: pl.LightningDataModule, **kw: Any) -> None:
         """Start, or go on from the newest checkpoint."""
-        del kwargs  # ckpt_path: the resolver decides
+        del kw  # ckpt_path: the resolver decides
+        assert self.folder is not None
         where = self.folder.path
         path: Path | None = None
         init_from = self._get(self.config, "run")["init_from"]
@@ -163,17 +282,20 @@ class TucodecCLI(LightningCLI):
         else:
             print(f"run {where}: starts", file=sys.stderr)
             if init_from:
-                load_weights(model.network, init_from)
+                model.warm_start(init_from)
+        self.resume = None  # its tensors are not needed twice
         self.trainer.fit(model, datamodule, ckpt_path=path, weights_only=True)
 
-    def validate(self, model: VAE, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+    def validate(
+        self, model: TrainingModule, datamodule: pl.LightningDataModule, **kw: Any
+    ) -> None:
         """Measure a checkpoint on the whole images."""
-        path = self._checkpoint(kwargs["ckpt_path"], datamodule)
+        path = self._checkpoint(kw["ckpt_path"], datamodule)
         self.trainer.validate(model, datamodule, ckpt_path=path, weights_only=True)
 
-    def test(self, model: VAE, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+    def test(self, model: TrainingModule, datamodule: pl.LightningDataModule, **kw: Any) -> None:
         """As `validate`, under another name."""
-        path = self._checkpoint(kwargs["ckpt_path"], datamodule)
+        path = self._checkpoint(kw["ckpt_path"], datamodule)
         self.trainer.test(model, datamodule, ckpt_path=path, weights_only=True)
 
     def _checkpoint(self, named: str | None, datamodule: pl.LightningDataModule) -> Path:
@@ -199,9 +321,9 @@ class TucodecCLI(LightningCLI):
         config = self.config[self.subcommand].clone()
         config.pop("config", None)
         text = self._parser(self.subcommand).dump(config, skip_none=False)
-        import yaml
-
         plain: dict[str, Any] = yaml.safe_load(text)
+        mirror = plain.pop("mirror", None)
+        plain["run"]["mirror"] = mirror or plain["run"]["mirror"]
         return plain
 
 
@@ -226,25 +348,31 @@ def main(arguments: Sequence[str]) -> int:
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*Total length of `list` across ranks is zero.*",
         ".*does not have many workers.*",
+        # A login node or a notebook; `tucodec doctor` says what is wrong inside a job.
+        ".*The `srun` command is available on your system but is not used.*",
         # It counts steps over all passes, whatever one pass holds.
         ".*number of training batches .* is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     raising = {"exit_on_error": False}
+    preemption = Preemption()
     try:
-        cli = TucodecCLI(
-            VAE,
-            PatchDataModule,
-            save_config_callback=None,
-            seed_everything_default=0,
-            parser_kwargs={"prog": "tucodec", **raising}
-            | dict.fromkeys(TucodecCLI.subcommands(), raising),
-            args=list(arguments),
-        )
+        with preemption if arguments[0] == "fit" else contextlib.nullcontext():
+            cli = TucodecCLI(
+                TrainingModule,
+                pl.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                seed_everything_default=0,
+                parser_kwargs={"prog": "tucodec", **raising}
+                | dict.fromkeys(TucodecCLI.subcommands(), raising),
+                args=list(arguments),
+                preemption=preemption,
+            )
     except ArgumentError as error:
         print(f"tucodec {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from None
-    preemption = getattr(cli, "preemption", None)
-    return PREEMPTED if preemption is not None and preemption.received else 0
+    return PREEMPTED if arguments[0] == "fit" and cli.preempted else 0

@@ -19,9 +19,9 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption(pl.Callback):
-    """Stops the trainer after the batch in which a signal came; all ranks agree on the batch.
+    """Stops the trainer between two batches once any rank was told to stop.
 
-    `stopping` is set at the end of that batch, for `Checkpointing` to save. The module skips the next batch.
+    A context manager: inside it the signals are ours, from before the set-up to after the last save.
     """
 
     def __init__(self) -> None:
@@ -29,6 +29,20 @@ class Preemption(pl.Callback):
         self.stopping = False
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
+        self._group: Any = None
+
+    def __enter__(self) -> "Preemption":
+        """Take the signals."""
+        self._owner = os.getpid()
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
@@ -37,32 +51,39 @@ class Preemption(pl.Callback):
             raise KeyboardInterrupt  # asked twice at the keyboard: now
         self.received = signal.Signals(number)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers; earlier Lightning would put its own in their place."""
-        self._owner = os.getpid()
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
-    ) -> None:
-        """Find out whether any rank was told to stop."""
-        self.stopping = self.received is not None
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Open a line between the ranks that does not wait for a GPU."""
         if trainer.world_size > 1:
-            flag = torch.tensor(float(self.stopping), device=pl_module.device)
-            self.stopping = bool(trainer.strategy.reduce(flag, reduce_op="sum") > 0)
-        if self.stopping:
-            self.received = self.received or signal.SIGUSR1
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def agree(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank; called on all ranks at the same place."""
+        if self._group is None:
+            return list(flags)
+        values = torch.tensor([int(flag) for flag in flags])
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, self._group)
+        return [bool(value) for value in values]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on all ranks."""
+        if self._group is None:
+            return [value]
+        values = [None] * torch.distributed.get_world_size(self._group)
+        torch.distributed.all_gather_object(values, value, self._group)
+        return values
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A signal may have come during the set-up."""
+        (self.stopping,) = self.agree(self.received is not None)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        """Stop here, not in `on_train_batch_end`, where Lightning would validate and log once more."""
+        """Stop here, not in `on_train_batch_end`, where Lightning would validate and log once more.
+
+        Raises:
+            StopIteration: which ends Lightning's loop over the batches.
+        """
         if self.stopping:
             trainer.should_stop = True
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+            raise StopIteration

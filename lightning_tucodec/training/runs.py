@@ -1,72 +1,112 @@
-"""A run: its identity, its folder, its checkpoints and how it goes on.
+"""A run: its identity, its folder, its manifest and how it goes on.
 
 A run's folder is `<runs_dir>/<name>-<run_id>`, run_id a hash of what decides the result. The same config
-finds the same folder and continues there; there is nothing else to say to resume.
+finds the same folder and continues there; there is nothing else to say to resume. This module needs
+no PyTorch until a checkpoint is read, so that whoever only looks at runs is quick.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import platform
+import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
-import torch
 import yaml
 
-from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.files import atomic_write
 from lightning_tucodec.storage import Storage
-from lightning_tucodec.training.preemption import Preemption
+
+if TYPE_CHECKING:
+    import torch
 
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")
 """Two generations: a save renames last to previous before the new file takes its name."""
+
+MANIFEST = "manifest.json"
+DEFAULT_MODEL = "lightning_tucodec.training.vae.VAE"
+DEFAULT_DATA = "lightning_tucodec.training.data.PatchDataModule"
+"""Classes that a config without `class_path` means."""
 
 _VOLATILE_TRAINER = {
     "accelerator", "devices", "num_nodes", "strategy", "logger", "callbacks", "default_root_dir",
     "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "plugins", "profiler",
 }  # fmt: skip
 _VOLATILE_DATA = {"shards", "val_images", "num_workers", "cache_dir", "cache_gb"}
-_VOLATILE_RUN = {"runs_dir", "wandb", "init_from", "checkpoint_minutes", "threads"}
+_VOLATILE_RUN = {
+    "runs_dir", "wandb", "init_from", "checkpoint_minutes", "threads", "mirror", "group", "tags",
+    "job_type",
+}  # fmt: skip
+
+_PACKAGES = (
+    "lightning-tucodec", "torch", "pytorch-lightning", "numpy", "numba", "pillow", "webdataset",
+    "fsspec", "wandb", "jsonargparse",
+)  # fmt: skip
+_DIFF_LIMIT = 1 << 20  # characters of a diff that are kept
+_OWN_START = 120.0  # seconds to wait for whoever still holds the folder
+_ANNOUNCE = 1800.0  # seconds to wait for rank 0, which may be fetching a checkpoint from far away
 
 
-class NonFiniteLossError(TucodecError):
-    """Loss or gradient became NaN or infinite; the run has saved its state and stopped."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"loss or gradient is not finite at optimiser step {step}")
+def arguments(config: dict[str, Any], group: str) -> dict[str, Any]:
+    """Arguments of the model or data class in a config, given with or without `class_path`."""
+    values: dict[str, Any] = config[group]
+    return values.get("init_args") or {} if "class_path" in values else values
 
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a resolved config that decides the result.
 
     Paths, devices, nodes, workers and logging are left out; in their place stand the SHA-256 of the
-    shard index and of the initial weights.
+    shard index and of the initial weights. The default classes go unnamed.
 
     Args:
         config: resolved config of `fit` with the groups run, model, data and trainer.
     """
-    data = config["data"]
+    data = arguments(config, "data")
     run = config["run"]
     return {
-        "model": config["model"],
-        "data": {
-            **{k: v for k, v in data.items() if k not in _VOLATILE_DATA},
-            "index_sha256": _sha256(data["shards"], "index.json"),
-        },
+        "model": _named(config["model"], DEFAULT_MODEL, arguments(config, "model")),
+        "data": _named(
+            config["data"],
+            DEFAULT_DATA,
+            {
+                **{k: v for k, v in data.items() if k not in _VOLATILE_DATA},
+                "index_sha256": _sha256(data["shards"], "index.json") if "shards" in data else None,
+            },
+        ),
         "trainer": {k: v for k, v in config["trainer"].items() if k not in _VOLATILE_TRAINER},
         "run": {
             **{k: v for k, v in run.items() if k not in _VOLATILE_RUN},
-            "init_from_sha256": _sha256(run["init_from"]) if run.get("init_from") else None,
+            "init_from_sha256": _sha256(str(initial_weights(run["init_from"])))
+            if run.get("init_from")
+            else None,
         },
         "seed": config.get("seed_everything"),
     }
 
 
+def _named(group: dict[str, Any], default: str, values: dict[str, Any]) -> dict[str, Any]:
+    path = group.get("class_path", default)
+    return values if path == default else {"class_path": path, "init_args": values}
+
+
 def run_id(config: dict[str, Any]) -> str:
     """Twelve hexadecimal digits that name the run."""
-    text = json.dumps(identity(config), sort_keys=True, default=str)
+    return _digest(identity(config))
+
+
+def _digest(value: dict[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -79,7 +119,44 @@ def _sha256(location: str, name: str = "") -> str:
         raise ConfigError(f"{storage.path(name)}: {error.strerror or error}") from None
 
 
-def network_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+def initial_weights(source: str) -> Path:
+    """The file that `run.init_from` means: a checkpoint, a run folder, an exported model, a model's name.
+
+    Raises:
+        UnknownModelError: a name that no model has.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = [path / "checkpoints" / name for name in CHECKPOINTS]
+        return next((file for file in found if file.exists()), found[0])
+    if path.exists() or path.suffix or os.sep in source:
+        return path
+    from lightning_tucodec.codecs.models import find
+
+    return find(source)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Content of a checkpoint, on the CPU, plain types and tensors only.
+
+    Raises:
+        ConfigError: it is missing, damaged, or holds something else.
+    """
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["tucodec"]["opt_step"], content["state_dict"]
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    # torch.load has no error of its own: zip, pickle and type errors all mean the same here.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ConfigError(f"{path}: damaged, or not a checkpoint ({reason[0][:200]})") from None
+    return dict(content)
+
+
+def network_weights(checkpoint: dict[str, Any]) -> "dict[str, torch.Tensor]":
     """State of the TucodecVAE inside a checkpoint of `fit`, by the network's own names."""
     prefix = "network."
     return {
@@ -89,12 +166,26 @@ def network_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a metrics file; a line cut short by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
 class RunFolder:
-    """The folder of one run: config.yaml, metrics.jsonl, checkpoints/, images/."""
+    """The folder of one run: config.yaml, manifest.json, metrics.jsonl, checkpoints/, images/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.images = path / "images"
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "RunFolder":
@@ -108,75 +199,226 @@ class RunFolder:
             yaml.safe_dump(config, stream, sort_keys=False, allow_unicode=True)
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Newest checkpoint that loads, with its content; None when there is none to go on from."""
-        found = []
+        """Newest checkpoint that loads, with its content; None when there is none to go on from.
+
+        A damaged one is named on stderr, and the generation before it is taken.
+        """
         for name in CHECKPOINTS:
             path = self.checkpoints / name
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True)
-                found.append((content["tucodec"]["opt_step"], path, content))
-            except FileNotFoundError:
-                continue
-            except Exception as error:
-                print(f"tucodec: {path}: damaged, trying an older one ({error})", flush=True)
-        if not found:
-            return None
-        _, path, content = max(found, key=lambda entry: entry[0])
-        return path, content
+            if path.exists():
+                try:
+                    return path, load_checkpoint(path)
+                except ConfigError as error:
+                    print(f"tucodec: {error}; trying an older one", file=sys.stderr, flush=True)
+        return None
 
-    def save(self, trainer: pl.Trainer) -> None:
-        """Write a checkpoint: aside, flushed, then renamed; the last one becomes the previous.
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; the kernel drops the lock of the dead.
 
-        Called on all ranks, since gathering the state may be collective.
+        Raises:
+            ConfigError: another one does not end.
         """
-        aside = self.checkpoints / "saving.ckpt"
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(aside, weights_only=False)
-        if trainer.is_global_zero:
-            with open(aside, "rb") as stream:
-                os.fsync(stream.fileno())
-            last, previous = (self.checkpoints / name for name in CHECKPOINTS)
-            if last.exists():
-                os.replace(last, previous)
-            os.replace(aside, last)
-        trainer.strategy.barrier()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+", encoding="utf-8") as stream:
+            deadline = time.monotonic() + _OWN_START
+            while True:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        stream.seek(0)
+                        raise ConfigError(
+                            f"{self.path}: {stream.read().strip() or 'another process'} trains this "
+                            "run; stop it first, or change the config"
+                        ) from None
+                    time.sleep(0.5)
+                except OSError:  # a file system without locks
+                    break
+                else:
+                    stream.truncate(0)
+                    stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                    stream.flush()
+                    break
+            yield
 
 
-class Checkpointing(pl.Callback):
-    """Saves every so many minutes, and when the run ends or is told to stop."""
+class Manifest:
+    """`manifest.json`: what code ran on which machines, and how each attempt ended.
 
-    def __init__(self, folder: RunFolder, minutes: float, preemption: Preemption) -> None:
-        self.folder = folder
-        self.preemption = preemption
-        self.seconds = 60 * minutes
-        self._saved_at = 0.0
-        self._saved_step = -1
+        run_id, name, identity, created
+        code: one entry for each state of the code and its packages that took part
+        attempts: start, end, host, pid, world_size, slurm, code, from_step, step, exit, status, error
 
-    def _save(self, trainer: pl.Trainer, step: int) -> None:
-        if step != self._saved_step:
-            self.folder.save(trainer)
-            self._saved_step = step
+    `exit` is null while an attempt runs, then `finished`, `preempted (SIGUSR1)`, `failed` or, found out by
+    the next attempt, `killed`.
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start the clock."""
-        self._saved_at = time.monotonic()
-        self._saved_step = pl_module.opt_step
+    Args:
+        folder: of the run.
+    """
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        """Save when the time has come; rank 0's clock decides for all."""
-        due = trainer.strategy.broadcast(time.monotonic() - self._saved_at >= self.seconds)
-        if due or self.preemption.stopping:
-            self._save(trainer, pl_module.opt_step)
-            self._saved_at = time.monotonic()
+    def __init__(self, folder: RunFolder) -> None:
+        self.path = folder.path / MANIFEST
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """The final state."""
-        self._save(trainer, pl_module.opt_step)
+    def read(self) -> dict[str, Any]:
+        """Its content; empty when there is none or it is damaged."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Keep the state of a run whose loss was not finite for whoever looks for the cause."""
-        if isinstance(exception, NonFiniteLossError):
-            path = self.folder.checkpoints / f"nonfinite-{pl_module.opt_step}.ckpt"
-            self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            trainer.save_checkpoint(path, weights_only=False)
-            exception.args = (f"{exception.args[0]}; state saved in {path}",)
+    def check(self, own: dict[str, Any]) -> None:
+        """Refuse a folder that was begun with something else.
+
+        Args:
+            own: `identity` of the config at hand.
+
+        Raises:
+            ConfigError: what differs.
+        """
+        theirs = self.read().get("identity")
+        own = json.loads(json.dumps(own, default=str))
+        if theirs is not None and theirs != own:
+            lines = ", ".join(differences(theirs, own))
+            raise ConfigError(
+                f"{self.path.parent}: was begun with another configuration ({lines}); give the run "
+                "another name or remove the folder"
+            )
+
+    def begin(self, config: dict[str, Any], from_step: int, world_size: int) -> None:
+        """Add this attempt, before the first step."""
+        own = identity(config)
+        content = self.read() or {"created": _now()}
+        content |= {"run_id": _digest(own), "name": config["run"]["name"], "identity": own}
+        codes = content.setdefault("code", [])
+        code = _code()
+        if code not in codes:
+            codes.append(code)
+        attempts = content.setdefault("attempts", [])
+        for attempt in attempts:
+            if attempt["exit"] is None:
+                attempt["exit"] = "killed"
+        attempts.append(
+            {
+                "start": _now(), "end": None, "host": socket.gethostname(), "pid": os.getpid(),
+                "world_size": world_size, "slurm": slurm_ids(), "key": attempt_key(),
+                "code": codes.index(code), "from_step": from_step, "step": None, "exit": None,
+                "status": None, "error": None,
+            }
+        )  # fmt: skip
+        self._write(content)
+
+    def end(self, step: int | None, reason: str, status: int, error: str | None) -> None:
+        """Say how this process's attempt ended; a full disk is no reason to hide that."""
+        content = self.read()
+        for attempt in reversed(content.get("attempts", [])):
+            if attempt["pid"] == os.getpid() and attempt["host"] == socket.gethostname():
+                attempt |= {"end": _now(), "step": step, "exit": reason, "status": status,
+                            "error": error}  # fmt: skip
+                with contextlib.suppress(OSError):
+                    self._write(content)
+                return
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add what another cluster wrote about this run."""
+        own = self.read()
+        codes = other.setdefault("code", [])
+        attempts = other.setdefault("attempts", [])
+        known = {(a["start"], a["host"], a["pid"]) for a in attempts}
+        for attempt in own.get("attempts", []):
+            if (attempt["start"], attempt["host"], attempt["pid"]) not in known:
+                code = own["code"][attempt["code"]]
+                if code not in codes:
+                    codes.append(code)
+                attempts.append({**attempt, "code": codes.index(code)})
+        attempts.sort(key=lambda attempt: attempt["start"])
+        self._write(other)
+
+    def wait_for_rank_0(self) -> None:
+        """Return once rank 0 of this attempt has announced it, and so has fetched what there is.
+
+        Raises:
+            ConfigError: it has not, or this node does not see its folder.
+        """
+        key = attempt_key()
+        deadline = time.monotonic() + _ANNOUNCE
+        while key is not None:
+            attempts = self.read().get("attempts", [])
+            if attempts and attempts[-1]["key"] == key:
+                return
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{self.path}: rank 0 does not show up in it; run.runs_dir must be on storage "
+                    "that all nodes share"
+                )
+            time.sleep(0.2)
+
+    def _write(self, content: dict[str, Any]) -> None:
+        with atomic_write(self.path, "w") as stream:
+            json.dump(content, stream, indent=1, default=str)
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """One `name: old -> new` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if old == new else [f"{name}: {old} -> {new}"]
+
+
+def slurm_ids() -> dict[str, str]:
+    """What Slurm says about this job; empty outside of it."""
+    names = (
+        "JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "STEP_ID", "NTASKS", "NNODES",
+        "JOB_NODELIST", "JOB_PARTITION", "CLUSTER_NAME",
+    )  # fmt: skip
+    found = {name.lower(): os.environ.get(f"SLURM_{name}") for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def attempt_key() -> str | None:
+    """The same on all ranks of one start of the run; None when nothing tells starts apart."""
+    for names in (
+        ("TUCODEC_ATTEMPT",),  # set by rank 0 for the ranks that Lightning starts
+        ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
+        ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
+    ):
+        if names[0] in os.environ:
+            return "/".join(os.environ.get(name, "0") for name in names)
+    return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _code() -> dict[str, Any]:
+    """Commit and changes of the checkout that this package runs from, if it is one, and versions."""
+    packages = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    root = Path(__file__).parents[2]
+    commit = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
+    diff = _git(root, "diff", "HEAD") if commit else None
+    return {
+        "commit": commit.strip() if commit else None,
+        "diff": diff[:_DIFF_LIMIT] if diff else None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+    }
+
+
+def _git(root: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace")

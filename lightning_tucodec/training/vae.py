@@ -3,16 +3,15 @@
 import dataclasses
 import math
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_tucodec.codecs.model_file import freeze
+from lightning_tucodec.codecs.model_file import ModelFile, freeze
+from lightning_tucodec.codecs.models import SUFFIX
 from lightning_tucodec.codecs.tuc import TucModel
 from lightning_tucodec.errors import ConfigError, ModelFileError
 from lightning_tucodec.images import write_png
@@ -26,9 +25,9 @@ from lightning_tucodec.nn.codec import (
     config_to_dict,
 )
 from lightning_tucodec.training.data import PatchDataModule
+from lightning_tucodec.training.module import NonFiniteLossError, TrainingModule
 from lightning_tucodec.training.optimizers import muon_adam
-from lightning_tucodec.training.runs import NonFiniteLossError
-from lightning_tucodec.training.tracking import WandbView
+from lightning_tucodec.training.runs import initial_weights, load_checkpoint, network_weights
 
 
 def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> CodecConfig:
@@ -58,7 +57,7 @@ def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> Codec
         raise ConfigError(f"codec: {error}") from None
 
 
-class VAE(pl.LightningModule):
+class VAE(TrainingModule):
     """Trains a TucodecVAE for rate and distortion.
 
     The learning rate is a pure function of the number of optimiser steps done: a linear warm-up, a
@@ -106,8 +105,6 @@ class VAE(pl.LightningModule):
         self.warmup_steps, self.decay_start = warmup_steps, decay_start
         self.clip_norm = clip_norm
         self.seed = seed
-        self.opt_step = 0
-        self.images_seen = 0
         self.used_centres = torch.zeros(self.network.config.centres, dtype=torch.int64)
         self.network.to(memory_format=torch.channels_last)
 
@@ -139,17 +136,14 @@ class VAE(pl.LightningModule):
                 f"got {crop}: MS-SSIM halves the image four times and its window has 11 pixels"
             )
 
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> int | None:
-        """Set the step's learning rate and its noise; -1 leaves a run that is told to stop."""
-        if self.trainer.should_stop:
-            return -1
-        rate = self.learning_rate(self.opt_step, self.trainer.max_steps)
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Set the step's learning rate and its noise."""
+        rate = self.learning_rate(self.opt_step, self.max_steps)
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         first = int(batch["index"][0])
         torch.manual_seed((self.seed * 1_000_003 + first * 7_919 + 1) % 2**63)
-        return None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Rate and distortion of one batch of crops."""
@@ -179,11 +173,6 @@ class VAE(pl.LightningModule):
         if not torch.isfinite(norm):
             raise NonFiniteLossError(self.opt_step)
         self.log("train/grad_norm", norm)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Count our own steps; schedules and logs use this count alone."""
-        super().optimizer_step(*args, **kwargs)
-        self.opt_step += 1
 
     def on_validation_epoch_start(self) -> None:
         """Freeze the network as an export would, and forget the last validation's numbers."""
@@ -222,16 +211,8 @@ class VAE(pl.LightningModule):
             row["real_bpp"] = 8 * len(self.coder.encode(original)) / pixels
         self.validation_rows.append(row)
         if batch_idx == 0 and self.trainer.is_global_zero and self.trainer.loggers:
-            self._keep_picture(original, _eight_bits(x_hat))
-
-    def _keep_picture(self, original: NDArray[np.uint8], shown: NDArray[np.uint8]) -> None:
-        """Original and reconstruction side by side, as a file of the run folder and in W&B."""
-        folder = Path(self.trainer.default_root_dir) / "images"
-        path = folder / f"step-{self.opt_step:08d}.png"
-        write_png(path, np.concatenate([original, shown], axis=1))
-        for logger in self.trainer.loggers:
-            if isinstance(logger, WandbView):
-                logger.log_pictures({"val/original_and_reconstruction": path})
+            both = np.concatenate([original, _eight_bits(x_hat)], axis=1)
+            write_png(self.picture_path(), both)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means."""
@@ -276,21 +257,39 @@ class VAE(pl.LightningModule):
         by_index = {row["index"]: row for rows in gathered for row in rows}
         return [by_index[index] for index in sorted(by_index)]
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Our own counters and what is needed to rebuild the network, as plain types."""
-        checkpoint["tucodec"] = {
-            "opt_step": self.opt_step,
-            "images_seen": self.images_seen,
+    def describe(self) -> dict[str, Any]:
+        """What is needed to rebuild the network, and what it was trained for."""
+        return {
             "codec": _plain(config_to_dict(self.network.config)),
             "recipe": self.recipe,
             "lmbda": self.loss.lmbda,
             "convention": self.loss.convention,
         }
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue our own counters."""
-        self.opt_step = checkpoint["tucodec"]["opt_step"]
-        self.images_seen = checkpoint["tucodec"]["images_seen"]
+    def warm_start(self, source: str) -> None:
+        """Start with the weights of a checkpoint or of an exported model; nothing else is taken over.
+
+        The quantiser may be of another kind: learned centres start on the integers that rounding and
+        noise use. An exported model has half-precision transforms and entropy networks in fixed point.
+
+        Raises:
+            ConfigError: it is damaged or another network.
+            ModelFileError: the same of an exported model.
+        """
+        path = initial_weights(source)
+        if path.suffix == SUFFIX:
+            weights = ModelFile.load(path).network().state_dict()
+        else:
+            weights = network_weights(load_checkpoint(path))
+        own = {name: tuple(value.shape) for name, value in self.network.state_dict().items()}
+        theirs = {name: tuple(value.shape) for name, value in weights.items()}
+        differing = [
+            name for name, _ in own.items() ^ theirs.items() if not name.startswith("quantizer.")
+        ]
+        if differing:
+            raise ConfigError(f"{path}: another network (differs in {min(differing)}, …)")
+        fitting = {name: value for name, value in weights.items() if own.get(name) == value.shape}
+        self.network.load_state_dict(fitting, strict=False)
 
 
 def _eight_bits(x: Tensor) -> NDArray[np.uint8]:

@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_falls_back_a_generation(
     newest = folder / "checkpoints" / "last.ckpt"
     newest.write_bytes(newest.read_bytes()[:1000])
     assert state(folder)["tucodec"]["opt_step"] == 3
-    assert "last.ckpt: damaged" in capsys.readouterr().out
+    assert "last.ckpt: damaged" in capsys.readouterr().err
     assert main(words) == 0
     assert state(folder)["tucodec"]["opt_step"] == 4
 
@@ -265,7 +265,7 @@ def test_validate_and_test_measure_the_run(
     for command, prefix in [("validate", "val"), ("test", "test")]:
         capsys.readouterr()
         assert main([command, "--config", path, "--trainer.enable_progress_bar", "false"]) == 0
-        printed = capsys.readouterr().out
+        printed = capsys.readouterr().err
         (line,) = [line for line in printed.splitlines() if f"{prefix}/psnr" in line]
         assert float(line.split("│")[2]) == pytest.approx(row["val/psnr"], rel=1e-6)
     assert sorted(p.name for p in tmp_path.iterdir()) == before

@@ -1,0 +1,66 @@
+"""Processes beside a run: whatever talks to other machines does so outside of the training process.
+
+A server that hangs, a client that is killed or a library that blocks at exit then cannot cost a step. A
+companion ends when its standard input is closed, which happens when the run says so or dies.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from lightning_tucodec.training.preemption import SIGNALS
+
+
+def wait(seconds: float) -> bool:
+    """In a companion: pause, but return at once, with True, when the run has ended."""
+    ready, _, _ = select.select([0], [], [], seconds)
+    return bool(ready) and not os.read(0, 1)
+
+
+class Companion:
+    """A Python module that runs beside the training process.
+
+    Args:
+        module: its full name.
+        arguments: words for it.
+        log: file that gets what it says.
+    """
+
+    def __init__(self, module: str, arguments: list[str], log: Path) -> None:
+        self.name = module.rpartition(".")[2]
+        # Slurm sends USR1 and TERM to every process of a step. The mask is inherited for good.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            with open(log, "ab") as stream:
+                self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+                    [sys.executable, "-m", module, *arguments],
+                    stdin=subprocess.PIPE,
+                    stdout=stream,
+                    stderr=stream,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )
+        except OSError as error:
+            self._process = None
+            print(f"tucodec: {self.name} does not start: {error}", file=sys.stderr, flush=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def finish(self, seconds: float) -> bool:
+        """Let it do what is left, then end it; returns whether it came to its end by itself."""
+        if self._process is None:
+            return False
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it is gone already
+            self._process.stdin.close()
+        try:
+            done = self._process.wait(seconds) == 0
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            done = False
+        self._process = None
+        return done

@@ -1,0 +1,255 @@
+"""A copy of a run folder at any fsspec URL, kept up to date while the run trains.
+
+    <url>/<run folder's name>/
+        mirror.json                     what is whole, with size and SHA-256; checkpoints newest first
+        checkpoints/step-00001200.ckpt  two generations
+        metrics.jsonl manifest.json config.yaml images/
+
+`mirror.json` is written last, so what it names is complete, and what a lost connection leaves half-done is
+never looked at. The copying is done by a process of its own: it costs a training step nothing, and a server
+that hangs holds up nobody. It ends when its parent closes its standard input or dies.
+
+    python -m lightning_tucodec.training.mirror RUN_FOLDER URL
+"""
+
+import hashlib
+import io
+import json
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from lightning_tucodec.errors import DatasetError, TucodecError
+from lightning_tucodec.files import atomic_write
+from lightning_tucodec.storage import Storage, sha256_file
+from lightning_tucodec.training.companions import wait
+from lightning_tucodec.training.runs import CHECKPOINTS, MANIFEST, Manifest, RunFolder
+
+INDEX = "mirror.json"
+POLL_SECONDS = 2.0
+"""Pause between two looks at the run folder."""
+
+_SMALL = ("metrics.jsonl", MANIFEST, "config.yaml")
+_GENERATIONS = 2
+
+
+def _mirror_of(folder: RunFolder, url: str) -> Storage:
+    return Storage(f"{url.rstrip('/')}/{folder.path.name}")
+
+
+def read_index(folder: RunFolder, url: str) -> dict[str, Any]:
+    """What the mirror of a run holds; empty when there is none.
+
+    Raises:
+        DatasetError: the storage cannot be reached.
+    """
+    try:
+        index: dict[str, Any] = json.loads(_mirror_of(folder, url).read(INDEX))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise DatasetError(f"{_mirror_of(folder, url).path(INDEX)}: damaged ({error})") from None
+    return index
+
+
+class Mirror:
+    """Copies what has changed since the last time.
+
+    Args:
+        folder: of the run.
+        url: parent of all mirrored runs.
+    """
+
+    def __init__(self, folder: RunFolder, url: str) -> None:
+        self.folder = folder
+        self.storage = _mirror_of(folder, url)
+        self.index = read_index(folder, url) or {"checkpoints": [], "files": {}}
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._caught_up = False
+
+    def push(self) -> bool:
+        """Copy once; returns whether anything had changed.
+
+        The newest checkpoint goes first and the metrics after it, so that they reach at least as far.
+        """
+        if self._behind():
+            return False
+        changed = self._push_checkpoint()
+        names = list(_SMALL)
+        names += [f"images/{p.name}" for p in sorted(self.folder.images.glob("*.png"))]
+        for name in names:
+            changed |= self._push_file(name)
+        if changed:
+            self.storage.write(INDEX, json.dumps(self.index, indent=1).encode())
+            self._prune()
+        return changed
+
+    def _behind(self) -> bool:
+        """Whether the mirror holds more than this run has reached so far; then it stays as it is."""
+        steps = [entry["step"] for entry in self.index["checkpoints"]]
+        if not steps or self._caught_up:
+            return False
+        try:
+            own = _step_of((self.folder.checkpoints / CHECKPOINTS[0]).read_bytes())
+        except FileNotFoundError:
+            own = None
+        self._caught_up = own is not None and own >= max(steps)
+        return not self._caught_up
+
+    def _push_checkpoint(self) -> bool:
+        path = self.folder.checkpoints / CHECKPOINTS[0]
+        stamp = self._changed(path)
+        if stamp is None:
+            return False
+        with open(path, "rb") as stream:  # a rename while we read does not take it away
+            data = stream.read()
+        step = _step_of(data)
+        if step is None:
+            return False
+        entry = self._put(f"checkpoints/step-{step:08d}.ckpt", data)
+        older = [e for e in self.index["checkpoints"] if e["step"] < step]
+        self.index["checkpoints"] = [{"step": step, **entry}, *older][:_GENERATIONS]
+        self._seen[str(path)] = stamp
+        return True
+
+    def _push_file(self, name: str) -> bool:
+        path = self.folder.path / name
+        stamp = self._changed(path)
+        if stamp is None:
+            return False
+        self.index["files"][name] = self._put(name, path.read_bytes())
+        self._seen[str(path)] = stamp
+        return True
+
+    def _put(self, name: str, data: bytes) -> dict[str, Any]:
+        self.storage.write(name, data)
+        return {"name": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def _changed(self, path: Path) -> tuple[int, int] | None:
+        """Time and inode of a file that is new since it was copied; None otherwise."""
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return None
+        stamp = (status.st_mtime_ns, status.st_ino)
+        return None if self._seen.get(str(path)) == stamp else stamp
+
+    def _prune(self) -> None:
+        kept = {entry["name"] for entry in self.index["checkpoints"]}
+        for name, _ in self.storage.files():
+            if name.startswith("checkpoints/") and name not in kept:
+                self.storage.remove(name)
+
+
+class _Nothing:
+    """Stands for every class in a checkpoint while only its step is looked for."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dictionaries and numbers; whatever else a pickle names is not run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Nothing
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
+
+
+def _step_of(data: bytes) -> int | None:
+    """The step of a checkpoint, without PyTorch; None when it is damaged."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+            content = _PlainUnpickler(io.BytesIO(archive.read(name))).load()
+        return int(content["tucodec"]["opt_step"])
+    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, EOFError):
+        return None
+
+
+def pull(folder: RunFolder, url: str, own_step: int) -> int | None:
+    """Bring a run's state here if the mirror is further than `own_step`.
+
+    The newest checkpoint whose bytes have the stated hash is taken, with metrics, manifest and pictures.
+    Local checkpoints stay as the older generation.
+
+    Returns:
+        The step, or None when the mirror has nothing newer.
+
+    Raises:
+        DatasetError: the storage cannot be reached.
+    """
+    storage = _mirror_of(folder, url)
+    index = read_index(folder, url)
+    last, previous = (folder.checkpoints / name for name in CHECKPOINTS)
+    for entry in index.get("checkpoints", []):
+        if entry["step"] <= own_step:
+            break
+        incoming = folder.checkpoints / "incoming.ckpt"
+        try:
+            _get(storage, entry, incoming)
+        except (TucodecError, OSError) as error:
+            print(f"tucodec: {error}; trying an older one", file=sys.stderr, flush=True)
+            incoming.unlink(missing_ok=True)
+            continue
+        for name, file in index["files"].items():
+            target = folder.path / name
+            data = storage.read(file["name"])
+            if name == MANIFEST:
+                Manifest(folder).merge(json.loads(data))
+            elif not target.exists() or name in _SMALL:
+                with atomic_write(target) as stream:
+                    stream.write(data)
+        if last.exists():
+            last.replace(previous)
+        incoming.replace(last)
+        return int(entry["step"])
+    return None
+
+
+def _get(storage: Storage, entry: dict[str, Any], target: Path) -> None:
+    """Fetch a file and compare size and hash.
+
+    Raises:
+        DatasetError: they differ.
+    """
+    if storage.remote:
+        storage.download(entry["name"], target, entry["size"], entry["sha256"])
+        return
+    with atomic_write(target) as stream:
+        stream.write(storage.read(entry["name"]))
+    if sha256_file(target) != entry["sha256"]:
+        raise DatasetError(f"{storage.path(entry['name'])}: its bytes are not what was stored")
+
+
+def follow(folder: RunFolder, url: str) -> None:
+    """Push until standard input is closed, then once more; trouble is said when it changes."""
+    mirror: Mirror | None = None
+    said = ""
+    last_time = False
+    while True:
+        try:
+            mirror = mirror or Mirror(folder, url)
+            mirror.push()
+            if said:
+                print(f"tucodec: mirror {url}: works again", file=sys.stderr, flush=True)
+            said = ""
+        except Exception as error:  # whatever a storage does, the run goes on
+            text = " ".join(str(error).split()) or type(error).__name__
+            if text != said:
+                print(f"tucodec: mirror {url}: {text}", file=sys.stderr, flush=True)
+            said = text
+        if last_time:
+            return
+        last_time = wait(POLL_SECONDS)
+
+
+if __name__ == "__main__":
+    follow(RunFolder(Path(sys.argv[1])), sys.argv[2])

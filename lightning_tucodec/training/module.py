@@ -1,0 +1,107 @@
+"""What a LightningModule offers so that `tucodec fit` can name, stop, resume, mirror and chart it.
+
+A recipe chooses its model by class:
+
+    model:
+      class_path: lightning_tucodec.training.postfilter.PostFilterModule
+      init_args: {lr: 1.0e-4}
+
+Recipes without `class_path` mean `lightning_tucodec.training.vae.VAE`, and their keys are its arguments. A
+new model derives from `TrainingModule` and then
+
+- counts: `opt_step` and `images_seen` are the only clocks that schedules, logs and checkpoints use.
+  With automatic optimisation `opt_step` counts by itself; with manual optimisation call `count_step()`
+  once a training step, however many optimisers have stepped, and set `optimizers_a_step` to their number.
+- describes: `describe()` returns what an export needs to rebuild the network, plain types only; it
+  stands under the key `tucodec` of every checkpoint.
+- draws random numbers from PyTorch's, NumPy's or Python's global generators (their states are saved for
+  every rank) or, for elasticity, from a seed and `batch["index"]`, the global position of each sample.
+- keeps validation pictures at `picture_path(…)`: they show up in W&B beside the row of the same step.
+- overrides `warm_start` if `run.init_from` makes sense for it.
+
+State that no optimiser, parameter or buffer holds goes through Lightning's `on_save_checkpoint` and
+`on_load_checkpoint`; call the base class's own there.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from lightning_tucodec.errors import ConfigError, TucodecError
+
+
+class NonFiniteLossError(TucodecError):
+    """Loss or gradient became NaN or infinite; the run has saved its state and stopped."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"loss or gradient is not finite at optimiser step {step}")
+
+
+class TrainingModule(pl.LightningModule):
+    """Base of all models that `tucodec fit` trains; the module's docstring states the protocol.
+
+    Attributes:
+        opt_step: training steps done; a step is one batch, whatever number of optimisers moved in it.
+        images_seen: samples of all ranks so far.
+        optimizers_a_step: how many optimisers step in one training step; Lightning counts each.
+    """
+
+    optimizers_a_step: int = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opt_step = 0
+        self.images_seen = 0
+
+    @property
+    def max_steps(self) -> int:
+        """Training steps of the whole run, in units of `opt_step`."""
+        steps = int(self.trainer.max_steps)
+        return steps if steps < 0 else steps // self.optimizers_a_step
+
+    def count_step(self) -> None:
+        """One training step is done."""
+        self.opt_step += 1
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Count steps of automatic optimisation; Lightning does not call this in manual optimisation."""
+        super().optimizer_step(*args, **kwargs)
+        self.count_step()
+
+    def describe(self) -> dict[str, Any]:
+        """What else stands under `tucodec` in a checkpoint; plain types."""
+        return {}
+
+    def warm_start(self, source: str) -> None:
+        """Take over weights before the first step of a fresh run.
+
+        Args:
+            source: `run.init_from`: a checkpoint, a run folder, an exported model or its name.
+
+        Raises:
+            ConfigError: they do not fit, or this model has no use for them.
+        """
+        raise ConfigError(f"run.init_from: {type(self).__name__} has no warm start ({source})")
+
+    def picture_path(self, label: str = "") -> Path:
+        """Where a picture of this step's validation goes.
+
+        Args:
+            label: tells pictures of one step apart.
+        """
+        name = f"step-{self.opt_step:08d}{f'-{label}' if label else ''}.png"
+        return Path(self.trainer.default_root_dir) / "images" / name
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Our own counters and what describes the network."""
+        checkpoint["tucodec"] = {
+            "opt_step": self.opt_step,
+            "images_seen": self.images_seen,
+            **self.describe(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue our own counters."""
+        self.opt_step = checkpoint["tucodec"]["opt_step"]
+        self.images_seen = checkpoint["tucodec"]["images_seen"]
