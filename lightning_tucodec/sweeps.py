@@ -328,6 +328,7 @@ def resolve_config(config: Config) -> Config:
         ConfigError: it is not one.
     """
     from lightning_tucodec.training.fit import main as fit
+    from lightning_tucodec.training.runs import flat
 
     out, err = io.StringIO(), io.StringIO()
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as stream:
@@ -343,7 +344,7 @@ def resolve_config(config: Config) -> Config:
             raise ConfigError(message.removeprefix("tucodec fit: "))
     resolved: Config = yaml.safe_load(out.getvalue())
     resolved.pop("config", None)
-    return resolved
+    return flat(resolved)
 
 
 def _tag(config: Config, sweep: str, task: Task) -> None:

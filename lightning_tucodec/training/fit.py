@@ -35,6 +35,7 @@ from lightning_tucodec.training.runs import (
     DEFAULT_MODEL,
     Manifest,
     RunFolder,
+    flat,
     identity,
     run_id,
 )
@@ -324,7 +325,7 @@ class TucodecCLI(LightningCLI):
         plain: dict[str, Any] = yaml.safe_load(text)
         mirror = plain.pop("mirror", None)
         plain["run"]["mirror"] = mirror or plain["run"]["mirror"]
-        return plain
+        return flat(plain)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -63,6 +63,17 @@ def arguments(config: dict[str, Any], group: str) -> dict[str, Any]:
     return values.get("init_args") or {} if "class_path" in values else values
 
 
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """A config in which the default model and data classes are unnamed, as recipes are written."""
+    groups = {"model": DEFAULT_MODEL, "data": DEFAULT_DATA}
+    return {
+        key: arguments(config, key)
+        if key in groups and value.get("class_path") == groups[key]
+        else value
+        for key, value in config.items()
+    }
+
+
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a resolved config that decides the result.
 
@@ -72,18 +83,15 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     Args:
         config: resolved config of `fit` with the groups run, model, data and trainer.
     """
+    config = flat(config)
+    named = "class_path" in config["data"]
     data = arguments(config, "data")
+    decisive = {k: v for k, v in data.items() if k not in _VOLATILE_DATA}
+    decisive["index_sha256"] = _sha256(data["shards"], "index.json") if "shards" in data else None
     run = config["run"]
     return {
-        "model": _named(config["model"], DEFAULT_MODEL, arguments(config, "model")),
-        "data": _named(
-            config["data"],
-            DEFAULT_DATA,
-            {
-                **{k: v for k, v in data.items() if k not in _VOLATILE_DATA},
-                "index_sha256": _sha256(data["shards"], "index.json") if "shards" in data else None,
-            },
-        ),
+        "model": config["model"],
+        "data": {**config["data"], "init_args": decisive} if named else decisive,
         "trainer": {k: v for k, v in config["trainer"].items() if k not in _VOLATILE_TRAINER},
         "run": {
             **{k: v for k, v in run.items() if k not in _VOLATILE_RUN},
@@ -93,11 +101,6 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
         },
         "seed": config.get("seed_everything"),
     }
-
-
-def _named(group: dict[str, Any], default: str, values: dict[str, Any]) -> dict[str, Any]:
-    path = group.get("class_path", default)
-    return values if path == default else {"class_path": path, "init_args": values}
 
 
 def run_id(config: dict[str, Any]) -> str:
