@@ -112,6 +112,19 @@ def _register_export(subparsers: Any) -> None:
     parser.add_argument("--card", metavar="YAML", help="file with more entries of the card")
 
 
+def _register_doctor(subparsers: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from lightning_tucodec.doctor import run as doctor
+
+        return doctor(arguments)
+
+    parser = _command(subparsers, "doctor", run, "what would fail in a training, and what to do")
+    parser.add_argument("--config", metavar="YAML", help="a configuration of `fit`")
+    parser.add_argument("--mirror", metavar="URL", help="as that of `fit`")
+    parser.add_argument("--script", metavar="FILE", help="a batch script, or the call of sbatch")
+    parser.add_argument("--json", action="store_true")
+
+
 def _register_wandb_sync(subparsers: Any) -> None:
     def run(arguments: argparse.Namespace) -> int:
         from lightning_tucodec.training.wandb_view import run_sync
@@ -327,6 +340,7 @@ def _register_sweep(subparsers: Any) -> None:
 # One line a subcommand family; each function adds its parser(s) and names what runs.
 _REGISTER: list[Callable[[Any], None]] = [
     _register_demo,
+    _register_doctor,
     _register_allocate,
     _register_bench,
     _register_clic,

@@ -60,6 +60,13 @@ class TrainingModule(pl.LightningModule):
         steps = int(self.trainer.max_steps)
         return steps if steps < 0 else steps // self.optimizers_a_step
 
+    @property
+    def logging_is_due(self) -> bool:
+        """Whether this training step's values are written: worth a mean over the ranks (`sync_dist`)."""
+        trainer = self.trainer
+        every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        return trainer.world_size > 1 and (self.opt_step + 1) % every == 0
+
     def count_step(self) -> None:
         """One training step is done."""
         self.opt_step += 1

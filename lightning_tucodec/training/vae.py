@@ -26,6 +26,7 @@ from lightning_tucodec.nn.codec import (
 )
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.module import NonFiniteLossError, TrainingModule
+from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.optimizers import muon_adam
 from lightning_tucodec.training.runs import initial_weights, load_checkpoint, network_weights
 
@@ -61,8 +62,8 @@ class VAE(TrainingModule):
     """Trains a TucodecVAE for rate and distortion.
 
     The learning rate is a pure function of the number of optimiser steps done: a linear warm-up, a
-    plateau, then half a cosine down to `final_lr`. The quantisers' noise of a step is a function of the
-    seed and of the step's first sample, so that a resumed run draws what the straight run drew.
+    plateau, then half a cosine down to `final_lr`. The quantisers' noise of a sample is a function of the
+    seed and of its position, so that a resumed run and any number of ranks draw the same.
 
     Args:
         recipe: "transparent" (λ·MSE + bpp) or "ssim" (0.2·MSE + 0.8·(1 − MS-SSIM) + λ·bpp).
@@ -137,18 +138,17 @@ class VAE(TrainingModule):
             )
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Set the step's learning rate and its noise."""
+        """Set the step's learning rate."""
         rate = self.learning_rate(self.opt_step, self.max_steps)
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        first = int(batch["index"][0])
-        torch.manual_seed((self.seed * 1_000_003 + first * 7_919 + 1) % 2**63)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Rate and distortion of one batch of crops."""
         x = batch["image"].contiguous(memory_format=torch.channels_last)
-        output = self.network(x)
+        with SampleNoise(self.seed, batch["index"], x.device):
+            output = self.network(x)
         terms = self.loss(output, x)
         self.images_seen += x.shape[0] * self.trainer.world_size
         self.log_dict(
@@ -157,7 +157,8 @@ class VAE(TrainingModule):
                 "train/bpp": (terms.bpp_y + terms.bpp_z).detach(),
                 "train/bpp_z": terms.bpp_z.detach(),
                 "train/psnr": -10 * terms.mse.detach().log10(),
-            }
+            },
+            sync_dist=self.logging_is_due,
         )
         self.log("bpp", (terms.bpp_y + terms.bpp_z).detach(), prog_bar=True, logger=False)
         self.log("dB", -10 * terms.mse.detach().log10(), prog_bar=True, logger=False)

@@ -1,0 +1,143 @@
+"""Runs in forked processes, so that they can be killed without killing the test."""
+
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_tucodec.cli import main
+from lightning_tucodec.training import checkpoints
+from lightning_tucodec.training.module import TrainingModule
+from lightning_tucodec.training.vae import VAE
+
+
+def start(words: list[str], prepare: Callable[[], None] | None = None) -> int:
+    """`tucodec …` in a child that begins with `prepare`; its process id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 99
+    try:
+        if prepare is not None:
+            prepare()
+        status = main(words)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(pid: int) -> int:
+    """Exit status of a child; −9 when it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_at_step(step: int) -> Callable[[], None]:
+    """SIGKILL in the middle of an optimiser step."""
+
+    def prepare() -> None:
+        original = VAE.on_before_optimizer_step
+
+        def die(self: VAE, optimizer: torch.optim.Optimizer) -> None:
+            original(self, optimizer)
+            if self.opt_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        VAE.on_before_optimizer_step = die  # type: ignore[method-assign]
+
+    return prepare
+
+
+def kill_at_rename(number: int) -> Callable[[], None]:
+    """SIGKILL just before the given rename of the checkpoint writer (two a save from the second on)."""
+
+    def prepare() -> None:
+        count = 0
+
+        class Counting:
+            @staticmethod
+            def replace(source: Any, target: Any) -> None:
+                nonlocal count
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                os.replace(source, target)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(os, name)
+
+        checkpoints.os = Counting()  # type: ignore[assignment]
+
+    return prepare
+
+
+def full_disk_at_step(step: int, limit: int) -> Callable[[], None]:
+    """From an optimiser step on no file of this process grows beyond `limit` bytes."""
+
+    def prepare() -> None:
+        original = VAE.on_before_optimizer_step
+
+        def fill(self: VAE, optimizer: torch.optim.Optimizer) -> None:
+            original(self, optimizer)
+            if self.opt_step == step:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        VAE.on_before_optimizer_step = fill  # type: ignore[method-assign]
+
+    return prepare
+
+
+def rank_of(rank: int, world: int, port: int) -> Callable[[], None]:
+    """Make the child one rank of several, as torchrun would."""
+
+    def prepare() -> None:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), NODE_RANK="0",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TUCODEC_ATTEMPT=f"{port}",
+            GLOO_SOCKET_IFNAME="lo",
+        )  # fmt: skip
+        pl.utilities.rank_zero_only.rank = rank  # it was read when Lightning was imported
+
+    return prepare
+
+
+class Duel(TrainingModule):
+    """Two optimisers in manual optimisation, and noise from the global generators."""
+
+    optimizers_a_step = 2
+
+    def __init__(self, width: int = 4, lr: float = 0.01) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.first = torch.nn.Linear(3, width)
+        self.second = torch.nn.Linear(width, 3)
+        self.lr = lr
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(part.parameters(), self.lr) for part in (self.first, self.second)]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        x = batch["image"].mean((2, 3))
+        x = x + torch.randn_like(x)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            loss = (self.second(self.first(x)) - x).square().mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        self.images_seen += len(x) * self.trainer.world_size
+        self.count_step()
+        self.log("train/loss", loss.detach())
+
+    def describe(self) -> dict[str, Any]:
+        return {"width": self.first.out_features}

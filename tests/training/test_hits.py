@@ -1,0 +1,156 @@
+"""Hit anywhere and called again, a run leaves what the straight run leaves, to the last bit."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hits import full_disk_at_step, kill_at_rename, kill_at_step, rank_of, start, wait
+
+from lightning_tucodec.cli import main
+from lightning_tucodec.training.runs import RunFolder, load_checkpoint, read_metrics
+from tests.support import MICRO
+from tests.training.test_fit import config, runs, same, state, without_time, write
+
+STEPS = 8
+PARTS = ("state_dict", "optimizer_states", "tucodec", "run")
+
+
+def settings(folder: Path, shards: Path, val: Path, **run: Any) -> list[str]:
+    """A save after every step, a validation after every fourth, three batches a pass."""
+    folder.mkdir()
+    values = config(folder, shards, MICRO, STEPS)
+    values["run"].update(checkpoint_minutes=0.0, **run)
+    values["data"]["val_images"] = str(val)
+    values["trainer"].update(log_every_n_steps=1, val_check_interval=4)
+    return ["fit", "--config", write(folder, values)]
+
+
+@pytest.fixture(scope="module")
+def straight(
+    tmp_path_factory: pytest.TempPathFactory, shard_folder: Path, val_folder: Path
+) -> Path:
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    assert main(settings(folder, shard_folder, val_folder)) == 0
+    return runs(folder)[0]
+
+
+def check(straight: Path, other: Path) -> None:
+    first, second = state(straight), state(other)
+    for part in PARTS:
+        assert same(first[part], second[part]), part
+    expected = without_time(read_metrics(straight / "metrics.jsonl"))
+    assert without_time(read_metrics(other / "metrics.jsonl")) == expected
+
+
+def test_killed_in_steps_and_at_every_rename(
+    straight: Path, tmp_path: Path, shard_folder: Path, val_folder: Path
+) -> None:
+    """Renames 1 to 3 are the first two saves; 6 and 7 belong to the save of the validation's step."""
+    words = settings(tmp_path / "run", shard_folder, val_folder)
+    for hit in (kill_at_rename(1), kill_at_rename(2), kill_at_step(2), kill_at_rename(3),
+                kill_at_step(4), kill_at_rename(2), kill_at_step(7)):  # fmt: skip
+        assert wait(start(words, hit)) == -9
+    assert main(words) == 0
+    (folder,) = runs(tmp_path / "run")
+    check(straight, folder)
+    attempts = json.loads((folder / "manifest.json").read_text())["attempts"]
+    assert [a["exit"] for a in attempts] == ["killed"] * 7 + ["finished"]
+    assert [a["status"] for a in attempts][-1] == 0
+    assert attempts[-1]["step"] == STEPS
+    starts = [a["from_step"] for a in attempts]
+    assert starts == sorted(starts)  # nothing that was saved is ever lost
+
+
+def test_full_disk_during_a_save(
+    straight: Path,
+    tmp_path: Path,
+    shard_folder: Path,
+    val_folder: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words = settings(tmp_path / "run", shard_folder, val_folder)
+    assert wait(start(words, full_disk_at_step(4, 30_000))) == 1
+    errors = [line for line in capfd.readouterr().err.splitlines() if "tucodec:" in line]
+    assert len(errors) == 1
+    assert "could not be saved" in errors[0]
+    (folder,) = runs(tmp_path / "run")
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "previous.ckpt",
+    ]
+    assert state(folder)["tucodec"]["opt_step"] == 4
+    last = json.loads((folder / "manifest.json").read_text())["attempts"][-1]
+    assert (last["exit"], last["status"]) == ("failed", 1)
+    assert "could not be saved" in last["error"]
+    assert main(words) == 0
+    check(straight, folder)
+
+
+def test_a_cut_checkpoint_and_a_cut_line(
+    straight: Path,
+    tmp_path: Path,
+    shard_folder: Path,
+    val_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = settings(tmp_path / "run", shard_folder, val_folder)
+    assert wait(start(words, kill_at_step(6))) == -9
+    (folder,) = runs(tmp_path / "run")
+    newest = folder / "checkpoints" / "last.ckpt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    with open(folder / "metrics.jsonl", "a") as stream:
+        stream.write('{"opt_step": 7, "trai')
+    assert main(words) == 0
+    assert "last.ckpt: damaged" in capsys.readouterr().err
+    check(straight, folder)
+
+
+def test_world_size_two_one_two(
+    straight: Path, tmp_path: Path, shard_folder: Path, val_folder: Path
+) -> None:
+    """The same samples, noise and loss; only the order of sums differs."""
+    words = settings(tmp_path / "run", shard_folder, val_folder)
+    for world, stop in ((2, 3), (1, 6), (2, None)):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        shape = ["--trainer.devices", str(world), "--data.num_workers", str(2 - world)]
+        hits = [] if stop is None else [kill_at_step(stop)]
+
+        def prepare(rank: int, world: int = world, port: int = port, hits: Any = hits) -> None:
+            if world > 1:
+                rank_of(rank, world, port)()
+            for hit in hits:
+                hit()
+
+        children = [
+            start(words + shape, lambda rank=rank, prepare=prepare: prepare(rank))
+            for rank in range(world)
+        ]
+        statuses = [wait(child) for child in children]
+        assert statuses == ([0] * world if stop is None else [-9] * world)
+    (folder,) = runs(tmp_path / "run")
+    losses = [
+        [row["train/loss"] for row in read_metrics(f / "metrics.jsonl") if "train/loss" in row]
+        for f in (straight, folder)
+    ]
+    assert len(losses[0]) == len(losses[1]) == STEPS
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    first, second = state(straight), state(folder)
+    assert first["tucodec"] == second["tucodec"]
+    position = "combined_loader"
+    loaders = [c["loops"]["fit_loop"]["state_dict"][position] for c in (first, second)]
+    assert loaders[0] == loaders[1]
+
+
+def test_only_plain_types_and_known_names(straight: Path) -> None:
+    content = torch.load(straight / "checkpoints" / "last.ckpt", weights_only=True)
+    assert set(content["tucodec"]) >= {"opt_step", "images_seen", "codec", "recipe", "lmbda"}
+    assert set(content["run"]) == {"run_id", "wandb_id", "rng"}
+    assert content["run"]["wandb_id"] == straight.name.partition("-")[2]
+    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops"} <= set(content)
+    assert len(content["run"]["rng"]) == 1
+    assert load_checkpoint(straight / "checkpoints" / "previous.ckpt")
+    assert RunFolder(straight).latest()
