@@ -294,6 +294,26 @@ def _register_bench(subparsers: Any) -> None:
         command.add_argument("--repeats", type=int, default=3)
         command.add_argument("--json", action="store_true")
 
+    def run_train(arguments: argparse.Namespace) -> int:
+        import json
+
+        from lightning_tucodec.bench import data, train
+
+        result = train.run(
+            arguments.photos, arguments.preset, arguments.steps, repeats=arguments.repeats
+        )
+        print(json.dumps(result, indent=1) if arguments.json else data.table_text(result))
+        return 0
+
+    command = _command(
+        commands, "train", run_train, "`fit` with all it does against a bare Lightning loop"
+    )
+    command.add_argument("--photos", metavar="SRC", help="by default generated ones")
+    command.add_argument("--preset", default="tiny", choices=("tiny", "fast", "paper"))
+    command.add_argument("--steps", type=int, default=60)
+    command.add_argument("--repeats", type=int, default=3)
+    command.add_argument("--json", action="store_true")
+
 
 def _register_clic(subparsers: Any) -> None:
     def run(arguments: argparse.Namespace) -> int:

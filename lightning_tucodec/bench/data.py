@@ -101,7 +101,7 @@ def run_shards(source: str | None, count: int = 600, repeats: int = 3) -> dict[s
             ],
             "patches": len(patches),
             "memory": memory,
-            "machine": _machine(),
+            "machine": machine(),
         }  # fmt: skip
 
 
@@ -253,7 +253,7 @@ def run_loader(
         _asked("first batch of 1,000 shards, s", max(first.values()), at_most=2.0),
     ]  # fmt: skip
     return {"rows": rows, "asked": asked, "first_batch_s": first, "workers": workers,
-            "plan": plan, "machine": _machine()}  # fmt: skip
+            "plan": plan, "machine": machine()}  # fmt: skip
 
 
 def _first_batch(scratch: Path) -> dict[str, float]:
@@ -387,7 +387,8 @@ def _rows(
     ]
 
 
-def _machine() -> str:
+def machine() -> str:
+    """Processor and cores, as they stand beside timings."""
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from lightning_tucodec.cli import main
 from lightning_tucodec.training import checkpoints
 from lightning_tucodec.training.module import TrainingModule
-from lightning_tucodec.training.vae import VAE
 
 
 def start(words: list[str], prepare: Callable[[], None] | None = None) -> int:
@@ -42,20 +41,25 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def kill_at_step(step: int) -> Callable[[], None]:
-    """SIGKILL in the middle of an optimiser step."""
+def at_step(step: int, action: Callable[[], None]) -> Callable[[], None]:
+    """Do something in the middle of an optimiser step, before it is counted."""
 
     def prepare() -> None:
-        original = VAE.on_before_optimizer_step
+        original = TrainingModule.count_step
 
-        def die(self: VAE, optimizer: torch.optim.Optimizer) -> None:
-            original(self, optimizer)
+        def count_step(self: TrainingModule) -> None:
             if self.opt_step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+                action()
+            original(self)
 
-        VAE.on_before_optimizer_step = die  # type: ignore[method-assign]
+        TrainingModule.count_step = count_step  # type: ignore[method-assign]
 
     return prepare
+
+
+def kill_at_step(step: int) -> Callable[[], None]:
+    """SIGKILL in the middle of an optimiser step."""
+    return at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def kill_at_rename(number: int) -> Callable[[], None]:
@@ -84,18 +88,11 @@ def kill_at_rename(number: int) -> Callable[[], None]:
 def full_disk_at_step(step: int, limit: int) -> Callable[[], None]:
     """From an optimiser step on no file of this process grows beyond `limit` bytes."""
 
-    def prepare() -> None:
-        original = VAE.on_before_optimizer_step
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        def fill(self: VAE, optimizer: torch.optim.Optimizer) -> None:
-            original(self, optimizer)
-            if self.opt_step == step:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        VAE.on_before_optimizer_step = fill  # type: ignore[method-assign]
-
-    return prepare
+    return at_step(step, fill)
 
 
 def rank_of(rank: int, world: int, port: int) -> Callable[[], None]:

@@ -116,7 +116,7 @@ def test_world_size_two_one_two(
     for world, stop in ((2, 3), (1, 6), (2, None)):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
-        shape = ["--trainer.devices", str(world), "--data.num_workers", str(2 - world)]
+        shape = ["--trainer.devices", str(world), "--data.num_workers", str(2 * (2 - world))]
         hits = [] if stop is None else [kill_at_step(stop)]
 
         def prepare(rank: int, world: int = world, port: int = port, hits: Any = hits) -> None:

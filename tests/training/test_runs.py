@@ -1,0 +1,476 @@
+"""Folders, manifests, mirrors, W&B, warm starts, other modules: what stands around a training."""
+
+import json
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hits import kill_at_step, start, wait
+
+from lightning_tucodec.cli import main
+from lightning_tucodec.codecs.models import SHIPPED
+from lightning_tucodec.training import companions, fit, mirror, runs, wandb_view
+from lightning_tucodec.training.noise import SampleNoise
+from lightning_tucodec.training.runs import Manifest, RunFolder, read_metrics, run_id
+from tests.support import MICRO
+from tests.training.test_fit import config, same, state, without_time, write
+from tests.training.test_fit import runs as run_folders
+
+
+@pytest.fixture
+def words(tmp_path: Path, shard_folder: Path) -> list[str]:
+    """A fit of four steps that saves after each."""
+    values = config(tmp_path, shard_folder, MICRO, steps=4)
+    values["run"]["checkpoint_minutes"] = 0.0
+    return ["fit", "--config", write(tmp_path, values)]
+
+
+def test_the_manifest_says_what_ran(words: list[str], tmp_path: Path) -> None:
+    assert wait(start(words, kill_at_step(2))) == -9
+    assert main(words) == 0
+    (folder,) = run_folders(tmp_path)
+    content = json.loads((folder / "manifest.json").read_text())
+    assert content["run_id"] == folder.name.removeprefix("test-")
+    assert content["identity"]["model"]["lr"] == 1e-3
+    (code,) = content["code"]
+    assert code["packages"]["torch"] == torch.__version__.partition("+")[0]
+    killed, finished = content["attempts"]
+    assert (killed["exit"], killed["end"]) == ("killed", None)
+    assert (finished["exit"], finished["status"], finished["step"]) == ("finished", 0, 4)
+    assert finished["from_step"] in {1, 2}
+    assert finished["pid"] == os.getpid()
+
+
+def test_slurm_ids_are_noted(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert main(words) == 0
+    (attempt,) = Manifest(RunFolder(run_folders(tmp_path)[0])).read()["attempts"]
+    assert attempt["slurm"]["job_id"] == "17"
+    assert attempt["slurm"]["restart_count"] == "2"
+
+
+def test_another_configuration_in_the_folder_is_refused_with_what_differs(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 0
+    (folder,) = run_folders(tmp_path)
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    content["identity"]["model"]["lr"] = 0.5
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "another configuration (model.lr: 0.5 -> 0.001)" in line
+
+
+def test_a_folder_in_use_is_refused(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(runs, "_OWN_START", 0.0)
+    assert main(words) == 0
+    with RunFolder(run_folders(tmp_path)[0]).locked():
+        assert main(words) == 1
+    assert f"process {os.getpid()} on {socket.gethostname()} trains this run" in (
+        capsys.readouterr().err
+    )
+
+
+def test_where_a_run_is_tracked_does_not_name_it(tmp_path: Path, shard_folder: Path) -> None:
+    values = config(tmp_path, shard_folder, {})
+    base = run_id(values)
+    values["run"].update(mirror="s3://b", group="g", tags=["t"], job_type="j")
+    assert run_id(values) == base
+    nested = {"class_path": runs.DEFAULT_MODEL, "init_args": values["model"]}
+    assert run_id({**values, "model": nested}) == base
+    nested["class_path"] = "tests.training.hits.Duel"
+    assert run_id({**values, "model": nested}) != base
+
+
+def test_a_module_with_two_optimisers_is_stopped_and_goes_on(
+    tmp_path: Path, shard_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chosen in the recipe; steps count batches; the global random state is every rank's own."""
+    states = []
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir()
+        values = config(tmp_path / name, shard_folder, {}, steps=6)
+        values["run"]["checkpoint_minutes"] = 0.0
+        values["model"] = {"class_path": "hits.Duel", "init_args": {"width": 5}}
+        path = write(tmp_path / name, values)
+        if name == "killed":
+            assert wait(start(["fit", "--config", path], kill_at_step(3))) == -9
+        assert main(["fit", "--config", path]) == 0
+        (folder,) = run_folders(tmp_path / name)
+        states.append(state(folder))
+        rows = read_metrics(folder / "metrics.jsonl")
+        assert [row["opt_step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for part in ("state_dict", "optimizer_states", "tucodec", "run"):
+        assert same(states[0][part], states[1][part]), part
+    assert states[0]["tucodec"] == {"opt_step": 6, "images_seen": 24, "width": 5}
+    values["run"]["init_from"] = "tiny-mse"
+    assert main(["fit", "--config", write(tmp_path / name, values)]) == 1
+    assert "Duel has no warm start" in capsys.readouterr().err
+
+
+def test_noise_belongs_to_samples() -> None:
+    x = torch.zeros(4, 2, 3)
+    index = torch.arange(10, 14)
+
+    def draw(*parts: slice) -> torch.Tensor:
+        drawn = []
+        for part in parts:
+            with SampleNoise(1, index[part], x.device):
+                drawn.append(torch.rand_like(x[part]) + 2 * torch.rand_like(x[part]))
+        return torch.cat(drawn)
+
+    whole = draw(slice(0, 4))
+    assert torch.equal(whole, draw(slice(0, 1), slice(1, 4)))
+    assert len(whole.unique()) == whole.numel()
+
+
+def test_a_shipped_model_and_a_run_folder_are_warm_starts(
+    tmp_path: Path, shard_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = config(tmp_path, shard_folder, {}, steps=1)
+    values["data"]["crop"] = 64
+    values["model"]["codec"] = None
+    values["run"]["init_from"] = "tiny-mse"
+    status = main(["fit", "--config", write(tmp_path, values)])
+    errors = capsys.readouterr().err
+    if status:  # the shipped file is of an older `tiny`; then that is said in one line
+        assert "another network" in errors.splitlines()[-1]
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes((SHIPPED / "tiny-mse.safetensors").read_bytes()[:3000])
+    for source, text in [
+        (str(damaged), "not an exported model"),
+        ("huge-mse", "no model is called 'huge-mse'"),
+        (str(tmp_path / "none.ckpt"), "No such file"),
+    ]:
+        values["run"]["init_from"] = source
+        assert main(["fit", "--config", write(tmp_path, values)]) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("tucodec: ")
+        assert text in line
+
+
+def test_an_exported_model_is_a_warm_start(
+    words: list[str], tmp_path: Path, shard_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 0
+    (folder,) = run_folders(tmp_path)
+    model = tmp_path / "model.safetensors"
+    assert main(["export", str(folder), "-o", str(model)]) == 0
+    losses = []
+    for source in (None, str(model), str(folder)):
+        values = config(tmp_path, shard_folder, MICRO, steps=1)
+        values["run"].update(name="fine", init_from=source)
+        assert main(["fit", "--config", write(tmp_path, values)]) == 0
+        newest = max(run_folders(tmp_path), key=lambda path: path.stat().st_mtime_ns)
+        losses.append(read_metrics(newest / "metrics.jsonl")[0]["train/loss"])
+    assert losses[1] == pytest.approx(losses[2], rel=0.02)  # half precision and fixed point
+    assert losses[0] != pytest.approx(losses[2], rel=0.02)
+    damaged = folder / "checkpoints" / "damaged.ckpt"
+    damaged.write_bytes((folder / "checkpoints" / "last.ckpt").read_bytes()[:999])
+    values["run"]["init_from"] = str(damaged)
+    capsys.readouterr()
+    assert main(["fit", "--config", write(tmp_path, values)]) == 1
+    assert "damaged.ckpt: damaged, or not a checkpoint" in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- mirror ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of a real S3 server on loopback."""
+    pytest.importorskip("moto")
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("mirror")
+    yield "s3://mirror/runs"
+    server.stop()
+
+
+def test_two_clusters_with_a_bucket_between_them(
+    tmp_path: Path, shard_folder: Path, bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other roots; the second goes on where the mirror stands, and ends as the straight run does."""
+    paths = {}
+    for name in ("straight", "first", "second"):
+        (tmp_path / name).mkdir()
+        values = config(tmp_path / name, shard_folder, MICRO, steps=6)
+        values["run"]["checkpoint_minutes"] = 0.0
+        paths[name] = write(tmp_path / name, values)
+    assert main(["fit", "--config", paths["straight"]]) == 0
+    (straight,) = run_folders(tmp_path / "straight")
+
+    assert wait(start(["fit", "--config", paths["first"]], kill_at_step(3))) == -9
+    (first,) = run_folders(tmp_path / "first")
+    copier = mirror.Mirror(RunFolder(first), bucket)
+    assert copier.push()
+    assert not copier.push()  # nothing has changed
+    reached = state(first)["tucodec"]["opt_step"]
+
+    capsys.readouterr()
+    assert main(["fit", "--config", paths["second"], "--mirror", bucket]) == 0
+    assert f"step {reached} comes from {bucket}" in capsys.readouterr().err
+    (second,) = run_folders(tmp_path / "second")
+    assert second.name == first.name == straight.name
+    for part in ("state_dict", "optimizer_states", "tucodec", "run"):
+        assert same(state(straight)[part], state(second)[part]), part
+    expected = without_time(read_metrics(straight / "metrics.jsonl"))
+    assert without_time(read_metrics(second / "metrics.jsonl")) == expected
+    # The process beside the second run has brought its end to the mirror.
+    index = mirror.read_index(RunFolder(second), bucket)
+    assert index["checkpoints"][0]["step"] == 6
+    attempts = Manifest(RunFolder(second)).read()["attempts"]
+    assert [a["exit"] for a in attempts] == ["killed", "finished"]
+    # Back on the first cluster there is nothing left to do, and the history is whole.
+    assert main(["fit", "--config", paths["first"], "--mirror", bucket]) == 0
+    assert state(first)["tucodec"]["opt_step"] == 6
+    assert without_time(read_metrics(first / "metrics.jsonl")) == expected
+
+
+def test_a_damaged_mirror_gives_its_older_generation(words: list[str], tmp_path: Path) -> None:
+    url = str(tmp_path / "mirror")
+    assert wait(start(words, kill_at_step(2))) == -9
+    (folder,) = run_folders(tmp_path)
+    mirror.Mirror(RunFolder(folder), url).push()
+    older = state(folder)["tucodec"]["opt_step"]
+    assert main(words) == 0
+    mirror.Mirror(RunFolder(folder), url).push()
+    newest = tmp_path / "mirror" / folder.name / "checkpoints" / "step-00000004.ckpt"
+    newest.write_bytes(b"x" * newest.stat().st_size)
+    elsewhere = RunFolder(tmp_path / "elsewhere" / folder.name)
+    assert mirror.pull(elsewhere, url, 0) == older
+    assert state(elsewhere.path)["tucodec"]["opt_step"] == older
+    assert mirror.pull(elsewhere, url, older) is None
+
+
+def test_a_mirror_that_is_further_is_left_alone(words: list[str], tmp_path: Path) -> None:
+    url = str(tmp_path / "mirror")
+    assert main(words) == 0
+    (folder,) = run_folders(tmp_path)
+    mirror.Mirror(RunFolder(folder), url).push()
+    behind = RunFolder(tmp_path / "behind" / folder.name)
+    behind.checkpoints.mkdir(parents=True)
+    content = {"tucodec": {"opt_step": 2}, "state_dict": {}}
+    torch.save(content, behind.checkpoints / "last.ckpt")
+    assert not mirror.Mirror(behind, url).push()
+    assert mirror.read_index(behind, url)["checkpoints"][0]["step"] == 4
+
+
+def test_a_mirror_out_of_reach_stops_only_a_run_that_has_nothing(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = ["--mirror", "nosuchprotocol://x"]
+    assert main([*words, *bad]) == 1
+    assert "nosuchprotocol" in capsys.readouterr().err.splitlines()[-1]
+    assert main(words) == 0
+    assert main([*words, *bad]) == 0
+    assert "goes on with what is here" in capsys.readouterr().err
+
+
+# --- W&B -------------------------------------------------------------------------------------
+
+
+def wandb_records(folder: Path) -> list[Any]:
+    """Records of the one offline run below a folder; a `.wandb` file is a LevelDB log of protobufs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    place, block, text, found = 7, 32768, b"", []
+    while place + 7 <= len(data):
+        if block - place % block < 7:  # too little is left of this block for a header
+            place += block - place % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        text += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in {1, 4}:  # whole, or the last piece
+            found.append(Record.FromString(text))
+            text = b""
+    return found
+
+
+def test_a_replay_has_every_line_in_order_on_our_own_axes(
+    tmp_path: Path,
+    shard_folder: Path,
+    val_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Read back from the `.wandb` file; a second replay takes the place of the first."""
+    for name in ("CONFIG", "CACHE", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "w"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    values = config(tmp_path, shard_folder, MICRO, steps=4)
+    values["data"]["val_images"] = str(val_folder)
+    values["run"].update(group="lambdas", job_type="stage-1", tags=["mse", "first"])
+    assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    (folder,) = run_folders(tmp_path)
+    for _ in range(2):
+        assert wait(start(["wandb-sync", "--offline", str(folder)])) == 0
+    records = wandb_records(folder)
+    (run,) = [r.run for r in records if r.WhichOneof("record_type") == "run"][:1]
+    assert run.run_id == folder.name.removeprefix("test-")
+    assert (run.run_group, run.job_type, list(run.tags)) == ("lambdas", "stage-1", ["mse", "first"])
+    axes = {
+        r.metric.name or r.metric.glob_name: r.metric.step_metric
+        for r in records
+        if r.WhichOneof("record_type") == "metric"
+    }
+    assert axes["*"] == "opt_step"
+    assert axes["rd/*"] == "rd/bpp"
+    sent = []
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = {
+                ".".join(i.nested_key) or i.key: json.loads(i.value_json)
+                for i in record.history.item
+            }
+            sent.append(items)
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert len(sent) == len(rows)
+    for number, (row, items) in enumerate(zip(rows, sent, strict=True)):
+        assert items["_step"] == number
+        assert {k: items[k] for k in row} == row
+        if "val/bpp" in row:
+            assert items["rd/bpp"] == row["val/bpp"]
+            assert items["rd/psnr"] == row["val/psnr"]
+            assert any(name.startswith("pictures/validation") for name in items)
+
+
+def test_a_hung_server_costs_nothing(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes connections and never answers."""
+    monkeypatch.setitem(fit._WANDB_SECONDS, "online", 1.0)
+    held = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            while True:
+                try:
+                    held.append(server.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert main([*words, "--run.wandb", "true"]) == 0
+        server.close()
+    for connection in held:
+        connection.close()
+    (folder,) = run_folders(tmp_path)
+    assert state(folder)["tucodec"]["opt_step"] == 4
+
+
+def test_a_companion_that_dies_or_hangs_does_not_matter(tmp_path: Path) -> None:
+    import sys
+
+    (tmp_path / "hangs.py").write_text("import time\ntime.sleep(1000)\n")
+    (tmp_path / "dies.py").write_text("raise SystemExit(3)\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        os.environ["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        for module in ("hangs", "dies"):
+            companion = companions.Companion(module, [], tmp_path / "log")
+            assert not companion.finish(3.0)
+    finally:
+        sys.path.remove(str(tmp_path))
+        os.environ["PYTHONPATH"] = os.environ["PYTHONPATH"].partition(os.pathsep)[2]
+
+
+def test_sync_names_what_is_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["wandb-sync", str(tmp_path)]) == 1
+    assert "no metrics.jsonl" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert main(["wandb-sync", str(tmp_path)]) == 1
+    assert "WANDB_API_KEY" in capsys.readouterr().err
+    assert wandb_view.mode() == "offline"
+
+
+# --- doctor ----------------------------------------------------------------------------------
+
+
+def test_doctor_is_content_with_a_sound_configuration(
+    tmp_path: Path, shard_folder: Path, val_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = config(tmp_path, shard_folder, MICRO)
+    values["data"]["val_images"] = str(val_folder)
+    call = ["doctor", "--config", write(tmp_path, values), "--mirror", str(tmp_path / "mirror")]
+    assert main([*call, "--json"]) == 0
+    findings = {f["name"]: f for f in json.loads(capsys.readouterr().out)}
+    assert {"glibc", "shards", "validation", "run", "runs_dir", "disk", "shared storage", "mirror",
+            "slurm", "gloo", "wandb"} <= set(findings)  # fmt: skip
+    assert not [f for f in findings.values() if f["level"] == "fail"]
+    assert list((tmp_path / "mirror").iterdir()) == []
+
+
+def test_doctor_names_what_would_fail_and_what_to_do(
+    tmp_path: Path,
+    shard_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import shutil
+
+    shards = tmp_path / "shards"
+    shutil.copytree(shard_folder, shards)
+    next(shards.glob("*.tar")).unlink()
+    values = config(tmp_path, shards, MICRO)
+    values["data"]["val_images"] = str(tmp_path / "none")
+    values["run"]["mirror"] = "nosuchprotocol://x"
+    script = tmp_path / "job.sh"
+    script.write_text("#SBATCH --signal=B:USR1@300\nsrun tucodec fit\n")
+    for name, value in {"JOB_ID": "1", "NTASKS": "1", "NNODES": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no scontrol
+    values["trainer"]["devices"] = 2
+    call = ["doctor", "--config", write(tmp_path, values), "--script", str(script)]
+    assert main(call) == 1
+    lines = capsys.readouterr().out.splitlines()
+    failing = {line[6:].split("  ")[0].strip() for line in lines if line.startswith("fail")}
+    assert {"shards", "validation", "mirror", "tasks", "signal", "requeue option"} <= failing
+    for number, line in enumerate(lines):
+        if line.startswith("fail"):
+            assert lines[number + 1].strip().startswith("→")
+
+
+def test_doctor_says_a_damaged_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("run: [")
+    assert main(["doctor", "--config", str(path)]) == 1
+    assert str(path) in capsys.readouterr().err
+    assert yaml.__version__
