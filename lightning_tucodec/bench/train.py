@@ -53,7 +53,7 @@ def _config(shards: Path, folder: Path, preset: str, steps: int, saving: bool) -
             "mirror": str(folder / "mirror"),
             "wandb": True,
             "threads": 1,
-            "checkpoint_minutes": 0.0 if saving else 5.0,
+            "checkpoint_minutes": 1e-9 if saving else 5.0,
         },
         "model": {
             "class_path": "lightning_tucodec.bench.train.TimedVAE",

@@ -226,7 +226,7 @@ class Checkpointing(pl.Callback):
         elapsed = time.monotonic() - self._saved_at
         stop, due, failed = self.preemption.agree(
             self.preemption.received is not None,
-            first and elapsed >= self.seconds and not self.writer.busy,
+            first and elapsed >= self.seconds and not (self.seconds and self.writer.busy),
             self.writer.failed,
         )
         if failed:

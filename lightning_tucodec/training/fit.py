@@ -35,6 +35,7 @@ from lightning_tucodec.training.runs import (
     DEFAULT_MODEL,
     Manifest,
     RunFolder,
+    attempt_key,
     flat,
     identity,
     run_id,
@@ -58,7 +59,7 @@ class RunConfig:
         runs_dir: parent of all run folders.
         init_from: what a fresh run takes its weights from: a checkpoint, a run folder, an exported
             model or its name. A run that can be resumed ignores it.
-        checkpoint_minutes: time between two saves.
+        checkpoint_minutes: time between two saves; 0 saves after every step and waits for it.
         mirror: parent folder or fsspec URL of copies of run folders; a run goes on from there when it
             is further there.
         wandb: mirror metrics to W&B (offline unless WANDB_API_KEY is set).
@@ -176,8 +177,9 @@ class TucodecCLI(LightningCLI):
             manifest.wait_for_rank_0()
             self.resume = folder.latest()
             return
-        os.environ.setdefault("TUCODEC_ATTEMPT", uuid.uuid4().hex)
-        self.cleanup.callback(os.environ.pop, "TUCODEC_ATTEMPT", None)
+        if attempt_key() is None:  # the ranks that Lightning starts inherit it
+            os.environ["TUCODEC_ATTEMPT"] = uuid.uuid4().hex
+            self.cleanup.callback(os.environ.pop, "TUCODEC_ATTEMPT", None)
         self.cleanup.enter_context(folder.locked())
         manifest.check(identity(config))
         self.resume = folder.latest()
