@@ -146,11 +146,11 @@ def test_a_terminated_process_saves_and_another_one_goes_on(
         words[name] = ["fit", "--config", write(tmp_path / name, values)]
     command = [sys.executable, "-m", "lightning_tucodec.cli", *words["stopped"]]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob("*/runs/*/metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 75, errors
     # Nothing but our own lines: no traceback, none of Lightning's tips and warnings.
     assert all(line.startswith(("run ", "step ")) for line in errors.splitlines()), errors
