@@ -265,7 +265,7 @@ def test_validate_and_test_measure_the_run(
     for command, prefix in [("validate", "val"), ("test", "test")]:
         capsys.readouterr()
         assert main([command, "--config", path, "--trainer.enable_progress_bar", "false"]) == 0
-        printed = capsys.readouterr().err
+        printed = capsys.readouterr().out
         (line,) = [line for line in printed.splitlines() if f"{prefix}/psnr" in line]
         assert float(line.split("│")[2]) == pytest.approx(row["val/psnr"], rel=1e-6)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
