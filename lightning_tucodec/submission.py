@@ -259,16 +259,17 @@ def png_name(entry: dict[str, Any]) -> str:
 
 def _decoder(folder: Path, name: str, described: dict[str, Any]) -> ImageCodec:
     """The codec that decodes; a learned one from the file in the submission and nowhere else."""
+    if "model" not in described:
+        return codec(name)
     from lightning_tucodec.codecs.h266 import H266
-
-    coder = codec(name) if "model" not in described or name.startswith(H266.codec_name) else None
-    if isinstance(coder, H266) and "model" in described:
-        return dataclasses.replace(coder, filter=str(folder / described["model"]))
-    if coder is not None:
-        return coder
     from lightning_tucodec.codecs.models import load
 
-    return load(folder / described["model"])
+    file = folder / described["model"]
+    if name.partition(":")[0] != H266.codec_name:
+        return load(file)
+    coder = codec(name)
+    assert isinstance(coder, H266)
+    return dataclasses.replace(coder, filter=str(file))
 
 
 def stream_of(folder: Path, entry: dict[str, Any]) -> bytes:
