@@ -1,7 +1,7 @@
 """Processes beside a run: whatever talks to other machines does so outside of the training process.
 
 A server that hangs, a client that is killed or a library that blocks at exit then cannot cost a step. A
-companion ends when its standard input is closed, which happens when the run says so or dies.
+companion ends when its standard input says so or is closed, since the run has ended or died.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from lightning_tucodec.training.preemption import SIGNALS
 def wait(seconds: float) -> bool:
     """In a companion: pause, but return at once, with True, when the run has ended."""
     ready, _, _ = select.select([0], [], [], seconds)
-    return bool(ready) and not os.read(0, 1)
+    return bool(ready)  # a byte says so, or the end of the pipe when the run was killed
 
 
 class Companion:
@@ -42,6 +42,7 @@ class Companion:
                     stdout=stream,
                     stderr=stream,
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    start_new_session=True,
                 )
         except OSError as error:
             self._process = None
@@ -55,11 +56,14 @@ class Companion:
             return False
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # it is gone already
+            self._process.stdin.write(b"\n")  # loader workers may still hold the pipe open
             self._process.stdin.close()
         try:
             done = self._process.wait(seconds) == 0
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            # W&B has a process of its own, which would live on.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             done = False
         self._process = None

@@ -136,5 +136,8 @@ class Duel(TrainingModule):
         self.count_step()
         self.log("train/loss", loss.detach())
 
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Lightning asks for one where there are images."""
+
     def describe(self) -> dict[str, Any]:
         return {"width": self.first.out_features}
