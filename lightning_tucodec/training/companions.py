@@ -12,7 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lightning_tucodec.training.preemption import SIGNALS
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+"""What tells a run to save itself and stop; companions wait for its word instead."""
 
 
 def wait(seconds: float) -> bool:

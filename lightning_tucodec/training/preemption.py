@@ -12,10 +12,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from lightning_tucodec.training.companions import SIGNALS
+
 PREEMPTED = 75
 """Exit status of a run that saved itself and wants to be started again (sysexits' EX_TEMPFAIL)."""
-
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption(pl.Callback):

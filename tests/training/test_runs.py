@@ -4,6 +4,8 @@ import json
 import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -394,8 +396,6 @@ def test_a_hung_server_costs_nothing(
 
 
 def test_a_companion_that_dies_or_hangs_does_not_matter(tmp_path: Path) -> None:
-    import sys
-
     (tmp_path / "hangs.py").write_text("import time\ntime.sleep(1000)\n")
     (tmp_path / "dies.py").write_text("raise SystemExit(3)\n")
     sys.path.insert(0, str(tmp_path))
@@ -407,6 +407,14 @@ def test_a_companion_that_dies_or_hangs_does_not_matter(tmp_path: Path) -> None:
     finally:
         sys.path.remove(str(tmp_path))
         os.environ["PYTHONPATH"] = os.environ["PYTHONPATH"].partition(os.pathsep)[2]
+
+
+def test_companions_start_without_torch() -> None:
+    """They are up in a fraction of a second and cost little memory."""
+    package = "lightning_tucodec.training"
+    code = f"import sys, {package}.mirror, {package}.wandb_view; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_sync_names_what_is_no_run(
