@@ -37,6 +37,7 @@ from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.losses import RateDistortionLoss, make_loss
 from lightning_tucodec.metrics import bits_per_pixel, ms_ssim_scales
 from lightning_tucodec.nn.hyperprior import LaplaceParameters
+from lightning_tucodec.nn.tiles import ALIGNMENT
 from lightning_tucodec.nn.transforms import STRIDE
 
 EFFORT_STEPS = (0, 2, 4, 6, 10, 16, 25, 40, 80, 160)
@@ -58,7 +59,7 @@ _PROBE = 0.25
 _BAND_POSITIONS = 3072
 """g_s runs on bands of about this many positions of y (0.8 megapixels): it bounds the memory."""
 _HALO = 8
-"""Rows of y that a band sees beyond its ends."""
+"""Rows of y that a band sees beyond its ends, at least."""
 _OVERLAP = 2
 """Rows of y beyond its strip whose pixels count among those that a symbol changes."""
 
@@ -369,7 +370,9 @@ class _Strip:
     def _distortion(self, y_hat: Tensor, first: int, end: int) -> Tensor:
         """A band's part of J's distortion: the pixels of rows [first, end) of y."""
         rows, (height, width) = self.plane.shape[-2], self.x.shape[-2:]
-        low, high = max(0, first - _HALO), min(rows, end + _HALO)
+        # Strided layers must fall on the same rows as they do in the whole plane.
+        low = max(0, first - _HALO) // ALIGNMENT * ALIGNMENT
+        high = min(rows, end + _HALO)
         inner = y_hat[:, :, max(low, self.top) - self.top : min(high, self.bottom) - self.top]
         parts = [
             self.plane[:, :, low : self.top],

@@ -205,3 +205,28 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[0]["loss_percent"] == 0 > rows[1]["loss_percent"]
     assert main(words) == 0
     assert "effort=2" in capsys.readouterr().out
+
+
+def test_bands_add_up_to_the_whole() -> None:
+    """J of a strip in three bands is J in one, up to what lies beyond the halo."""
+    model = TucModel(micro("transparent"))
+    pixels = photo("chelsea.png", 24, 240, top=30)
+    latents = model.analyse(pixels)
+    losses = []
+    for bands in ([(0, 15)], [(0, 5), (5, 11), (11, 15)]):
+        strip = room._Strip(
+            model.frozen_network,
+            loss_for(model),
+            room._planes(pixels),
+            model.centres,
+            model.frozen_network.factorized_prior.medians()[:, None, None],
+            torch.from_numpy(latents.y).long().permute(2, 0, 1)[None],
+            0,
+            len(latents.y),
+        )
+        assert strip.bands == [(0, 15)]
+        strip.bands = bands
+        point = strip.evaluate(strip.start, torch.from_numpy(latents.z[0]).long()[None])
+        losses.append((point.loss, point.slope_y))
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-3)
+    assert torch.allclose(losses[1][1], losses[0][1], atol=0.02 * float(losses[0][1].abs().max()))
