@@ -251,6 +251,38 @@ def _register_bench(subparsers: Any) -> None:
     )
     effort_command.add_argument("--json", action="store_true")
 
+    def run_h266(arguments: argparse.Namespace) -> int:
+        import json
+        from pathlib import Path
+
+        from lightning_tucodec.bench import h266
+
+        result = h266.run(
+            arguments.images,
+            arguments.filter,
+            arguments.preset,
+            arguments.qp or h266.QPS,
+            arguments.bpp,
+            Path(arguments.rows),
+            arguments.workers,
+        )
+        print(json.dumps(result, indent=1) if arguments.json else h266.table_text(result))
+        return 0
+
+    h266_command = _command(
+        commands, "h266", run_h266, "what each part of the H.266 pipeline is worth"
+    )
+    h266_command.add_argument("images", nargs="+", metavar="IMAGE|DIR")
+    h266_command.add_argument("--filter", nargs="*", default=[], metavar="MODEL")
+    h266_command.add_argument("--preset", default="medium")
+    h266_command.add_argument("--qp", nargs="*", type=int, metavar="QP", help="32, 35, … 47")
+    h266_command.add_argument("--bpp", type=float, default=0.15, help="where gains are read (0.15)")
+    h266_command.add_argument(
+        "--rows", default="h266.rows.jsonl", metavar="JSONL", help="measurements, kept"
+    )
+    h266_command.add_argument("--workers", type=int, help="codings at a time")
+    h266_command.add_argument("--json", action="store_true")
+
     def run_complexity(arguments: argparse.Namespace) -> int:
         import json
 

@@ -135,8 +135,8 @@ class H266(Options):
         strip += parameter_sets.strip(stream, *planes.y.shape)
         identity = model.id if model is not None and gate else NO_MODEL
         data = pack(Container(CodecKind.VVC, identity, width, height, (strip,), gate))
-        # The encoder's own λ for 8-bit samples, times what a unit of a plane is in RGB.
-        slope = 0.57 * 2 ** ((self.qp - 12) / 3) * 3
+        # What a bit is worth on the encoder's own curve, as measured; its λ is of this form.
+        slope = 1.1 * 2 ** ((self.qp - 12) / 3)
         return CodedPicture(data, shown, error + slope * 8 * len(data))
 
     def _coder(self, offset: int) -> Vvc:

@@ -14,6 +14,7 @@ from lightning_tucodec.errors import CorruptStreamError
 
 _START = b"\x00\x00\x01"
 _SPS, _PPS = b"\x00\x79", b"\x00\x81"
+_ADAPTATION = 17  # type of the parameter set that holds filter coefficients and the luma mapping
 _VERBATIM = b"\xff"
 
 _PRESETS = {
@@ -44,7 +45,7 @@ def strip(stream: bytes, height: int, width: int) -> bytes:
             for offset in range(-12, 13):
                 if parts[1:3] == list(_sets(number, level, offset, height, width)):
                     short = bytes([number, level, offset + 12]) + parts[3]
-                    # Start codes come in two lengths.
+                    # The rest may be framed otherwise.
                     return short if restore(short, height, width) == stream else _VERBATIM + stream
     return _VERBATIM + stream
 
@@ -57,10 +58,12 @@ def restore(data: bytes, height: int, width: int) -> bytes:
     """
     if data[:1] == _VERBATIM:
         return data[1:]
-    if len(data) < 4 or data[0] >= len(_NAMES) or data[2] > 24:
+    if len(data) < 5 or data[0] >= len(_NAMES) or data[2] > 24:
         raise CorruptStreamError("the H.266 picture does not begin as one of ours")
     sps, pps = _sets(data[0], data[1], data[2] - 12, height, width)
-    return b"".join([b"\x00", _START, sps, b"\x00", _START, pps, _START, data[3:]])
+    # Parameter sets have long start codes, an adaptive one before the slice as well.
+    zero = b"\x00" if data[4] >> 3 == _ADAPTATION else b""
+    return b"".join([b"\x00", _START, sps, b"\x00", _START, pps, zero, _START, data[3:]])
 
 
 def _sets(number: int, level: int, offset: int, height: int, width: int) -> tuple[bytes, bytes]:

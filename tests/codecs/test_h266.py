@@ -59,6 +59,14 @@ def test_parameter_sets_cost_three_bytes_and_come_back(preset: str) -> None:
         assert parameter_sets.restore(short, height, width) == stream
 
 
+def test_an_adaptation_set_before_the_slice_stays_in() -> None:
+    stream = Vvc(30, "faster").encode_planes(rgb_to_planes(np.ascontiguousarray(PHOTO[:62, :90])))
+    assert b"\x00\x00\x00\x01\x00\x89" in stream
+    short = parameter_sets.strip(stream, 62, 90)
+    assert len(stream) - len(short) > 50
+    assert parameter_sets.restore(short, 62, 90) == stream
+
+
 def test_other_parameter_sets_stay_in() -> None:
     stream = Vvc(45, "faster").encode_planes(rgb_to_planes(pad(PHOTO, 2, 16)))
     other = bytearray(stream)

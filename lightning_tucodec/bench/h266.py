@@ -1,0 +1,151 @@
+"""What each part of the H.266 pipeline is worth, against the same encoder at its default settings."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_tucodec.codecs.h266 import H266, NO_FILTER, NO_MODEL
+from lightning_tucodec.codecs.registry import codec
+from lightning_tucodec.coding.container import unpack
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.evaluate import evaluate, find_images
+from lightning_tucodec.report.rd import ImageCurves, bd_rate
+
+QPS = (32, 35, 38, 41, 44, 47)
+
+VARIANTS = {
+    "default": "vvc:qp={qp},preset={preset}",
+    "chroma offset -4": "vvc:qp={qp},preset={preset},chroma_qp_offset=-4",
+    "orthonormal colour": "vvc:qp={qp},preset={preset},colour=orthonormal",
+    "orthonormal, offset -2": "vvc:qp={qp},preset={preset},chroma_qp_offset=-2,colour=orthonormal",
+    "orthonormal, offset -4": "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal",
+    "orthonormal, offset -6": "vvc:qp={qp},preset={preset},chroma_qp_offset=-6,colour=orthonormal",
+    "offset searched, in a .tuc": f"{H266.codec_name}:qp={{qp}},preset={{preset}},filter={NO_FILTER}",
+}
+"""From the anchor on; the post-filters follow."""
+
+
+def run(
+    images: Sequence[str],
+    filters: Sequence[str],
+    preset: str,
+    qps: Sequence[int],
+    target_bpp: float,
+    rows_file: Path,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Measure; what `rows_file` holds is not measured again. Coded files are kept beside it.
+
+    Args:
+        images: files and folders.
+        filters: names or files of post-filters.
+        preset: of libvvenc, for all.
+        qps: four or more for BD-rates; the variants' rates at these must include those of the anchor
+            near `target_bpp`.
+        target_bpp: gains are measured at the anchor's own rates at the QP whose mean is nearest.
+        rows_file: see `evaluate`.
+        workers: codings at a time.
+
+    Returns:
+        `anchor_qp`, `anchor_bpp`, `images`, and `rows`, one a variant: `variant`; `gain_db`, the mean over
+        images of the PSNR gain at the image's own anchor rate; `ms_ssim_db`, the same for MS-SSIM;
+        `worse`, images whose PSNR gain is negative; `bd_rate_percent` and `bd_rate_ms_ssim_percent` of the
+        means over images; `filtered`, images whose gate is on at the anchor's QP; `encode_seconds` and
+        `decode_seconds` an image.
+    """
+    if len(qps) < 4:
+        raise ConfigError("--qp: BD-rates need four QPs or more")
+    variants = dict(VARIANTS)
+    for name in filters:
+        variants[f"post-filter {name}"] = (
+            f"{H266.codec_name}:qp={{qp}},preset={{preset}},filter={name}"
+        )
+    paths = find_images(images)
+    keep = rows_file.with_suffix(".files")
+    names = [path.name for path in paths]
+    curves: dict[str, ImageCurves] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    anchor_qp = qps[0]
+    for variant, template in variants.items():
+        coders = [codec(template.format(qp=qp, preset=preset)) for qp in sorted(qps)]
+        measured = evaluate(paths, coders, rows_file, workers, keep)
+        table = np.array(
+            [[row[key] for row in measured] for key in ("bpp", "psnr", "ms_ssim")], np.float64
+        ).reshape(3, len(paths), len(coders))
+        curves[variant] = ImageCurves(variant, names, *table)
+        if variant == "default":
+            distance = np.abs(table[0].mean(0) - target_bpp)
+            anchor_qp = sorted(qps)[int(distance.argmin())]
+        place = sorted(qps).index(anchor_qp)
+        files = [keep / f"{row['sha256']}.bin" for row in measured[place :: len(coders)]]
+        gains = _gains(curves["default"], curves[variant], place)
+        anchor, test = curves["default"].mean(), curves[variant].mean()
+        rows[variant] = {
+            "variant": variant,
+            "gain_db": float(gains[0].mean()),
+            "ms_ssim_db": float(gains[1].mean()),
+            "worse": int((gains[0] < 0).sum()),
+            "bd_rate_percent": bd_rate(anchor, test).percent,
+            "bd_rate_ms_ssim_percent": bd_rate(anchor, test, "ms_ssim_db").percent,
+            "filtered": _filtered(files) if variant not in VARIANTS else None,
+            "encode_seconds": float(np.mean([row["encode_seconds"] for row in measured])),
+            "decode_seconds": float(np.mean([row["decode_seconds"] for row in measured])),
+        }
+    return {
+        "images": len(paths),
+        "preset": preset,
+        "anchor_qp": anchor_qp,
+        "anchor_bpp": float(curves["default"].bpp[:, sorted(qps).index(anchor_qp)].mean()),
+        "rows": list(rows.values()),
+    }
+
+
+def _gains(anchor: ImageCurves, test: ImageCurves, place: int) -> np.ndarray:
+    """2×n: PSNR and MS-SSIM gains in dB of each image at the anchor's rate at one of its points."""
+    from scipy.interpolate import PchipInterpolator
+
+    gains = np.empty((2, len(anchor.images)))
+    for image in range(len(anchor.images)):
+        rate = np.log(anchor.bpp[image, place])
+        order = np.argsort(test.bpp[image])
+        rates = np.log(test.bpp[image][order])
+        for kind, (own, theirs) in enumerate(
+            ((anchor.psnr, test.psnr), (_decibels(anchor.ms_ssim), _decibels(test.ms_ssim)))
+        ):
+            at = PchipInterpolator(rates, theirs[image][order], extrapolate=False)(rate)
+            gains[kind, image] = float(at) - own[image, place]
+    if np.isnan(gains).any():
+        raise ConfigError(f"{test.name}: its rates do not reach the anchor's; add QPs at both ends")
+    return gains
+
+
+def _decibels(ms_ssim: np.ndarray) -> np.ndarray:
+    return np.asarray(-10 * np.log10(np.maximum(1 - ms_ssim, 1e-12)))
+
+
+def _filtered(files: Sequence[Path]) -> int:
+    """How many of the files have a filter's id in them."""
+    return sum(unpack(path.read_bytes()).model_id != NO_MODEL for path in files)
+
+
+def table_text(result: dict[str, Any]) -> str:
+    """The rows for people, as a Markdown table."""
+    lines = [
+        f"{result['images']} images, preset {result['preset']}; gains at the anchor's rates at QP "
+        f"{result['anchor_qp']} (mean {result['anchor_bpp']:.4f} bpp)",
+        "",
+        "| variant | PSNR gain, dB | images worse | BD-rate | MS-SSIM gain, dB | BD-rate (MS-SSIM) "
+        "| filter on | encode, s | decode, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        filtered = "" if row["filtered"] is None else row["filtered"]
+        lines.append(
+            f"| {row['variant']} | {row['gain_db']:+.3f} | {row['worse']} "
+            f"| {row['bd_rate_percent']:+.2f} % | {row['ms_ssim_db']:+.3f} "
+            f"| {row['bd_rate_ms_ssim_percent']:+.2f} % | {filtered} "
+            f"| {row['encode_seconds']:.2f} | {row['decode_seconds']:.2f} |"
+        )
+    return "\n".join(lines)
