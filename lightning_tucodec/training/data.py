@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -58,7 +58,7 @@ class RankBatches:
         world_size: number of processes.
 
     Attributes:
-        shape: of the share's pixels, N×crop×crop×3.
+        shape: of what `read` writes; here the pixels of the share, N×crop×crop×3.
     """
 
     def __init__(
@@ -85,6 +85,16 @@ class RankBatches:
         Raises:
             DatasetError: a sample cannot be decoded.
         """
+        for image, (sample, x, y, flip) in zip(out, self.places(start), strict=True):
+            pixels = self.reader.pixels(sample)[y : y + self.crop, x : x + self.crop]
+            image[:] = pixels[:, ::-1] if flip else pixels
+
+    def tensors(self, pixels: NDArray[np.uint8]) -> Batch:
+        """What `read` has written, as a batch that shares no memory with it."""
+        return {"image": _planes(pixels)}
+
+    def places(self, start: int) -> list[tuple[int, int, int, bool]]:
+        """Of each sample of the share: its number, left and top of the crop, whether to flip it."""
         if self.reader.cache is not None:
             self._fetch_ahead(start)
         samples, noise = self._draw(start)
@@ -92,11 +102,7 @@ class RankBatches:
         lefts = ((noise & np.uint64(0xFFFFF)) % room).tolist()
         tops = ((noise >> np.uint64(20) & np.uint64(0xFFFFF)) % room).tolist()
         flips = ((noise >> np.uint64(63)).astype(bool) & self.flip).tolist()
-        for image, sample, x, y, flip in zip(
-            out, samples.tolist(), lefts, tops, flips, strict=True
-        ):
-            pixels = self.reader.pixels(sample)[y : y + self.crop, x : x + self.crop]
-            image[:] = pixels[:, ::-1] if flip else pixels
+        return list(zip(samples.tolist(), lefts, tops, flips, strict=True))
 
     def _draw(self, start: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """Samples and random bits of the share.
@@ -192,7 +198,7 @@ class PlanLoader:
         if not self.num_workers:
             pixels = np.empty(self.batches.shape, np.uint8)
             self.batches.read(self.position, pixels)
-            return {"image": _planes(pixels), "index": positions}
+            return {**self.batches.tensors(pixels), "index": positions}
         if self._shared is None:
             self._start_workers()
         assert self._shared is not None
@@ -205,10 +211,10 @@ class PlanLoader:
             raise type(error)(
                 last.removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
             ) from None
-        image = _planes(self._shared.pixels[worker, slot])
+        batch = self.batches.tensors(self._shared.pixels[worker, slot])
         if self._shared.starts[worker, slot] != self.position:
             raise RuntimeError("a worker overwrote a batch before it was read")
-        return {"image": image, "index": positions}
+        return {**batch, "index": positions}
 
     def _start_workers(self) -> None:
         self._shared = _SharedBatches(self.batches, self.num_workers)
@@ -334,6 +340,8 @@ class WholeImages(Dataset[dict[str, Any]]):
 class PatchDataModule(pl.LightningDataModule):
     """Training patches from shards, validation on whole images.
 
+    `batches_class` says what a sample is.
+
     Args:
         shards: folder or fsspec URL made by `tucodec shards build`.
         batch_size: the global batch, over all ranks.
@@ -345,6 +353,8 @@ class PatchDataModule(pl.LightningDataModule):
         cache_dir: where remote shards are kept; None: in the user's cache folder.
         cache_gb: limit of that cache, 10^9 bytes.
     """
+
+    batches_class: ClassVar[type[RankBatches]] = RankBatches
 
     def __init__(
         self,
@@ -410,7 +420,9 @@ class PatchDataModule(pl.LightningDataModule):
         plan = data_plan(reader, self.seed)
         reader.check_cache(2 * (plan.window + 2))
         limit = self.trainer.limit_train_batches if self.trainer is not None else None
-        batches = RankBatches(reader, plan, self.batch_size, crop, self.flip, rank, world_size)
+        batches = self.batches_class(
+            reader, plan, self.batch_size, crop, self.flip, rank, world_size
+        )
         self._loader = PlanLoader(batches, self.num_workers)
         if limit is not None:
             self._loader.limit(limit)

@@ -3,10 +3,16 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
 from lightning_tucodec.codecs.colour import TRANSFORMS, Planes
-from lightning_tucodec.errors import DatasetError
+from lightning_tucodec.codecs.postfilter import decoded_picture
+from lightning_tucodec.errors import ConfigError, DatasetError
+from lightning_tucodec.training.data import Batch, RankBatches
+from lightning_tucodec.training.plan import DataPlan
+from lightning_tucodec.training.shards import ShardReader
 
 FORMAT = "precoded"
 """Format in the index and extension of the samples in the tars."""
@@ -36,6 +42,11 @@ class Precoded:
         original = self.original[y : y + side, x : x + side]
         return Precoded(original, planes, self.qp, self.transform)
 
+    def flipped(self) -> "Precoded":
+        """Mirrored left to right."""
+        planes = Planes(*(plane[:, ::-1] for plane in self.planes))
+        return Precoded(self.original[:, ::-1], planes, self.qp, self.transform)
+
     def to_bytes(self) -> bytes:
         """The original row by row, the planes as in `Planes.to_bytes`, QP, number of the transform."""
         original = np.ascontiguousarray(self.original).tobytes()
@@ -55,3 +66,72 @@ class Precoded:
         original = np.frombuffer(data[:pixels], np.uint8).reshape(side, side, 3)
         planes = Planes.from_bytes(bytes(data[pixels:-2]), side, side, "420")
         return cls(original, planes, data[-2], TRANSFORMS[data[-1]])
+
+
+class PrecodedBatches(RankBatches):
+    """As `RankBatches`, with the decoded planes of the same crop; crops lie at even places.
+
+    A batch has image (float32 N×3×C×C in [0, 1], the original), index, and the fields of
+    `nn.postfilter.DecodedPicture`.
+    """
+
+    def __init__(
+        self, reader: ShardReader, plan: DataPlan, batch_size: int, crop: int, flip: bool,
+        rank: int = 0, world_size: int = 1,
+    ) -> None:  # fmt: skip
+        if crop % 2:
+            raise ConfigError(f"crop {crop}: must be even, since chroma is halved")
+        if reader.index.format != FORMAT:
+            raise ConfigError(f"{reader.location}: not made by `tucodec shards precode`")
+        super().__init__(reader, plan, batch_size, crop, flip, rank, world_size)
+        self.shape = (self.shape[0], 6 * crop * crop + 2)
+
+    def read(self, start: int, out: NDArray[np.uint8]) -> None:
+        """Crop and flip the share's samples into `out`, as `Precoded.to_bytes` has them."""
+        side = self.reader.index.patch
+        for row, (sample, x, y, flip) in zip(out, self.places(start), strict=True):
+            whole = Precoded.from_bytes(self.reader.encoded(sample), side)
+            part = whole.cut(x & ~1, y & ~1, self.crop)
+            row[:] = np.frombuffer((part.flipped() if flip else part).to_bytes(), np.uint8)
+
+    def tensors(self, pixels: NDArray[np.uint8]) -> Batch:
+        """The fields named above but index."""
+        return _batch([Precoded.from_bytes(row.tobytes(), self.crop) for row in pixels])
+
+
+class PrecodedSamples(Dataset[Batch]):
+    """This rank's whole patches, eight a batch, in the order of the shards, as `PrecodedBatches` has them.
+
+    Where ranks do not divide the batches, the last ranks repeat the first; repeats have equal `index`.
+    """
+
+    BATCH = 8
+
+    def __init__(self, location: str, rank: int = 0, world_size: int = 1) -> None:
+        self.reader = ShardReader(location)
+        self.rank, self.world_size = rank, world_size
+        self._batches = -(-len(self.reader) // self.BATCH)
+
+    def __len__(self) -> int:
+        return -(-self._batches // self.world_size)
+
+    def __getitem__(self, item: int) -> Batch:
+        """A batch; index holds the numbers of the samples."""
+        if not 0 <= item < len(self):
+            raise IndexError(item)
+        first = (item * self.world_size + self.rank) % self._batches * self.BATCH
+        numbers = range(first, min(first + self.BATCH, len(self.reader)))
+        side = self.reader.index.patch
+        rows = [Precoded.from_bytes(self.reader.encoded(number), side) for number in numbers]
+        return {**_batch(rows), "index": torch.tensor(numbers)}
+
+
+def _batch(samples: list[Precoded]) -> Batch:
+    """Tensors of samples of one size."""
+    pictures = [decoded_picture(s.planes, float(s.qp), s.transform) for s in samples]
+    image = torch.from_numpy(np.stack([s.original.transpose(2, 0, 1) for s in samples]))
+    fields = {
+        name: torch.cat([getattr(picture, name) for picture in pictures])
+        for name in pictures[0]._fields
+    }
+    return {"image": image.to(torch.float32).div_(255), **fields}
