@@ -69,7 +69,7 @@ class RankBatches:
         self.crop, self.flip = crop, flip
         first, end = (place * batch_size // world_size for place in (rank, rank + 1))
         self._share = np.arange(first, end)
-        self.shape = (end - first, crop, crop, 3)
+        self.shape: tuple[int, ...] = (end - first, crop, crop, 3)
         self._key = derive(plan.seed & 0xFFFFFFFFFFFFFFFF, _AUGMENT)
         self._drawn: dict[int, tuple[NDArray[np.int64], NDArray[np.uint64]]] = {}
         self._fetcher: ThreadPoolExecutor | None = None
