@@ -145,7 +145,8 @@ def _register_evaluate(subparsers: Any) -> None:
         from lightning_tucodec import evaluate
 
         sets = evaluate.run(
-            arguments.images, arguments.codec, arguments.out, arguments.workers, arguments.keep
+            *(arguments.images, arguments.codec, arguments.out),
+            *(arguments.workers, arguments.keep, arguments.memory),
         )
         print(json.dumps(evaluate.finite(sets)) if arguments.json else evaluate.table_text(sets))
         return 0
@@ -164,7 +165,22 @@ def _register_evaluate(subparsers: Any) -> None:
     parser.add_argument(
         "--keep", metavar="DIR", help="keep the coded files, named by their SHA-256"
     )
+    parser.add_argument(
+        "--memory", action="store_true", help="also the peak memory of every codec on one image"
+    )
     parser.add_argument("--json", action="store_true")
+
+
+def _register_compare(subparsers: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from lightning_tucodec.report.compare import run_compare
+
+        return run_compare(arguments)
+
+    from lightning_tucodec.report.options import add_compare_arguments
+
+    summary = "codecs, runs and sweeps on one HTML page: curves, BD-rate, pictures, costs"
+    add_compare_arguments(_command(subparsers, "compare", run, summary))
 
 
 def _register_allocate(subparsers: Any) -> None:
@@ -397,6 +413,7 @@ _REGISTER: list[Callable[[Any], None]] = [
     _register_bench,
     _register_clic,
     _register_coding,
+    _register_compare,
     _register_evaluate,
     _register_export,
     _register_shards,

@@ -12,11 +12,13 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
+import resource
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +49,8 @@ DEFINITIONS = {
     "ceiling_psnr": "pooled PSNR of the conversion to 10-bit 4:2:0 and back alone; where the codec "
     "works behind that conversion it cannot exceed it",
     "seconds": "wall clock, including the start of external programs; machines under load differ",
+    "peak_memory": "bytes: largest resident set of a process that codes and decodes the largest "
+    "image, or of the program it calls; interpreter and libraries are part of it",
 }
 """The averaging rules, which stand in every result."""
 
@@ -306,23 +310,42 @@ def summarise(rows: Sequence[Row], codecs: Sequence[ImageCodec]) -> list[Row]:
 def write_results(
     output: Path, rows: Sequence[Row], sets: Sequence[Row], codecs: Sequence[ImageCodec]
 ) -> None:
-    """Everything as JSON to `output`, and the rows as CSV beside it."""
+    """Everything as JSON to `output`; rows and sets as CSV beside it, in `.csv` and `.sets.csv`.
+
+    Each line of the CSV files says with what it was coded, and a set's line how it was averaged.
+    """
+    described = {codec.name: codec.describe() for codec in codecs}
     content = {
         "format": FORMAT,
         "definitions": DEFINITIONS,
-        "codecs": {codec.name: codec.describe() for codec in codecs},
+        "codecs": described,
         "sets": sets,
         "rows": rows,
     }
     with atomic_write(output, "w") as stream:
         json.dump(finite(content), stream, indent=1, allow_nan=False)
         stream.write("\n")
+    codings = {}
+    for name, entry in described.items():
+        command = entry.get("command") or json.dumps(entry.get("options", {}))
+        codings[name] = {
+            "version": entry["version"],
+            "command": command,
+            "colour": entry["colour"],
+        }
+    _write_csv(output.with_suffix(".csv"), [{**row, **codings[row["codec"]]} for row in rows])
+    averaging = {"averaging": "; ".join(f"{k}: {v}" for k, v in DEFINITIONS.items())}
+    lines = [{**entry, **codings[entry["codec"]], **averaging} for entry in sets]
+    _write_csv(output.with_suffix(".sets.csv"), lines)
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with atomic_write(output.with_suffix(".csv"), "w") as stream:
+    with atomic_write(path, "w") as stream:
         stream.write(text.getvalue())
 
 
@@ -357,6 +380,7 @@ def run(
     out: str,
     workers: int | None = None,
     keep: str | None = None,
+    memory: bool = False,
 ) -> list[Row]:
     """`tucodec evaluate`: measure, write, and return the set rows."""
     from lightning_tucodec.codecs.registry import codec
@@ -364,13 +388,54 @@ def run(
     output = Path(out)
     if output.suffix != ".json":
         raise ConfigError(f"{out}: the name of the results must end in .json")
-    codecs = [codec(text) for text in dict.fromkeys(specifications)]
+    specifications = list(dict.fromkeys(specifications))
+    codecs = [codec(text) for text in specifications]
     folder = Path(keep) if keep else None
     journal = output.with_suffix(".rows.jsonl")
-    rows = evaluate(find_images(paths), codecs, journal, workers, folder)
+    images = find_images(paths)
+    rows = evaluate(images, codecs, journal, workers, folder)
     sets = summarise(rows, codecs)
+    if memory:
+        area = [row["width"] * row["height"] for row in rows[:: len(codecs)]]
+        largest = images[area.index(max(area))]
+        pairs = zip(sets, specifications, codecs, strict=True)
+        for entry, text, coder in tqdm(pairs, "memory", len(sets), disable=None):
+            entry["peak_memory"] = _known_peak_memory(text, coder, largest, journal)
     write_results(output, rows, sets, codecs)
     return sets
+
+
+def peak_memory(specification: str, image: Path) -> int:
+    """Bytes at the peak while a codec codes and decodes an image in a process of its own (Linux).
+
+    Raises:
+        TucodecError: the codec cannot.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_own_peak_memory, specification, image).result()
+
+
+def _own_peak_memory(specification: str, image: Path) -> int:
+    """`peak_memory`, inside the fresh process."""
+    from lightning_tucodec.codecs.registry import codec
+
+    coder = codec(specification)
+    coder.decode(coder.encode(read_image(image)))
+    # Not getrusage of this process, which counts the parent's memory from before the exec.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    own = int(status.split("VmHWM:")[1].split()[0])
+    return 1024 * max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+
+def _known_peak_memory(text: str, codec: ImageCodec, image: Path, journal: Path) -> int:
+    """`peak_memory`, measured once and kept in the journal."""
+    key = f"{_load(image)[1]}-{_digest(codec.describe())}-memory"
+    known = _read_rows(journal)
+    if key not in known:
+        known[key] = {"peak_memory": peak_memory(text, image)}
+        with journal.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"key": key, **known[key]}) + "\n")
+    return int(known[key]["peak_memory"])
 
 
 def table_text(sets: Sequence[Row]) -> str:

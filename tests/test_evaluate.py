@@ -1,6 +1,9 @@
 import csv
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from lightning_tucodec.evaluate import (
     evaluate,
     find_images,
     measure,
+    run,
     summarise,
     write_results,
 )
@@ -113,6 +117,56 @@ def test_an_interrupted_evaluation_continues(folder: Path) -> None:
     more: list[ImageCodec] = [Counting(coder) for coder in inner]
     assert evaluate(images, more, journal) == rows
     assert sum(coder.codings for coder in more) == 0  # type: ignore[attr-defined]
+
+
+def test_a_killed_process_continues_with_the_same_numbers(folder: Path) -> None:
+    specifications = [
+        "jpeg:q=20",
+        "jpeg:q=60",
+        "jpeg2000:bpp=0.5",
+        "hevc:qp=40,chroma=420,preset=fast",
+    ]
+    specifications += ["hevc:qp=40,preset=fast", "av1-svt:q=50,preset=10", "av1-aom:q=50"]
+
+    def words(name: str) -> list[str]:
+        paths = [str(folder / "images"), "-o", str(folder / name), "--workers", "1"]
+        return ["evaluate", *paths, "--codec", *specifications]
+
+    assert cli.main(words("whole.json")) == 0
+    command = [sys.executable, "-m", "lightning_tucodec.cli", *words("killed.json")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = folder / "killed.rows.jsonl"
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    finished = journal.read_bytes().count(b"\n")
+    assert finished < 2 * len(specifications)
+    assert not (folder / "killed.json").exists()
+    assert cli.main(words("killed.json")) == 0
+    assert journal.read_bytes().count(b"\n") >= 2 * len(specifications)
+    whole, killed = (json.loads((folder / f"{n}.json").read_text()) for n in ("whole", "killed"))
+    for part in ("rows", "sets"):
+        assert without_seconds(killed[part]) == without_seconds(whole[part])
+    assert killed["codecs"] == whole["codecs"]
+    with (folder / "killed.sets.csv").open() as stream:
+        lines = list(csv.DictReader(stream))
+    assert [line["codec"] for line in lines] == specifications
+    assert all(line["version"] and line["colour"] for line in lines)
+    assert "libx265" in lines[3]["command"]
+    assert "pooled" in lines[0]["averaging"]
+
+
+def test_peak_memory_of_a_coder_and_of_the_program_it_calls(folder: Path) -> None:
+    out, image = folder / "r.json", folder / "images" / "b.png"
+    specifications = ["jpeg:q=20", "vvc:qp=40,preset=faster"]
+    sets = run([str(image)], specifications, str(out), memory=True)
+    small, program = (entry["peak_memory"] for entry in sets)
+    # An interpreter with numpy and Pillow; libvvenc holds tables of its own.
+    assert 20 << 20 < small < program < 4 << 30
+    again = run([str(image)], specifications, str(out), memory=True)
+    assert [entry["peak_memory"] for entry in again] == [small, program]
 
 
 def test_coded_files_are_kept(folder: Path) -> None:

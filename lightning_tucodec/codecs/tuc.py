@@ -377,6 +377,19 @@ class TucModel:
         return float(-(y.log2().sum(dtype=torch.float64) + z.log2().sum(dtype=torch.float64)))
 
     @torch.inference_mode()
+    def bit_map(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """The same at each position of y, h×w; the bits of a z are spread over its positions of y."""
+        _, y, z = self.network.rate(self._latent([pixels]))
+        bits_y, bits_z = (-v[0].double().log2().sum(0).cpu().numpy() for v in (y, z))
+        height, width = bits_y.shape
+        spread = bits_z.repeat(HYPER_STRIDE, 0)[:height].repeat(HYPER_STRIDE, 1)[:, :width]
+        owner = np.arange(spread.size).reshape(spread.shape)
+        rows, columns = np.divmod(owner, width)
+        cell = rows // HYPER_STRIDE * bits_z.shape[1] + columns // HYPER_STRIDE
+        share: NDArray[np.float64] = spread / np.bincount(cell.ravel())[cell]
+        return bits_y + share
+
+    @torch.inference_mode()
     def bits_of(self, latents: Latents) -> float:
         """Bits of the floating-point likelihoods of given symbols, as a file of them holds them."""
         network = self.network

@@ -21,7 +21,7 @@ must cover; below, a BD-rate says more about the extrapolation than about the co
 
 _AXIS = {"psnr": "PSNR (RGB), dB", "ms_ssim_db": "MS-SSIM, dB"}
 # Okabe and Ito's colours, told apart by readers with any colour vision; the yellow is left out.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def read_results(path: str | Path) -> list[ImageCurves]:
         values = {(row["image"], row["codec"]): row for row in rows}
         families: dict[str, list[str]] = {}
         for codec in codecs:
-            families.setdefault(_family(codec), []).append(codec)
+            families.setdefault(family(codec), []).append(codec)
         return [
             ImageCurves(
                 family,
@@ -154,7 +154,7 @@ def read_results(path: str | Path) -> list[ImageCurves]:
         raise ConfigError(f"{path}: not a whole result of tucodec evaluate ({error!r})") from None
 
 
-def _family(codec: str) -> str:
+def family(codec: str) -> str:
     """A specification without what sets the rate."""
     name, colon, options = codec.partition(":")
     if not colon:
@@ -216,6 +216,63 @@ def bd_rate(
         min_overlap=0,
     )
     return BDRate(float(percent), float(low), float(high), float(overlap), method)
+
+
+def bd_quality(
+    anchor: Curve,
+    test: Curve,
+    quality: Quality = "psnr",
+    method: Literal["akima", "pchip", "cubic"] = "akima",
+) -> float:
+    """Bjøntegaard's delta quality: dB gained on average at equal rate, by the `bjontegaard` package.
+
+    Raises:
+        ConfigError: fewer than four rising points, or less than `MIN_OVERLAP` of the range of
+            log-rate in common.
+    """
+    import bjontegaard
+
+    sides = [curve.points(quality) for curve in (anchor, test)]
+    for curve, (rates, _) in zip((anchor, test), sides, strict=True):
+        if len(rates) < 4:
+            raise ConfigError(f"{curve.name}: BD-quality needs 4 rising points, not {len(rates)}")
+    logs = [np.log(rates) for rates, _ in sides]
+    shared = min(log[-1] for log in logs) - max(log[0] for log in logs)
+    overlap = max(0.0, shared) / (max(log[-1] for log in logs) - min(log[0] for log in logs))
+    if overlap < MIN_OVERLAP:
+        raise ConfigError(
+            f"{anchor.name} and {test.name} share {overlap:.0%} of their range of rates; "
+            f"a BD-quality needs {MIN_OVERLAP:.0%}: code more points"
+        )
+    (rate_a, quality_a), (rate_b, quality_b) = sides
+    gain = bjontegaard.bd_psnr(
+        *(rate_a, quality_a, rate_b, quality_b),
+        method=method,
+        require_matching_points=False,
+        min_overlap=0,
+    )
+    return float(gain)
+
+
+def convex_hull(bpp: ArrayLike, quality: ArrayLike) -> tuple[Floats, Floats]:
+    """The rising part of the upper convex hull of points: what mixing them over a set can reach."""
+    points = sorted(zip(np.asarray(bpp).tolist(), np.asarray(quality).tolist(), strict=True))
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        if hull and y <= hull[-1][1]:
+            continue
+        while hull and hull[-1][0] == x:
+            hull.pop()
+        while len(hull) > 1 and _turns_left(hull[-2], hull[-1], (x, y)):
+            hull.pop()
+        hull.append((x, y))
+    array = np.array(hull, np.float64).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def _turns_left(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether b lies on or below the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) <= (c[1] - a[1]) * (b[0] - a[0])
 
 
 class BDInterval(NamedTuple):
@@ -331,7 +388,7 @@ def rd_figure(
                 rates, values = rates[inside], values[inside]
             if not len(rates):
                 continue
-            colour = _COLOURS[index % len(_COLOURS)]
+            colour = COLOURS[index % len(COLOURS)]
             width, marker = (2.0, 4) if index == 0 else (1.3, 3)
             axes.plot(
                 *(rates, values, "o-"),

@@ -1,0 +1,428 @@
+"""`tucodec compare`: everything about some codecs and runs on one page that opens anywhere.
+
+Sources are read by `sources`, numbers made here, pictures by `gallery`, the page by `page`.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.report.page import Chart, Page, Table, Trace, write_page
+from lightning_tucodec.report.rd import (
+    Quality,
+    bd_quality,
+    bd_rate,
+    bd_rate_interval,
+    convex_hull,
+    rd_figure,
+)
+from lightning_tucodec.report.sources import Entry, Material, Run, read_sources
+
+Row = dict[str, Any]
+
+QUALITIES: dict[Quality, str] = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM"}
+_AXES = {"psnr": "PSNR (RGB), dB", "ms_ssim_db": "MS-SSIM, dB"}
+
+_TRAINING = {
+    "train/loss": "Loss",
+    "train/bpp": "Rate in training, bpp",
+    "train/psnr": "PSNR in training, dB",
+    "val/bpp": "Rate of the validation images, bpp",
+    "val/psnr": "PSNR of the validation images, dB",
+    "val/ms_ssim": "MS-SSIM of the validation images",
+    "val/centres_used": "Centres that the validation images use",
+    "val/beyond_ends": "Share of latents beyond the last centres",
+}
+"""Metrics that are drawn over optimiser steps."""
+
+_POINTS = 400
+"""A training curve is thinned out to about so many points."""
+
+
+def bd_rows(entries: Sequence[Entry], anchor: str, samples: int = 500) -> list[Row]:
+    """Every curve against the anchor.
+
+    Args:
+        entries: all curves, the anchor's among them.
+        anchor: its name.
+        samples: of the bootstrap over images.
+
+    Returns:
+        A row a curve and quality: `codec`, `quality`, then `percent` (BD-rate), `low` and `high` (95 %
+        interval; None without rows of images), `decibels` (BD-quality, or None), `range`, `overlap`,
+        `method`, `images`, or `refused`, why there is none.
+    """
+    reference = next(entry for entry in entries if entry.curve.name == anchor)
+    rows: list[Row] = []
+    for entry in entries:
+        if entry is reference:
+            continue
+        for quality in QUALITIES:
+            if quality not in entry.curve.quality or quality not in reference.curve.quality:
+                continue
+            row: Row = {"codec": entry.curve.name, "quality": quality}
+            try:
+                row.update(_bd(reference, entry, quality, samples))
+            except ConfigError as error:
+                row["refused"] = str(error)
+            rows.append(row)
+    return rows
+
+
+def _bd(anchor: Entry, test: Entry, quality: Quality, samples: int) -> Row:
+    row: Row = {"low": None, "high": None, "images": None}
+    if anchor.images is not None and test.images is not None:
+        interval = bd_rate_interval(anchor.images, test.images, quality, samples=samples)
+        estimate = interval.estimate
+        row |= {"low": interval.low, "high": interval.high, "images": interval.images}
+    else:
+        estimate = bd_rate(anchor.curve, test.curve, quality)
+    row |= {"percent": estimate.percent, "range": [estimate.low, estimate.high]}
+    row |= {"overlap": estimate.overlap, "method": estimate.method}
+    try:
+        row["decibels"] = bd_quality(anchor.curve, test.curve, quality)
+    except ConfigError:
+        row["decibels"] = None
+    return row
+
+
+def choose_anchor(entries: Sequence[Entry], name: str | None) -> str | None:
+    """The curve that others are compared with: the one named, else the first with four points.
+
+    Raises:
+        ConfigError: no curve has this name.
+    """
+    names = [entry.curve.name for entry in entries]
+    if name is not None:
+        if name not in names:
+            raise ConfigError(f"no curve is called {name}; there are {', '.join(names) or 'none'}")
+        return name
+    long = (e.curve.name for e in entries if len(e.curve.points("psnr")[0]) >= 4)
+    return next(long, None)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Entries of the runs' configs that are not the same in all, one value a run."""
+    flat = [flatten(run.config) for run in runs]
+    keys = dict.fromkeys(key for entry in flat for key in entry)
+    table = {key: [entry.get(key) for entry in flat] for key in keys}
+    return {k: v for k, v in table.items() if any(value != v[0] for value in v)}
+
+
+def complexity(config: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
+    """Millions of parameters, and kMAC a pixel of encoder, decoder and entropy path, of a run's network."""
+    from lightning_tucodec.nn.codec import TucodecVAE
+    from lightning_tucodec.nn.complexity import of_network
+    from lightning_tucodec.training.vae import resolve_codec
+
+    model = config.get("model")
+    if not isinstance(model, Mapping) or "preset" not in model:
+        return None
+    try:
+        network = TucodecVAE(resolve_codec(model["preset"], model.get("codec"))).eval()
+    except (ConfigError, TypeError, ValueError, RuntimeError):
+        return None  # a run of another version of this package
+    return of_network("", network)[1:]
+
+
+def _model_complexity(name: str) -> tuple[float, float, float, float] | None:
+    """The same of a learned model that `tucodec` knows by this name; None for other codecs."""
+    from lightning_tucodec.codecs import models
+    from lightning_tucodec.codecs.registry import CLASSES
+    from lightning_tucodec.nn.complexity import of_network
+
+    if name.partition(":")[0] in CLASSES:
+        return None
+    try:
+        return of_network("", models.load(name).network)[1:]
+    except TucodecError:
+        return None
+
+
+# --- Tables and charts -----------------------------------------------------------------------
+
+
+def _rd_charts(entries: Sequence[Entry]) -> list[Chart]:
+    charts = []
+    for quality, label in QUALITIES.items():
+        own = [
+            (index, entry) for index, entry in enumerate(entries) if quality in entry.curve.quality
+        ]
+        if not own:
+            continue
+        traces = []
+        for index, entry in own:
+            bpp, values = entry.curve.bpp, entry.curve.quality[quality]
+            dash = "solid" if entry.measured else "dot"
+            traces.append(Trace(entry.curve.name, bpp.tolist(), values.tolist(), index, dash))
+        measured = [entry.curve for _, entry in own if entry.measured]
+        if sum(len(curve.bpp) for curve in measured) > 2:
+            bpp, values = (
+                np.concatenate(parts)
+                for parts in zip(*((c.bpp, c.quality[quality]) for c in measured), strict=True)
+            )
+            finite = np.isfinite(values)
+            x, y = convex_hull(bpp[finite], values[finite])
+            traces.append(Trace("convex hull", x.tolist(), y.tolist(), None, "dash"))
+        note = "Solid: measured here. Dotted: published. Dashed: convex hull of what was measured."
+        charts.append(
+            Chart(f"Rate and {label}", "bits per pixel", _AXES[quality], traces, note, "rd")
+        )
+    return charts
+
+
+def _point_table(entries: Sequence[Entry]) -> Table:
+    rows = []
+    for entry in entries:
+        curve = entry.curve
+        for index, bpp in enumerate(curve.bpp.tolist()):
+            values = [
+                float(curve.quality[q][index]) if q in curve.quality else None for q in QUALITIES
+            ]
+            rows.append([curve.name, (bpp, f"{bpp:.4f}"), *(_cell(v, 3) for v in values)])
+    return Table(
+        "All points of the curves",
+        ["codec", "bpp", "PSNR, dB", "MS-SSIM, dB"],
+        rows,
+        "Means over images; MS-SSIM in dB is that of the mean.",
+    )
+
+
+def _bd_table(rows: Sequence[Row], anchor: str) -> Table:
+    cells: list[list[Any]] = []
+    for row in rows:
+        head = [row["codec"], QUALITIES[row["quality"]]]
+        if "refused" in row:
+            cells.append([*head, (None, "refused"), row["refused"], None, None, None, None])
+            continue
+        interval, verdict = "–", "one curve each; no interval"
+        if row["low"] is not None:
+            interval = f"{_signed(row['low'])} … {_signed(row['high'])} %"
+            apart = row["low"] > 0 or row["high"] < 0
+            better = "needs fewer bits" if row["percent"] < 0 else "needs more bits"
+            verdict = better if apart else "not told apart by these images"
+        low, high = row["range"]
+        cells.append(
+            [
+                *head,
+                (row["percent"], f"{_signed(row['percent'])} %"),
+                interval,
+                verdict,
+                None
+                if row["decibels"] is None
+                else (row["decibels"], f"{_signed(row['decibels'], 2)} dB"),
+                f"{low:.1f} … {high:.1f} dB",
+                (row["overlap"], f"{row['overlap']:.0%}"),
+            ]
+        )
+    method = next((row["method"] for row in rows if "method" in row), "akima")
+    images = next((row["images"] for row in rows if row.get("images")), None)
+    note = f"Rate at equal quality against {anchor}; negative: fewer bits. Interpolation: {method}, by the "
+    note += "bjontegaard package; refused below 30 % of shared range. "
+    if images:
+        note += f"Interval: 95 %, bootstrap over the {images} images that both have."
+    columns = ["codec", "quality", "BD-rate", "95 % interval", "verdict", "BD-quality", "range"]
+    return Table(f"BD-rate against {anchor}", [*columns, "overlap"], cells, note)
+
+
+def _signed(value: float, digits: int = 1) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _cell(value: float | None, digits: int) -> Any:
+    if value is None or not math.isfinite(value):
+        return None
+    return value, f"{value:.{digits}f}"
+
+
+def _training_charts(runs: Sequence[Run]) -> list[Chart]:
+    charts = []
+    for key, label in _TRAINING.items():
+        traces = []
+        for index, run in enumerate(runs):
+            pairs = [
+                (row["opt_step"], row[key])
+                for row in run.metrics
+                if row.get("opt_step") is not None and _is_finite(row.get(key))
+            ]
+            if pairs:
+                # The last point always stays.
+                kept = pairs[:: -max(1, len(pairs) // _POINTS)][::-1]
+                steps, values = zip(*kept, strict=True)
+                traces.append(Trace(run.name, list(steps), list(values), index, "solid"))
+        if traces:
+            charts.append(Chart(label, "optimiser steps", label, traces, "", "training"))
+    return charts
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _cost_tables(material: Material) -> list[Table]:
+    columns = ["parameters, M", "encoder, kMAC/px", "decoder, kMAC/px", "entropy path, kMAC/px"]
+    empty = [None] * len(columns)
+    tables = []
+    rows: list[list[Any]] = []
+    for evaluation in material.evaluations:
+        for entry in evaluation.sets:
+            counts = _model_complexity(entry["codec"])
+            seconds = [entry[k] / entry["images"] for k in ("encode_seconds", "decode_seconds")]
+            memory = entry.get("peak_memory")
+            version = evaluation.codecs.get(entry["codec"], {}).get("version", "")
+            rows.append(
+                [
+                    entry["codec"],
+                    *([_cell(v, 1) for v in counts] if counts else empty),
+                    *(_cell(value, 3) for value in seconds),
+                    None if memory is None else (memory, f"{memory / (1 << 20):.0f} MiB"),
+                    version,
+                ]
+            )
+    if rows:
+        note = "Seconds an image on one machine, start of external programs included; "
+        note += "machines under load differ. kMAC/px counts matrix products and convolutions."
+        head = ["codec", *columns, "encode, s", "decode, s", "peak memory", "version"]
+        tables.append(Table("Cost of coding", head, rows, note))
+    trainings: list[list[Any]] = []
+    for run in material.runs:
+        counts = complexity(run.config)
+        times = [row["time"] for row in run.metrics if "time" in row]
+        # Gaps of more than ten minutes are pauses between two sittings, not training.
+        hours = sum(g for g in np.diff(times).tolist() if 0 < g < 600) / 3600 if times else None
+        last = max((row.get("opt_step") or 0 for row in run.metrics), default=0)
+        model = run.config.get("model") or {}
+        trainings.append(
+            [
+                run.name,
+                *([_cell(v, 1) for v in counts] if counts else empty),
+                (last, f"{last:,}".replace(",", " ")),
+                _cell(hours, 2),
+                f"{model.get('recipe', '')} λ={model.get('lmbda', '')}" if model else "",
+            ]
+        )
+    if trainings:
+        note = "λ: recipe transparent minimises λ·MSE + bpp with MSE on [0, 1], ssim 0.2·MSE + "
+        note += "0.8·(1 − MS-SSIM) + λ·bpp."
+        head = ["run", *columns, "steps", "hours", "recipe"]
+        tables.append(Table("Cost of training", head, trainings, note))
+    return tables
+
+
+def _config_table(runs: Sequence[Run]) -> Table | None:
+    table = differences(runs)
+    if len(runs) < 2:
+        return None
+    rows = [[key, *(_short(value) for value in values)] for key, values in table.items()]
+    note = "" if rows else "The configs are the same."
+    return Table("What differs between the configs", ["key", *(r.name for r in runs)], rows, note)
+
+
+def _short(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def _source_table(material: Material) -> Table:
+    rows: list[list[Any]] = [
+        [e.curve.name, "measured" if e.measured else "published", e.curve.source]
+        for e in material.entries
+    ]
+    for evaluation in material.evaluations:
+        for name, entry in evaluation.codecs.items():
+            command = entry.get("command") or json.dumps(entry.get("options", {}))
+            text = f"{entry.get('version', '')}; {entry.get('colour', '')}; {command}"
+            rows.append([name, "codec", text])
+        rows += [[key, "definition", text] for key, text in evaluation.definitions.items()]
+    rows += [["", "note", note] for note in material.notes]
+    return Table("Where the numbers are from", ["name", "kind", "source"], rows, "")
+
+
+def build_page(
+    material: Material, anchor: str | None, title: str, samples: int = 500
+) -> tuple[Page, list[Row]]:
+    """The page without pictures, and the BD rows.
+
+    Raises:
+        ConfigError: there is nothing to show, or the anchor is unknown.
+    """
+    if not material.entries and not material.runs:
+        raise ConfigError("nothing to compare")
+    entries = material.entries
+    name = choose_anchor(entries, anchor)
+    rows = bd_rows(entries, name, samples) if name is not None else []
+    tables = {
+        "bd": [_bd_table(rows, name)] if name is not None and rows else [],
+        "points": [_point_table(entries)] if entries else [],
+        "cost": _cost_tables(material),
+        "configs": [table] if (table := _config_table(material.runs)) else [],
+        "sources": [_source_table(material)],
+    }
+    charts = [*_rd_charts(entries), *_training_charts(material.runs)]
+    return Page(title, charts, tables, []), rows
+
+
+def bd_text(rows: Sequence[Row], anchor: str | None) -> str:
+    """The BD rows for people."""
+    if not rows:
+        return "no BD-rate: it needs two curves of four points"
+    lines = [f"BD-rate against {anchor}"]
+    width = max(len(row["codec"]) for row in rows)
+    for row in rows:
+        head = f"{row['codec']:{width}}  {QUALITIES[row['quality']]:7}  "
+        if "refused" in row:
+            lines.append(f"{head}–  {row['refused']}")
+            continue
+        interval = ""
+        if row["low"] is not None:
+            interval = f"  [{row['low']:+.1f}, {row['high']:+.1f}]"
+        lines.append(f"{head}{row['percent']:+7.1f} %{interval}")
+    return "\n".join(lines)
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """`tucodec compare`: the page, and PNG and SVG of its curves beside it."""
+    from lightning_tucodec.report.gallery import scenes
+
+    out = Path(arguments.out)
+    if out.suffix != ".html":
+        raise ConfigError(f"{out}: the name of the report must end in .html")
+    material = read_sources(arguments.sources)
+    page, rows = build_page(material, arguments.anchor, arguments.title, arguments.samples)
+    if arguments.images:
+        pictures = scenes(
+            material.evaluations,
+            arguments.images,
+            arguments.bpp,
+            arguments.pictures,
+            Path(arguments.kept) if arguments.kept else None,
+        )
+        page = page._replace(scenes=pictures)
+    write_page(out, page)
+    written = [out]
+    for quality, label in QUALITIES.items():
+        curves = [e.curve for e in material.entries if quality in e.curve.quality]
+        if curves:
+            name = out.with_name(f"{out.stem}-{label.lower()}")
+            written += rd_figure(curves, name.with_name(name.name + ".png"), quality)
+    anchor = choose_anchor(material.entries, arguments.anchor)
+    print(json.dumps(rows) if arguments.json else bd_text(rows, anchor))
+    print("wrote", ", ".join(map(str, written)), file=sys.stderr)
+    return 0

@@ -1,0 +1,168 @@
+"""The one HTML file of a report: template, style, script, plotly and all data inside, no network.
+
+A content security policy in the page itself forbids every connection.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.evaluate import finite
+from lightning_tucodec.files import atomic_write
+from lightning_tucodec.report.rd import COLOURS
+
+MAX_BYTES = 15_000_000
+"""A report that is larger cannot be sent by mail and is slow on a phone; it is refused."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One line of a chart.
+
+    Attributes:
+        name: in the legend.
+        x: one value a point.
+        y: one value a point.
+        colour: index into the palette; None is gray, without markers.
+        dash: of the line.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int | None
+    dash: Literal["solid", "dot", "dash"]
+
+
+class Chart(NamedTuple):
+    """A chart; `part` is the section that it stands in."""
+
+    caption: str
+    x_label: str
+    y_label: str
+    traces: Sequence[Trace]
+    note: str
+    part: Literal["rd", "training"]
+
+
+class Table(NamedTuple):
+    """A table to sort. A cell is text, None, or (value to sort by, text)."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    note: str
+
+
+class View(NamedTuple):
+    """One way to see an image.
+
+    Attributes:
+        name: of the codec.
+        detail: rate, quality, and how the picture is stored here.
+        uri: the picture as a data URI.
+        width: what it spans, in pixels of the original.
+        height: the same.
+        is_map: a map of numbers: never smoothed when scaled.
+    """
+
+    name: str
+    detail: str
+    uri: str
+    width: int
+    height: int
+    is_map: bool = False
+
+
+class Scene(NamedTuple):
+    """One image in all views; the original is the first."""
+
+    name: str
+    width: int
+    height: int
+    views: Sequence[View]
+
+
+class Page(NamedTuple):
+    """Everything that a report shows; `tables` by section."""
+
+    title: str
+    charts: Sequence[Chart]
+    tables: Mapping[str, Sequence[Table]]
+    scenes: Sequence[Scene]
+
+
+SECTIONS = {
+    "curves": "Rate and quality",
+    "bd": "BD-rate",
+    "gallery": "Pictures",
+    "training": "Training",
+    "cost": "Cost",
+    "configs": "Configurations",
+    "sources": "Sources",
+}
+"""Headings, in the page's order; a section with nothing in it is left out."""
+
+
+def render(page: Page) -> str:
+    """The page's HTML."""
+    from jinja2 import Environment
+    from plotly.offline import get_plotlyjs
+
+    here = files("lightning_tucodec.report")
+    template, style, script = (
+        here.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
+    )
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    filled = {
+        "curves": any(chart.part == "rd" for chart in page.charts),
+        "training": any(chart.part == "training" for chart in page.charts),
+        "gallery": bool(page.scenes),
+        **{part: bool(page.tables.get(part)) for part in ("bd", "cost", "configs", "sources")},
+    }
+    data = {
+        "palette": COLOURS,
+        "charts": [
+            {**chart._asdict(), "traces": [_plotly_safe(trace) for trace in chart.traces]}
+            for chart in page.charts
+        ],
+        "scenes": [
+            {**scene._asdict(), "views": [view._asdict() for view in scene.views]}
+            for scene in page.scenes
+        ],
+    }
+    return environment.from_string(template).render(
+        page=page,
+        sections={key: title for key, title in SECTIONS.items() if filled[key]},
+        data=finite(data),
+        version=version("lightning-tucodec"),
+        style=style,
+        script=script,
+        plotly=get_plotlyjs(),
+    )
+
+
+def _plotly_safe(trace: Trace) -> dict[str, Any]:
+    """plotly reads a little HTML in names; ours are text."""
+    return {**asdict(trace), "name": escape(trace.name, quote=False)}
+
+
+def write_page(path: Path, page: Page) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        ConfigError: it would be larger than `MAX_BYTES`.
+    """
+    text = render(page).encode()
+    if len(text) > MAX_BYTES:
+        raise ConfigError(
+            f"{path}: the report would have {len(text) / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}; "
+            "show fewer pictures or runs"
+        )
+    with atomic_write(path) as stream:
+        stream.write(text)

@@ -1,0 +1,269 @@
+"""What `tucodec compare` can read, and what it makes of it: curves, runs, evaluations.
+
+| source | what |
+|---|---|
+| a run folder | `config.yaml` and `metrics.jsonl`: one point, training curves |
+| a sweep's folder | its `runs/`: a curve a stage, training curves |
+| `results.json` | of `tucodec evaluate`: a curve a codec, image by image |
+| a curve in CompressAI's format, or a folder of them | published curves |
+| `published:NAME` | the points in `published.yaml`, each with its source |
+| `wandb:[ENTITY/]PROJECT[/GROUP]` | runs on a W&B server: as a sweep |
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.files import read_json_lines
+from lightning_tucodec.report.rd import Curve, ImageCurves, read_curve, read_results
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        name: for labels.
+        config: resolved, nested.
+        metrics: lines of `metrics.jsonl`.
+    """
+
+    name: str
+    config: Row
+    metrics: Sequence[Row]
+
+    def point(self) -> tuple[float, float, float | None] | None:
+        """bpp, PSNR and MS-SSIM in dB of the last validation; real files where they were written."""
+        for row in reversed(self.metrics):
+            bpp = row.get("val/real_bpp", row.get("val/bpp"))
+            if bpp is not None and row.get("val/psnr") is not None:
+                similarity = row.get("val/ms_ssim")
+                return float(bpp), float(row["val/psnr"]), _decibels(similarity)
+        return None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One curve of a comparison.
+
+    Attributes:
+        curve: mean over images.
+        images: image by image, where that is known.
+        measured: by this package, not published.
+    """
+
+    curve: Curve
+    images: ImageCurves | None = None
+    measured: bool = True
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A `results.json`.
+
+    Attributes:
+        path: of the file.
+        sets: a row a codec.
+        rows: a row a codec and image.
+        codecs: what each says of itself.
+        definitions: averaging rules.
+    """
+
+    path: Path
+    sets: Sequence[Row]
+    rows: Sequence[Row]
+    codecs: Row
+    definitions: Row
+
+
+@dataclass
+class Material:
+    """Everything that was named, in that order."""
+
+    entries: list[Entry] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_sources(sources: Iterable[str]) -> Material:
+    """Read them all; curves of one name get their source's name as well.
+
+    Raises:
+        ConfigError: one of them is nothing that can be read; the message names it.
+    """
+    material = Material()
+    for source in sources:
+        if source.startswith("wandb:"):
+            _add_runs(material, source, {source: read_wandb(source)})
+        elif source.startswith("published:"):
+            _add_published(material, source.removeprefix("published:"))
+        else:
+            _add_path(material, Path(source))
+    names = [entry.curve.name for entry in material.entries]
+    for index, entry in enumerate(material.entries):
+        # Two results of one codec are what is compared as often as two codecs.
+        if names.count(entry.curve.name) > 1:
+            label = f"{entry.curve.name} ({names[: index + 1].count(entry.curve.name)})"
+            material.notes.append(f"{label}: {entry.curve.source}")
+            material.entries[index] = _renamed(entry, label)
+    return material
+
+
+def _renamed(entry: Entry, name: str) -> Entry:
+    curve, images = entry.curve, entry.images
+    if images is not None:
+        images = ImageCurves(name, images.images, images.bpp, images.psnr, images.ms_ssim)
+    return Entry(Curve(name, curve.bpp, curve.quality, curve.source), images, entry.measured)
+
+
+def _add_path(material: Material, path: Path) -> None:
+    if (path / "config.yaml").is_file():
+        run = read_run(path)
+        _add_runs(material, str(path), {run.name: [run]})
+    elif (path / "runs").is_dir():
+        stages: dict[str, list[Run]] = {}
+        for folder in sorted((path / "runs").iterdir(), key=lambda p: _numbers(p.name)):
+            if (folder / "config.yaml").is_file():
+                stage = f"{path.name}: {re.sub(r'-[0-9]+$', '', folder.name)}"
+                stages.setdefault(stage, []).append(read_run(folder, folder.name))
+        if not stages:
+            raise ConfigError(f"{path}: no run of this sweep has started")
+        _add_runs(material, str(path), stages)
+    elif path.is_dir():
+        curves = sorted(path.glob("*.json"))
+        if not curves:
+            raise ConfigError(f"{path}: neither a run, nor a sweep, nor a folder of curves")
+        for file in curves:
+            _add_path(material, file)
+    elif not path.exists():
+        raise ConfigError(f"{path}: no such file or folder")
+    else:
+        _add_file(material, path)
+
+
+def _add_file(material: Material, path: Path) -> None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict) or not {"rows", "results"} & set(content):
+        raise ConfigError(f"{path}: neither a result of tucodec evaluate nor a published curve")
+    if "results" in content:
+        material.entries.append(Entry(read_curve(path), measured=False))
+        return
+    for images in read_results(path):
+        mean = images.mean()
+        curve = Curve(mean.name, mean.bpp, mean.quality, f"{path}, {mean.source}")
+        material.entries.append(Entry(curve, images))
+    parts = {key: content.get(key, {}) for key in ("codecs", "definitions")}
+    sets = content.get("sets", [])
+    material.evaluations.append(Evaluation(path, sets, content["rows"], **parts))
+
+
+def _add_runs(material: Material, source: str, groups: dict[str, list[Run]]) -> None:
+    for name, runs in groups.items():
+        material.runs += runs
+        points = [point for run in runs if (point := run.point()) is not None]
+        if not points:
+            material.notes.append(f"{name}: no validation yet, so no point on the curves")
+            continue
+        bpp, psnr, decibels = zip(*points, strict=True)
+        quality: dict[str, Sequence[float]] = {"psnr": psnr}
+        if all(value is not None for value in decibels):
+            quality["ms_ssim_db"] = decibels
+        curve = Curve.of(name, bpp, quality, f"last validation of each run of {source}")
+        material.entries.append(Entry(curve))
+
+
+def read_run(path: Path, name: str = "") -> Run:
+    """A run folder.
+
+    Raises:
+        ConfigError: its config cannot be read.
+    """
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError("not a mapping")
+    except (OSError, yaml.YAMLError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path / 'config.yaml'}: not a run's config ({reason})") from None
+    return Run(name or path.name, config, read_json_lines(path / "metrics.jsonl"))
+
+
+def read_wandb(source: str) -> list[Run]:
+    """Runs of a W&B project, or of one group in it, through W&B's public API.
+
+    Args:
+        source: `wandb:[ENTITY/]PROJECT[/GROUP]`.
+
+    Raises:
+        ConfigError: the server does not answer, refuses, or has no such run.
+    """
+    import wandb
+
+    words = source.removeprefix("wandb:").strip("/").split("/")
+    if not 1 <= len(words) <= 3 or not all(words):
+        raise ConfigError(f"{source}: not wandb:ENTITY/PROJECT or wandb:ENTITY/PROJECT/GROUP")
+    filters = {"group": words[2]} if len(words) == 3 else None
+    try:
+        found = wandb.Api().runs("/".join(words[:2]), filters=filters)
+        # W&B may hold lines in any order.
+        runs = [Run(r.name, dict(r.config), sorted(r.scan_history(), key=_step)) for r in found]
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{source}: W&B could not be read ({reason})") from None
+    if not runs:
+        raise ConfigError(f"{source}: W&B has no such run")
+    return sorted(runs, key=lambda run: _numbers(run.name))
+
+
+def published() -> dict[str, Any]:
+    """The project's own table of published points, by name of the set."""
+    text = files("lightning_tucodec.report").joinpath("published.yaml").read_text("utf-8")
+    tables: dict[str, Any] = yaml.safe_load(text)
+    return tables
+
+
+def _add_published(material: Material, name: str) -> None:
+    tables = published()
+    if name not in tables:
+        raise ConfigError(f"published:{name}: unknown; there are {', '.join(tables)}")
+    table = tables[name]
+    source = f"{table['source']}; {table['title']}; {table['averaging']}"
+    by_name: dict[str, list[Row]] = {}
+    for point in table["points"]:
+        by_name.setdefault(point["name"], []).append(point)
+    for label, points in by_name.items():
+        quality = {"psnr": [p["psnr"] for p in points]}
+        if all("ms_ssim" in p for p in points):
+            quality["ms_ssim_db"] = [_decibels(p["ms_ssim"]) for p in points]
+        curve = Curve.of(label, [p["bpp"] for p in points], quality, source)
+        material.entries.append(Entry(curve, measured=False))
+
+
+def _decibels(similarity: float | None) -> Any:
+    if similarity is None:
+        return None
+    return float(-10 * np.log10(max(1 - similarity, 1e-12)))
+
+
+def _step(row: Row) -> float:
+    return float(row.get("opt_step") or 0)
+
+
+def _numbers(name: str) -> list[Any]:
+    """A key that sorts x-2 before x-10."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if part.isdigit() else part for part in parts]
