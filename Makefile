@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 AREA ?= streams
 
-.PHONY: demo test lint install campaign clean
+.PHONY: demo test lint install campaign docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/tucodec demo --out demo
@@ -24,6 +24,10 @@ lint: $(VENV)/installed
 # Long proofs: seeded, resumable; their counts go to docs/campaigns.json.
 campaign: $(VENV)/installed
 	$(BIN)/python -m tests.campaigns.$(AREA)
+
+# The documentation as a site in build/site.
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict --quiet
 
 install: $(VENV)/installed
 

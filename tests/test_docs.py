@@ -3,6 +3,8 @@
 import itertools
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from io import StringIO
@@ -15,7 +17,7 @@ from lightning_tucodec.codecs.registry import CLASSES, codec
 from lightning_tucodec.report.sources import published
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LIGHTNING = ("fit", "validate", "test")
 
 
@@ -103,9 +105,19 @@ def test_links_and_files_exist(page: Path) -> None:
     for path in re.findall(r"\b(?:slurm|experiments)/[\w/]+\.(?:sh|yaml)\b", text):
         assert (ROOT / path).exists(), path
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(
-        r"\bmake ([a-z]+)\b(?=[` \n])", " ".join(re.findall(r"`[^`]+`", text))
-    ):
+    for target in re.findall(r"(?:`|\$ )make ([a-z]+)", text):
         assert f"\n{target}:" in makefile, target
     for area in re.findall(r"AREA=([a-z_]+)", text):
         assert (ROOT / "tests" / "campaigns" / f"{area}.py").exists(), area
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for page in (ROOT / "docs").rglob("*.md"):
+        built = (tmp_path / page.relative_to(ROOT / "docs")).with_suffix(".html")
+        loaded = re.findall(
+            r"<(?:script|link|img)[^>]+(?:src|href)=\"(https?:[^\"]+)", built.read_text()
+        )
+        assert not loaded

@@ -147,14 +147,16 @@ def _model_complexity(name: str) -> tuple[float, float, float, float] | None:
     """The same of a learned model that `tucodec` knows by this name; None for other codecs."""
     from lightning_tucodec.codecs import models
     from lightning_tucodec.codecs.registry import CLASSES
+    from lightning_tucodec.nn.codec import TucodecVAE
     from lightning_tucodec.nn.complexity import of_network
 
     if name.partition(":")[0] in CLASSES:
         return None
     try:
-        return of_network("", models.load(name).network)[1:]
+        network = getattr(models.load(name), "network", None)
     except TucodecError:
         return None
+    return of_network("", network)[1:] if isinstance(network, TucodecVAE) else None
 
 
 # --- Tables and charts -----------------------------------------------------------------------
@@ -376,7 +378,11 @@ def build_page(
         "sources": [_source_table(material)],
     }
     charts = [*_rd_charts(entries), *_training_charts(material.runs)]
-    return Page(title, charts, tables, []), rows
+    counts = {"curves": len(entries), "trainings": len(material.runs)}
+    facts = [f"{number} {what}" for what, number in counts.items() if number]
+    if rows:
+        facts.append(f"BD-rates against {name}")
+    return Page(title, charts, tables, [], " · ".join(facts)), rows
 
 
 def bd_text(rows: Sequence[Row], anchor: str | None) -> str:

@@ -6,24 +6,22 @@ const variable = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
 // --- Charts: plotly draws, the page's variables give the colours --------------------------------
 
-const narrow = matchMedia("(max-width: 40rem)");
+const narrow = matchMedia("(max-width: 40rem)"), dark = matchMedia("(prefers-color-scheme: dark)");
+const isDark = () => root.dataset.theme ? root.dataset.theme === "dark" : dark.matches;
 
 function drawCharts() {
   const text = variable("--text"), soft = variable("--soft"), grid = variable("--grid"), card = variable("--card");
-  const colour = (index) => {
-    const value = data.palette[index % data.palette.length];
-    return value === "#000000" ? text : value;
-  };
+  const palette = data.palette[isDark() ? "dark" : "light"];
   for (const div of document.querySelectorAll(".plot")) {
     const chart = data.charts[div.dataset.chart];
     const traces = chart.traces.map((trace) => {
       const points = trace.colour !== null && chart.part === "rd";
-      const own = trace.colour === null ? soft : colour(trace.colour);
+      const own = trace.colour === null ? soft : palette[trace.colour % palette.length];
       return {
         name: trace.name, x: trace.x, y: trace.y, type: "scatter", mode: points ? "lines+markers" : "lines",
         line: { color: own, width: trace.colour === null ? 1.2 : 2, dash: trace.dash },
         // A second round through the palette is told apart by its markers.
-        marker: { color: own, size: 7, symbol: ["circle", "diamond", "square", "x"][Math.floor((trace.colour ?? 0) / data.palette.length) % 4] },
+        marker: { color: own, size: 7, symbol: ["circle", "diamond", "square", "x"][Math.floor((trace.colour ?? 0) / palette.length) % 4] },
         hovertemplate: `%{y:.4~f}<br>%{x:.4~f} ${chart.part === "rd" ? "bpp" : "steps"}<extra>%{fullData.name}</extra>`,
         hoverinfo: trace.colour === null ? "skip" : undefined,
       };
@@ -33,7 +31,7 @@ function drawCharts() {
     });
     const layout = {
       paper_bgcolor: card, plot_bgcolor: card, font: { family: "system-ui, sans-serif", size: 12, color: text },
-      margin: { l: 50, r: 8, t: 8, b: 40 }, xaxis: axis(chart.x_label), yaxis: axis(chart.y_label),
+      margin: { l: 50, r: 8, t: 8, b: 40 }, xaxis: axis(chart.x_label), yaxis: axis(chart.part === "rd" ? chart.y_label : ""),
       hovermode: "closest", dragmode: narrow.matches ? false : "zoom", showlegend: chart.traces.length > 1,
       legend: chart.part === "rd" && !narrow.matches && chart.traces.length < 12
         ? { x: 1, y: 0, xanchor: "right", yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", font: { size: 11 } }
@@ -46,10 +44,8 @@ function drawCharts() {
 
 // --- Light and dark -------------------------------------------------------------------------------
 
-const dark = matchMedia("(prefers-color-scheme: dark)");
 $("theme").addEventListener("click", () => {
-  const isDark = root.dataset.theme ? root.dataset.theme === "dark" : dark.matches;
-  root.dataset.theme = isDark ? "light" : "dark";
+  root.dataset.theme = isDark() ? "light" : "dark";
   drawCharts();
   viewer?.draw();
 });
@@ -59,6 +55,11 @@ for (const query of [dark, narrow]) query.addEventListener("change", () => { dra
 
 for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    const cells = [...table.tBodies[0].rows].map((row) => row.cells[column]);
+    if (!cells.some((cell) => cell.classList.contains("number"))) return;
+    [head, ...cells].forEach((cell) => cell.classList.add("number"));
+  });
   heads.forEach((head, column) => head.firstElementChild.addEventListener("click", () => {
     const direction = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
     heads.forEach((other) => other.removeAttribute("aria-sort"));

@@ -89,13 +89,17 @@ class Scene(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Everything that a report shows; `tables` by section."""
+    """Everything that a report shows; `tables` by section, `summary` a line below the title."""
 
     title: str
     charts: Sequence[Chart]
     tables: Mapping[str, Sequence[Table]]
     scenes: Sequence[Scene]
+    summary: str = ""
 
+
+DARK_COLOURS = ("#5AB4F0", "#F08A4B", "#2CC69A", "#E2A0C4", "#8CD0F5", "#F2B53A", "#E7EAEE")
+"""`rd.COLOURS` for a dark page."""
 
 SECTIONS = {
     "curves": "Rate and quality",
@@ -126,7 +130,7 @@ def render(page: Page) -> str:
         **{part: bool(page.tables.get(part)) for part in ("bd", "cost", "configs", "sources")},
     }
     data = {
-        "palette": COLOURS,
+        "palette": {"light": COLOURS, "dark": DARK_COLOURS},
         "charts": [
             {**chart._asdict(), "traces": [_plotly_safe(trace) for trace in chart.traces]}
             for chart in page.charts
