@@ -128,7 +128,8 @@ class Viewer {
 
   get a() { return this.scene.views[$("view-a").value]; }
   get b() { return this.scene.views[$("view-b").value]; }
-  get pane() { return this.canvas.clientWidth / (this.mode === "side" ? 2 : 1); }
+  // Side by side, both panes begin at a whole pixel, so that they show the same pixels.
+  get pane() { return this.mode === "side" ? Math.floor(this.canvas.clientWidth / 2) : this.canvas.clientWidth; }
   get fit() { return Math.min(this.pane / this.scene.width, this.canvas.clientHeight / this.scene.height); }
 
   async load() {
@@ -206,9 +207,9 @@ class Viewer {
       this.paint(second, x, width, 0);
       this.line(x);
     } else if (this.mode === "side") {
-      this.paint(first, 0, width / 2, 0);
-      this.paint(second, width / 2, width, width / 2);
-      this.line(width / 2);
+      this.paint(first, 0, this.pane, 0);
+      this.paint(second, this.pane, 2 * this.pane, this.pane);
+      this.line(this.pane);
     } else {
       const view = this.swapped ? second : first;
       this.paint(view, 0, width, 0);
