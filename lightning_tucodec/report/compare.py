@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lightning_tucodec.errors import ConfigError, TucodecError
-from lightning_tucodec.report.page import Chart, Page, Table, Trace, write_page
+from lightning_tucodec.report.page import Chart, Dash, Page, Table, Trace, write_page
 from lightning_tucodec.report.rd import (
     Quality,
     bd_quality,
@@ -173,7 +173,7 @@ def _rd_charts(entries: Sequence[Entry]) -> list[Chart]:
         traces = []
         for index, entry in own:
             bpp, values = entry.curve.bpp, entry.curve.quality[quality]
-            dash = "solid" if entry.measured else "dot"
+            dash: Dash = "solid" if entry.measured else "dot"
             traces.append(Trace(entry.curve.name, bpp.tolist(), values.tolist(), index, dash))
         measured = [entry.curve for _, entry in own if entry.measured]
         if sum(len(curve.bpp) for curve in measured) > 2:

@@ -19,6 +19,8 @@ from lightning_tucodec.report.rd import COLOURS
 MAX_BYTES = 15_000_000
 """A report that is larger cannot be sent by mail and is slow on a phone; it is refused."""
 
+Dash = Literal["solid", "dot", "dash"]
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -36,7 +38,7 @@ class Trace:
     x: Sequence[float]
     y: Sequence[float]
     colour: int | None
-    dash: Literal["solid", "dot", "dash"]
+    dash: Dash
 
 
 class Chart(NamedTuple):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_tucodec.report.compare import differences
+from lightning_tucodec.report.sources import read_sources
 from lightning_tucodec.sweeps import Plan
 from tests.campaigns.cluster import (
     HITS,
@@ -90,6 +92,18 @@ def test_five_tasks_with_ddp_complete_in_the_order_of_lambda(box: Box, swept: Pl
     assert "nothing to submit" in box.call(
         "bash", "-c", f"bash slurm/sweep_lambdas.sh {box.work}/lambdas.yaml 2>&1"
     )
+
+
+def test_compare_draws_the_sweep_as_one_curve(box: Box, swept: Plan) -> None:
+    report = box.work / "report.html"
+    box.tucodec("compare", swept.folder, "--json", "-o", report)
+    page = report.read_text()
+    assert f"{swept.folder.name}: lambdas" in page
+    assert "Centres that the validation images use" in page
+    material = read_sources([str(swept.folder)])
+    curves = {entry.curve.name: entry.curve for entry in material.entries}
+    assert len(curves[f"{swept.folder.name}: lambdas"].bpp) == len(LAMBDAS)
+    assert differences(material.runs[1:])["model.lmbda"] == LAMBDAS
 
 
 def test_hit_by_everything_it_ends_to_the_bit_as_if_it_had_not_been(
