@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lightning_tucodec.errors import ConfigError, TucodecError
-from lightning_tucodec.report.page import Chart, Dash, Page, Table, Trace, write_page
+from lightning_tucodec.report.page import Chart, Dash, Limits, Page, Table, Trace, write_page
 from lightning_tucodec.report.rd import (
     Quality,
     bd_quality,
@@ -185,10 +185,31 @@ def _rd_charts(entries: Sequence[Entry]) -> list[Chart]:
             x, y = convex_hull(bpp[finite], values[finite])
             traces.append(Trace("convex hull", x.tolist(), y.tolist(), None, "dash"))
         note = "Solid: measured here. Dotted: published. Dashed: convex hull of what was measured."
-        charts.append(
-            Chart(f"Rate and {label}", "bits per pixel", _AXES[quality], traces, note, "rd")
-        )
+        caption = f"Rate and {label}"
+        limits = _limits(entries, quality)
+        charts.append(Chart(caption, "bits per pixel", _AXES[quality], traces, note, "rd", *limits))
     return charts
+
+
+def _limits(entries: Sequence[Entry], quality: Quality) -> tuple[Limits, Limits]:
+    """Ranges of rate and quality that are shown first.
+
+    Published curves may reach far beyond what was measured; None where nothing was.
+    """
+    own = [e.curve for e in entries if e.measured and quality in e.curve.quality]
+    if sum(len(curve.bpp) for curve in own) < 2:
+        return None, None
+    right = 1.15 * max(float(curve.bpp[-1]) for curve in own)
+    values = np.concatenate(
+        [
+            e.curve.quality[quality][e.curve.bpp <= right]
+            for e in entries
+            if quality in e.curve.quality
+        ]
+    )
+    values = values[np.isfinite(values)]
+    margin = 0.04 * (values.max() - values.min()) + 0.05
+    return (0.0, right), (float(values.min() - margin), float(values.max() + margin))
 
 
 def _point_table(entries: Sequence[Entry]) -> Table:
@@ -213,7 +234,7 @@ def _bd_table(rows: Sequence[Row], anchor: str) -> Table:
     for row in rows:
         head = [row["codec"], QUALITIES[row["quality"]]]
         if "refused" in row:
-            cells.append([*head, (None, "refused"), row["refused"], None, None, None, None])
+            cells.append([*head, (None, "–"), "–", row["refused"], None, None, None])
             continue
         interval, verdict = "–", "one curve each; no interval"
         if row["low"] is not None:
@@ -303,7 +324,7 @@ def _cost_tables(material: Material) -> list[Table]:
         note = "Seconds an image on one machine, start of external programs included; "
         note += "machines under load differ. kMAC/px counts matrix products and convolutions."
         head = ["codec", *columns, "encode, s", "decode, s", "peak memory", "version"]
-        tables.append(Table("Cost of coding", head, rows, note))
+        tables.append(_without_empty(Table("Cost of coding", head, rows, note)))
     trainings: list[list[Any]] = []
     for run in material.runs:
         counts = complexity(run.config)
@@ -325,8 +346,17 @@ def _cost_tables(material: Material) -> list[Table]:
         note = "λ: recipe transparent minimises λ·MSE + bpp with MSE on [0, 1], ssim 0.2·MSE + "
         note += "0.8·(1 − MS-SSIM) + λ·bpp."
         head = ["run", *columns, "steps", "hours", "recipe"]
-        tables.append(Table("Cost of training", head, trainings, note))
+        tables.append(_without_empty(Table("Cost of training", head, trainings, note)))
     return tables
+
+
+def _without_empty(table: Table) -> Table:
+    """Without the columns in which no row has anything."""
+    kept = [
+        i for i in range(len(table.columns)) if any(row[i] not in (None, "") for row in table.rows)
+    ]
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return table._replace(columns=[table.columns[i] for i in kept], rows=rows)
 
 
 def _config_table(runs: Sequence[Run]) -> Table | None:
@@ -427,7 +457,9 @@ def run_compare(arguments: argparse.Namespace) -> int:
         curves = [e.curve for e in material.entries if quality in e.curve.quality]
         if curves:
             name = out.with_name(f"{out.stem}-{label.lower()}")
-            written += rd_figure(curves, name.with_name(name.name + ".png"), quality)
+            limits = _limits(material.entries, quality)[0]
+            path = name.with_name(name.name + ".png")
+            written += rd_figure(curves, path, quality, bpp_range=limits)
     anchor = choose_anchor(material.entries, arguments.anchor)
     print(json.dumps(rows) if arguments.json else bd_text(rows, anchor))
     print("wrote", ", ".join(map(str, written)), file=sys.stderr)

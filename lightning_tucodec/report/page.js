@@ -26,12 +26,12 @@ function drawCharts() {
         hoverinfo: trace.colour === null ? "skip" : undefined,
       };
     });
-    const axis = (title) => ({
-      title: { text: title, standoff: 8 }, gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, tickfont: { color: soft },
+    const axis = (title, range) => ({
+      range: range ?? undefined, title: { text: title, standoff: 8 }, gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, tickfont: { color: soft },
     });
     const layout = {
       paper_bgcolor: card, plot_bgcolor: card, font: { family: "system-ui, sans-serif", size: 12, color: text },
-      margin: { l: 50, r: 8, t: 8, b: 40 }, xaxis: axis(chart.x_label), yaxis: axis(chart.part === "rd" ? chart.y_label : ""),
+      margin: { l: 50, r: 8, t: 8, b: 40 }, xaxis: axis(chart.x_label, chart.x_range), yaxis: axis(chart.part === "rd" ? chart.y_label : "", chart.y_range),
       hovermode: "closest", dragmode: narrow.matches ? false : "zoom", showlegend: chart.traces.length > 1,
       legend: chart.part === "rd" && !narrow.matches && chart.traces.length < 12
         ? { x: 1, y: 0, xanchor: "right", yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", font: { size: 11 } }
@@ -241,7 +241,8 @@ class Viewer {
 
   // Only what has changed is written, so that screen readers say it once.
   say() {
-    const words = [["A", this.a], ["B", this.b]].map(([letter, view]) => `${letter}: ${view.name}, ${view.detail}`).join("\n");
+    const parts = [["A", this.a], ["B", this.b]].map(([letter, view]) => `${letter}: ${view.name}, ${view.detail}`);
+    const words = [this.scene.name, ...parts].join(". ");
     if (this.said === words) return;
     this.said = words;
     $("caption").replaceChildren(...[["A", this.a], ["B", this.b]].flatMap(([letter, view], index) => {
@@ -249,7 +250,7 @@ class Viewer {
       name.textContent = `${letter}  ${view.name}`;
       return [...(index ? [document.createElement("br")] : []), name, ` · ${view.detail}`];
     }));
-    this.canvas.setAttribute("aria-label", `${this.scene.name}. ${words.replace("\n", ". ")}`);
+    this.canvas.setAttribute("aria-label", words);
   }
 
   setMode(mode) {

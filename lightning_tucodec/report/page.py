@@ -20,6 +20,7 @@ MAX_BYTES = 15_000_000
 """A report that is larger cannot be sent by mail and is slow on a phone; it is refused."""
 
 Dash = Literal["solid", "dot", "dash"]
+Limits = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Trace:
 
 
 class Chart(NamedTuple):
-    """A chart; `part` is the section that it stands in."""
+    """A chart; `part` is the section that it stands in, the ranges are what is shown first."""
 
     caption: str
     x_label: str
@@ -50,6 +51,8 @@ class Chart(NamedTuple):
     traces: Sequence[Trace]
     note: str
     part: Literal["rd", "training"]
+    x_range: Limits = None
+    y_range: Limits = None
 
 
 class Table(NamedTuple):
