@@ -150,8 +150,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["tucodec"]["opt_step"], content["state_dict"]
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
     # torch.load has no error of its own: zip, pickle and type errors all mean the same here.
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
