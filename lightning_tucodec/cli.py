@@ -147,6 +147,7 @@ def _register_evaluate(subparsers: Any) -> None:
         sets = evaluate.run(
             *(arguments.images, arguments.codec, arguments.out),
             *(arguments.workers, arguments.keep, arguments.memory),
+            [name for names in arguments.metrics for name in names.split(",")],
         )
         print(json.dumps(evaluate.finite(sets)) if arguments.json else evaluate.table_text(sets))
         return 0
@@ -167,6 +168,13 @@ def _register_evaluate(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--memory", action="store_true", help="also the peak memory of every codec on one image"
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="further measures: vmaf, xpsnr, flip, ssimulacra2",
     )
     parser.add_argument("--json", action="store_true")
 

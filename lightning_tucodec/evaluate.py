@@ -33,6 +33,8 @@ from lightning_tucodec.codecs.video import VideoCodec
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.files import atomic_write
 from lightning_tucodec.images import image_files, read_image
+from lightning_tucodec.perceptual import DEFINITIONS as PERCEPTUAL
+from lightning_tucodec.perceptual import MEASURES, check_names
 
 if TYPE_CHECKING:
     from lightning_tucodec.allocation import Table
@@ -76,13 +78,19 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def measure(codec: ImageCodec, image: NDArray[np.uint8], keep: Path | None = None) -> Row:
+def measure(
+    codec: ImageCodec,
+    image: NDArray[np.uint8],
+    keep: Path | None = None,
+    metrics: Sequence[str] = (),
+) -> Row:
     """Code one image, decode it, and compare.
 
     Args:
         codec: at its setting.
         image: H×W×3.
         keep: folder for the coded file, `<sha256>.bin`, if it is to be kept.
+        metrics: names of `perceptual.MEASURES`, for further entries.
 
     Returns:
         The entries of `measure_back` and `encode_seconds`.
@@ -93,20 +101,22 @@ def measure(codec: ImageCodec, image: NDArray[np.uint8], keep: Path | None = Non
     started = time.perf_counter()
     data = codec.encode(image)
     coded = time.perf_counter()
-    row = {**measure_back(codec, image, data), "encode_seconds": coded - started}
+    row = {**measure_back(codec, image, data, metrics), "encode_seconds": coded - started}
     if keep is not None:
         with atomic_write(_kept(keep, row)) as stream:
             stream.write(data)
     return row
 
 
-def measure_back(codec: ImageCodec, image: NDArray[np.uint8], data: bytes) -> Row:
+def measure_back(
+    codec: ImageCodec, image: NDArray[np.uint8], data: bytes, metrics: Sequence[str] = ()
+) -> Row:
     """Decode a coded file and compare it with the original.
 
     Returns:
         `width, height, bytes, bpp, sse, psnr, psnr_y, ms_ssim, ms_ssim_db, ms_ssim_scales,
-        decode_seconds, sha256` (of the coded file); MS-SSIM is None for images with a side below 11
-        pixels.
+        decode_seconds, sha256` (of the coded file), and the perceptual `metrics`; MS-SSIM is None for
+        images with a side below 11 pixels.
 
     Raises:
         TucodecError: the codec cannot decode the file, or to another size.
@@ -116,6 +126,7 @@ def measure_back(codec: ImageCodec, image: NDArray[np.uint8], data: bytes) -> Ro
     seconds = time.perf_counter() - started
     return {
         **compare(image, back, len(data)),
+        **{name: MEASURES[name](image, back) for name in metrics},
         "decode_seconds": seconds,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -193,6 +204,7 @@ def evaluate(
     keep: Path | None = None,
     part: Part | None = None,
     others: Iterable[Path] = (),
+    metrics: Sequence[str] = (),
 ) -> list[Row]:
     """Measure every image under every codec, continuing what `rows_file` already holds.
 
@@ -204,6 +216,7 @@ def evaluate(
         keep: folder for the coded files, `<sha256 of the file>.bin`.
         part: only this share of the work, for several machines.
         others: more files of rows, which are only read.
+        metrics: names of `perceptual.MEASURES`; rows that lack one are measured again.
 
     Returns:
         One row a pair (of the share), images outermost, in the order given: the entries of `measure` with
@@ -237,8 +250,9 @@ def evaluate(
             image, digest = load(job.image)
             key = f"{digest}-{job.described}"
             row = known.get(key)
-            if row is None or (keep is not None and not _kept(keep, row).exists()):
-                row = measure(job.codec, image, keep)
+            lacking = row is None or any(name not in row for name in metrics)
+            if row is None or lacking or (keep is not None and not _kept(keep, row).exists()):
+                row = {**(row or {}), **measure(job.codec, image, keep, metrics)}
                 if isinstance(job.codec, VideoCodec) and job.codec.subsampling == "420":
                     row["ceiling_psnr"] = conversion_ceiling(image)
                 with lock, rows_file.open("a", encoding="utf-8") as stream:
@@ -297,6 +311,7 @@ def summarise(rows: Sequence[Row], codecs: Sequence[ImageCodec]) -> list[Row]:
             "encode_seconds": math.fsum(row["encode_seconds"] for row in own),
             "decode_seconds": math.fsum(row["decode_seconds"] for row in own),
         }
+        entry |= {m: _mean(own, m) for m in MEASURES if all(m in row for row in own)}
         if "ceiling_psnr" in own[0]:
             squared = [
                 3 * n * 10 ** (-row["ceiling_psnr"] / 10) for n, row in zip(area, own, strict=True)
@@ -317,7 +332,7 @@ def write_results(
     described = {codec.name: codec.describe() for codec in codecs}
     content = {
         "format": FORMAT,
-        "definitions": DEFINITIONS,
+        "definitions": DEFINITIONS | {k: v for k, v in PERCEPTUAL.items() if k in sets[0]},
         "codecs": described,
         "sets": sets,
         "rows": rows,
@@ -381,6 +396,7 @@ def run(
     workers: int | None = None,
     keep: str | None = None,
     memory: bool = False,
+    metrics: Sequence[str] = (),
 ) -> list[Row]:
     """`tucodec evaluate`: measure, write, and return the set rows."""
     from lightning_tucodec.codecs.registry import codec
@@ -388,12 +404,13 @@ def run(
     output = Path(out)
     if output.suffix != ".json":
         raise ConfigError(f"{out}: the name of the results must end in .json")
+    metrics = check_names(metrics)
     specifications = list(dict.fromkeys(specifications))
     codecs = [codec(text) for text in specifications]
     folder = Path(keep) if keep else None
     journal = output.with_suffix(".rows.jsonl")
     images = find_images(paths)
-    rows = evaluate(images, codecs, journal, workers, folder)
+    rows = evaluate(images, codecs, journal, workers, folder, metrics=metrics)
     sets = summarise(rows, codecs)
     if memory:
         area = [row["width"] * row["height"] for row in rows[:: len(codecs)]]
@@ -441,12 +458,15 @@ def _known_peak_memory(text: str, codec: ImageCodec, image: Path, journal: Path)
 def table_text(sets: Sequence[Row]) -> str:
     """The set rows for people."""
     width = max(len(entry["codec"]) for entry in sets)
-    lines = [f"{'codec':{width}}      bytes     bpp    PSNR  PSNR-Y  MS-SSIM   mean PSNR"]
+    further = [name for name in MEASURES if all(name in entry for entry in sets)]
+    heading = f"{'codec':{width}}      bytes     bpp    PSNR  PSNR-Y  MS-SSIM   mean PSNR"
+    lines = [heading + "".join(f"  {name:>11}" for name in further)]
     for entry in sets:
         similarity = "      –" if entry["ms_ssim"] is None else f"{entry['ms_ssim']:.5f}"
         lines.append(
             f"{entry['codec']:{width}} {entry['bytes']:10d} {entry['bpp']:7.4f} "
             f"{entry['psnr']:7.3f} {entry['psnr_y']:7.3f}  {similarity}     {entry['psnr_mean']:7.3f}"
+            + "".join(f"  {entry[name]:11.4f}" for name in further)
         )
     return "\n".join(lines)
 

@@ -5,19 +5,27 @@
   the paper. Here a larger λ means fewer bits.
 
 bpp always counts the pixels of the image as it was before any padding.
+
+Adversarial losses are functions of a discriminator's `Verdict` alone, so that any goes with either
+discriminator: `PairGameLoss` (Rippel and Bourdev), `NonSaturatingLoss` (HiFiC) and `HingeLoss`.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
+from torch.nn.functional import relu, softplus
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.metrics import ms_ssim
 from lightning_tucodec.nn.codec import CodecOutput
+from lightning_tucodec.nn.discriminator import Verdict
 
-MIN_MS_SSIM_SIDE = 176
-"""Five scales halve four times and need 11 pixels at the coarsest: 161 at least (lessons: fails below)."""
+MIN_MS_SSIM_SIDE = 192
+"""Five scales halve four times, and the coarsest must hold windows of 11 pixels: 161 do, with a single
+window that stands for the whole crop; 192 are the first multiple of 16 with more than one."""
+
+AdversarialKind = Literal["pair", "non_saturating", "hinge"]
 
 
 class RateDistortion(NamedTuple):
@@ -88,7 +96,7 @@ class MSSSIMRateLoss(RateDistortionLoss):
     min_crop = MIN_MS_SSIM_SIDE
 
     def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """0.2·MSE + 0.8·(1 − MS-SSIM), sides ≥ 11 (the recipe's crops: ≥ 176)."""
+        """0.2·MSE + 0.8·(1 − MS-SSIM), sides ≥ 11 (the recipe's crops: ≥ 192)."""
         similarity = ms_ssim(x_hat.float(), x.float()).mean()
         return 0.2 * _mse(x_hat, x) + 0.8 * (1 - similarity)
 
@@ -112,3 +120,86 @@ def make_loss(recipe: str, lmbda: float) -> RateDistortionLoss:
     if not lmbda > 0:
         raise ConfigError(f"lmbda must be positive, got {lmbda}")
     return losses[recipe](lmbda)
+
+
+def check_crop(recipe: str, crop: int) -> None:
+    """Refuse crops that a recipe's distortion cannot be measured on.
+
+    Raises:
+        ConfigError: too small; says why.
+    """
+    least = make_loss(recipe, 1.0).min_crop
+    if crop < least:
+        reason = (
+            ": MS-SSIM halves the image four times and its window has 11 pixels"
+            if recipe == "ssim"
+            else ""
+        )
+        raise ConfigError(
+            f"recipe {recipe!r} needs crops of at least {least} pixels, got {crop}{reason}"
+        )
+
+
+class AdversarialLoss(Protocol):
+    """The two sides of a game."""
+
+    def discriminator(self, verdict: Verdict) -> Tensor:
+        """What the discriminator minimises; a scalar."""
+
+    def codec(self, verdict: Verdict) -> Tensor:
+        """What the codec adds to its loss; a scalar whose gradient goes through `verdict`."""
+
+
+class PairGameLoss:
+    """Cross-entropy of the right order, and of the wrong one for the codec (Rippel and Bourdev).
+
+    The codec's side is the non-saturating form: its gradient is large while it loses.
+    """
+
+    def discriminator(self, verdict: Verdict) -> Tensor:
+        """log(1 + exp(−margin))."""
+        return softplus(-verdict.real).mean()
+
+    def codec(self, verdict: Verdict) -> Tensor:
+        """log(1 + exp(margin)); real = −fake in a pair, so that only one side is taken."""
+        return softplus(-verdict.fake).mean()
+
+
+class NonSaturatingLoss:
+    """Goodfellow et al., 2014, as in HiFiC."""
+
+    def discriminator(self, verdict: Verdict) -> Tensor:
+        """−log D(real) − log(1 − D(fake))."""
+        return softplus(-verdict.real).mean() + softplus(verdict.fake).mean()
+
+    def codec(self, verdict: Verdict) -> Tensor:
+        """−log D(fake)."""
+        return softplus(-verdict.fake).mean()
+
+
+class HingeLoss:
+    """Lim and Ye, "Geometric GAN", 2017."""
+
+    def discriminator(self, verdict: Verdict) -> Tensor:
+        """Right answers beyond a margin of one count nothing."""
+        return relu(1 - verdict.real).mean() + relu(1 + verdict.fake).mean()
+
+    def codec(self, verdict: Verdict) -> Tensor:
+        """−logit(fake)."""
+        return -verdict.fake.mean()
+
+
+def make_adversarial_loss(kind: AdversarialKind) -> AdversarialLoss:
+    """The loss of a name.
+
+    Raises:
+        ConfigError: another name.
+    """
+    losses: dict[str, type[PairGameLoss | NonSaturatingLoss | HingeLoss]] = {
+        "pair": PairGameLoss,
+        "non_saturating": NonSaturatingLoss,
+        "hinge": HingeLoss,
+    }
+    if kind not in losses:
+        raise ConfigError(f"adversarial loss {kind!r} is unknown; choose one of {sorted(losses)}")
+    return losses[kind]()

@@ -24,6 +24,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
@@ -218,11 +219,13 @@ class Plan:
         Raises:
             ConfigError: the sweep, or a configuration in it, cannot work.
         """
+        from lightning_tucodec.training.fit import check_config
         from lightning_tucodec.training.runs import RunFolder
 
         name, drafts = read_sweep(sweep, overrides)
         resolved = {task: resolve_config(config) for task, config in drafts.items()}
         for config in resolved.values():
+            check_config(config)
             RunFolder.of(config)  # looks at shards and initial weights; better now than in the jobs
         text = json.dumps([[asdict(t), c] for t, c in resolved.items()], sort_keys=True)
         folder = parent / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -623,7 +626,12 @@ def add_arguments(commands: Any, command: Any) -> None:
     """
     plan = command(commands, "plan", run_plan, "resolve a sweep into one configuration a task")
     submit_ = command(commands, "submit", run_submit, "plan a sweep and submit its tasks to Slurm")
-    for parser, what in ((plan, "SWEEP.yaml"), (submit_, "SWEEP.yaml|PLAN")):
+    local = command(commands, "run", run_here, "train a sweep's tasks here, one after the other")
+    for parser, what in (
+        (plan, "SWEEP.yaml"),
+        (submit_, "SWEEP.yaml|PLAN"),
+        (local, "SWEEP.yaml|PLAN"),
+    ):
         parser.add_argument("sweep", type=Path, metavar=what)
         parser.add_argument("--out", type=Path, default=Path("sweeps"), metavar="DIR")
         parser.add_argument(
@@ -654,15 +662,48 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 def run_submit(arguments: argparse.Namespace) -> int:
     """`tucodec sweep submit`."""
+    return _submit(_planned(arguments, dry=arguments.dry_run), [], arguments.dry_run)
+
+
+def run_here(arguments: argparse.Namespace) -> int:
+    """`tucodec sweep run`: without Slurm; called again it goes on where it was stopped."""
+    from lightning_tucodec.training.fit import main as fit
+
+    plan = _planned(arguments)
+    for task in plan.tasks.values():
+        if plan.is_complete(task):
+            continue
+        config = plan.finish_config(task)
+        _note(plan, task, "start", None)
+        status = 1
+        try:
+            print(f"task {task.name}", file=sys.stderr)
+            status = fit(["fit", "--config", str(config)])
+        finally:
+            _note(plan, task, "end", status)
+        if status:
+            return status
+    print(plan.folder)
+    return 0
+
+
+def _note(plan: Plan, task: Task, event: str, status: int | None) -> None:
+    """A line in attempts/, as slurm/train.sh writes them."""
+    row = {"event": event, "job": "here", "restart": 0, "time": int(time.time()), "status": status}
+    with plan.file("attempts", task, ".jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def _planned(arguments: argparse.Namespace, dry: bool = False) -> Plan:
+    """The plan that is named, or the plan of the sweep that is named, written unless `dry`."""
     if arguments.sweep.is_dir():
         if arguments.set:
             raise ConfigError(f"{arguments.sweep}: a plan does not change; --set needs SWEEP.yaml")
-        plan = Plan.open(arguments.sweep)
-    else:
-        plan, write = Plan.make(arguments.sweep, arguments.set, arguments.out)
-        if not arguments.dry_run:
-            write()
-    return _submit(plan, [], arguments.dry_run)
+        return Plan.open(arguments.sweep)
+    plan, write = Plan.make(arguments.sweep, arguments.set, arguments.out)
+    if not dry:
+        write()
+    return plan
 
 
 def run_retry(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,9 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lightning_tucodec.errors import CorruptStreamError, ExternalToolError
 
 
@@ -95,6 +98,48 @@ def decode(
     if status or not output:
         raise CorruptStreamError(f"the {decoder} decoder refused the stream: {_reason(complaint)}")
     return output
+
+
+def compare(
+    measure: str,
+    original: NDArray[np.uint8],
+    decoded: NDArray[np.uint8],
+    *,
+    pixel_format: str,
+    timeout: float,
+) -> str:
+    """What a filter that compares two pictures says.
+
+    Args:
+        measure: the filter with its options; its inputs are the decoded picture and the original.
+        original: H×W×3.
+        decoded: the same shape.
+        pixel_format: what the filter gets, BT.709, limited range.
+        timeout: seconds until the process is killed.
+
+    Raises:
+        ExternalToolError: the binary is missing or lacks the filter, or the process failed or did not
+            end in time.
+    """
+    height, width = original.shape[:2]
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "1"]
+    convert = f"scale=out_range=tv:out_color_matrix=bt709,format={pixel_format}"
+    graph = (
+        f"[0:v]{convert},split[a][b];[a]trim=end_frame=1[original];"
+        f"[b]trim=start_frame=1,setpts=PTS-STARTPTS[decoded];[decoded][original]{measure}"
+    )
+    arguments = [*source, "-i", "pipe:0", "-filter_complex", graph, "-frames:v", "1", "-f", "null"]
+    data = original.tobytes() + decoded.tobytes()
+    name = measure.partition("=")[0]
+    status, _, said = _run(arguments, data, timeout, name, level="info")
+    if "No such filter" in said or "Filter not found" in said:
+        raise ExternalToolError(
+            f"{executable()} has no filter {name}: use the binary of imageio-ffmpeg >= 0.6 "
+            "(unset IMAGEIO_FFMPEG_EXE)"
+        )
+    if status:
+        raise ExternalToolError(f"{name} failed with status {status}")
+    return said
 
 
 @functools.cache

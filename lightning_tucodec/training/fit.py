@@ -25,6 +25,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_tucodec.errors import ConfigError, DatasetError
+from lightning_tucodec.losses import check_crop
 from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
 from lightning_tucodec.training.companions import Companion
 from lightning_tucodec.training.mirror import pull
@@ -40,6 +41,7 @@ from lightning_tucodec.training.runs import (
     identity,
     run_id,
 )
+from lightning_tucodec.training.runs import arguments as class_arguments
 from lightning_tucodec.training.tracking import Counters, JsonlLogger
 from lightning_tucodec.training.wandb_view import mode
 
@@ -99,6 +101,18 @@ class _PlainProgress(pl.Callback):
             print(f"step {pl_module.opt_step}/{trainer.max_steps} {words}", file=sys.stderr)
 
 
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse what a resolved configuration alone shows to be impossible.
+
+    Raises:
+        ConfigError: crops that the recipe's distortion cannot be measured on.
+    """
+    recipe = class_arguments(config, "model").get("recipe")
+    crop = class_arguments(config, "data").get("crop")
+    if recipe is not None and crop is not None:
+        check_crop(recipe, crop)
+
+
 class TucodecCLI(LightningCLI):
     """Adds the `run` group; finds the run's folder and goes on from its newest checkpoint."""
 
@@ -122,6 +136,11 @@ class TucodecCLI(LightningCLI):
         parser.set_defaults(
             {"model": {"class_path": DEFAULT_MODEL}, "data": {"class_path": DEFAULT_DATA}}
         )
+
+    def before_instantiate_classes(self) -> None:
+        """Look at the configuration before anything is built."""
+        if self.subcommand == "fit":
+            check_config(self._plain_config())
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Loggers, callbacks and signals of a run."""

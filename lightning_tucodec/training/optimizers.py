@@ -1,4 +1,4 @@
-"""Muon for the transforms, Adam for the rest, as one optimiser."""
+"""Muon for the transforms, Adam for the rest, as one optimiser; averages of weights."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -97,3 +97,20 @@ def muon_adam(network: nn.Module, parts: Iterable[str], lr: float, least: int = 
         fits = parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) >= least
         (matrices if fits and name.startswith(prefixes) else others).append(parameter)
     return MuonAdam(matrices, others, lr)
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, decay: float, steps: int) -> None:
+    """Move an exponential moving average of weights; while it is young it forgets faster.
+
+    Args:
+        average: has the same weights by the same names; its buffers become the network's.
+        network: what is trained.
+        decay: share of the old average that a step keeps, once the average is old enough.
+        steps: of the network so far.
+    """
+    weight = 1 - min(decay, steps / (steps + 10))
+    for own, other in zip(average.parameters(), network.parameters(), strict=True):
+        own.lerp_(other, weight)
+    for old, new in zip(average.buffers(), network.buffers(), strict=True):
+        old.copy_(new)

@@ -160,8 +160,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def network_weights(checkpoint: dict[str, Any]) -> "dict[str, torch.Tensor]":
-    """State of the TucodecVAE inside a checkpoint of `fit`, by the network's own names."""
-    prefix = "network."
+    """State of the TucodecVAE inside a checkpoint of `fit`, by the network's own names.
+
+    Where an average of the weights was kept, it is that.
+    """
+    averaged = any(name.startswith("averaged.") for name in checkpoint["state_dict"])
+    prefix = "averaged." if averaged else "network."
     return {
         name.removeprefix(prefix): value
         for name, value in checkpoint["state_dict"].items()

@@ -15,7 +15,7 @@ from lightning_tucodec.codecs.models import SUFFIX
 from lightning_tucodec.codecs.tuc import TucModel
 from lightning_tucodec.errors import ConfigError, ModelFileError
 from lightning_tucodec.images import write_png
-from lightning_tucodec.losses import make_loss
+from lightning_tucodec.losses import check_crop, make_loss
 from lightning_tucodec.metrics import ms_ssim, psnr
 from lightning_tucodec.nn.codec import (
     PRESETS,
@@ -58,8 +58,8 @@ def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> Codec
         raise ConfigError(f"codec: {error}") from None
 
 
-class VAE(TrainingModule):
-    """Trains a TucodecVAE for rate and distortion.
+class CodecModule(TrainingModule):
+    """What all trainings of a TucodecVAE share: schedule, noise, validation, checkpoint entries.
 
     The learning rate is a pure function of the number of optimiser steps done: a linear warm-up, a
     plateau, then half a cosine down to `final_lr`. The quantisers' noise of a sample is a function of the
@@ -131,49 +131,32 @@ class VAE(TrainingModule):
         if not isinstance(datamodule, PatchDataModule):
             return
         crop = datamodule.train_dataloader().batches.crop
-        if crop < self.loss.min_crop:
-            raise ConfigError(
-                f"recipe {self.recipe!r} needs crops of at least {self.loss.min_crop} pixels, "
-                f"got {crop}: MS-SSIM halves the image four times and its window has 11 pixels"
-            )
+        check_crop(self.recipe, crop)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Set the step's learning rate."""
         rate = self.learning_rate(self.opt_step, self.max_steps)
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rate
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Rate and distortion of one batch of crops."""
-        x = batch["image"].contiguous(memory_format=torch.channels_last)
-        with SampleNoise(self.seed, batch["index"], x.device):
-            output = self.network(x)
-        terms = self.loss(output, x)
-        self.images_seen += x.shape[0] * self.trainer.world_size
-        self.log_dict(
-            {
-                "train/loss": terms.loss.detach(),
-                "train/bpp": (terms.bpp_y + terms.bpp_z).detach(),
-                "train/bpp_z": terms.bpp_z.detach(),
-                "train/psnr": -10 * terms.mse.detach().log10(),
-            },
-            sync_dist=self.logging_is_due,
-        )
-        self.log("bpp", (terms.bpp_y + terms.bpp_z).detach(), prog_bar=True, logger=False)
-        self.log("dB", -10 * terms.mse.detach().log10(), prog_bar=True, logger=False)
-        return terms.loss
+    def clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Clip the gradients of an optimiser's parameters, and return the norm they had.
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip, and log what came in; a loss that is not finite shows here, on all ranks at once.
+        A loss that is not finite shows here, on all ranks at once.
 
         Raises:
             NonFiniteLossError: before the step, so that weights and optimiser are still sound.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         if not torch.isfinite(norm):
             raise NonFiniteLossError(self.opt_step)
-        self.log("train/grad_norm", norm)
+        return norm
+
+    @property
+    def shown(self) -> TucodecVAE:
+        """The network that validation measures."""
+        return self.network
 
     def on_validation_epoch_start(self) -> None:
         """Freeze the network as an export would, and forget the last validation's numbers."""
@@ -181,7 +164,7 @@ class VAE(TrainingModule):
         self.validation_rows: list[dict[str, float]] = []
         self.coder: TucModel | None = None
         try:
-            self.coder = TucModel(freeze(self.network, "validation", {}, torch.float32))
+            self.coder = TucModel(freeze(self.shown, "validation", {}, torch.float32))
         except ModelFileError as error:  # a state of training, and no reason to end it
             if self.trainer.is_global_zero:
                 print(f"step {self.opt_step}: no real files, {error}", file=sys.stderr)
@@ -189,16 +172,16 @@ class VAE(TrainingModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Rate of the hard symbols and of a real file, distortion of the 8-bit image; one a batch."""
         x = batch["image"]
-        output = self.network(x)
+        output = self.shown(x)
         pixels = x.shape[-1] * x.shape[-2]
         bits_y, bits_z = output.bits()
         x_hat = (output.x_hat.clamp(0, 1) * 255).round() / 255
-        centres = self.network.quantizer.centres()
+        centres = self.shown.quantizer.centres()
         outside = (output.y < centres[0]) | (output.y > centres[-1])
         self.used_centres += torch.bincount(
             output.index.flatten().cpu(), minlength=len(self.used_centres)
         )
-        original = _eight_bits(x)
+        original = eight_bits(x)
         row = {
             "index": float(batch["index"][0]),
             "bpp_y": float(bits_y.mean()) / pixels,
@@ -211,9 +194,15 @@ class VAE(TrainingModule):
         if self.coder is not None:
             row["real_bpp"] = 8 * len(self.coder.encode(original)) / pixels
         self.validation_rows.append(row)
-        if batch_idx == 0 and self.trainer.is_global_zero and self.trainer.loggers:
-            both = np.concatenate([original, _eight_bits(x_hat)], axis=1)
-            write_png(self.picture_path(), both)
+        if self.trainer.is_global_zero and self.trainer.loggers:
+            self.keep_picture(batch_idx, original, eight_bits(x_hat))
+
+    def keep_picture(
+        self, number: int, original: NDArray[np.uint8], shown: NDArray[np.uint8]
+    ) -> None:
+        """Original and reconstruction side by side; of the first image."""
+        if number == 0:
+            write_png(self.picture_path(), np.concatenate([original, shown], axis=1))
 
     def on_validation_epoch_end(self) -> None:
         """Log the means."""
@@ -293,7 +282,35 @@ class VAE(TrainingModule):
         self.network.load_state_dict(fitting, strict=False)
 
 
-def _eight_bits(x: Tensor) -> NDArray[np.uint8]:
+class VAE(CodecModule):
+    """Trains a TucodecVAE for rate and distortion; see CodecModule for the arguments."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Rate and distortion of one batch of crops."""
+        x = batch["image"].contiguous(memory_format=torch.channels_last)
+        with SampleNoise(self.seed, batch["index"], x.device):
+            output = self.network(x)
+        terms = self.loss(output, x)
+        self.images_seen += x.shape[0] * self.trainer.world_size
+        self.log_dict(
+            {
+                "train/loss": terms.loss.detach(),
+                "train/bpp": (terms.bpp_y + terms.bpp_z).detach(),
+                "train/bpp_z": terms.bpp_z.detach(),
+                "train/psnr": -10 * terms.mse.detach().log10(),
+            },
+            sync_dist=self.logging_is_due,
+        )
+        self.log("bpp", (terms.bpp_y + terms.bpp_z).detach(), prog_bar=True, logger=False)
+        self.log("dB", -10 * terms.mse.detach().log10(), prog_bar=True, logger=False)
+        return terms.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip, and log what came in."""
+        self.log("train/grad_norm", self.clip(optimizer))
+
+
+def eight_bits(x: Tensor) -> NDArray[np.uint8]:
     """The first image of a batch in [0, 1] as H×W×3."""
     image = (x[0] * 255).round().to(torch.uint8).permute(1, 2, 0)
     return np.ascontiguousarray(image.cpu().numpy())

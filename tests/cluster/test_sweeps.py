@@ -293,3 +293,21 @@ def test_without_scontrol_a_job_says_so(
     assert text in done.stderr
     words = (tmp_path / "words").read_text()
     assert "fit --config c.yaml --trainer.num_nodes 3 --trainer.devices 2 --run.threads 1" in words
+
+
+def test_a_sweep_runs_here_stage_by_stage(
+    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_recipe(recipe, {"shards": yaml.safe_load(recipe.read_text())["data"]["shards"]}, steps=3)
+    stages = {**STAGES, "ssim": {**STAGES["ssim"], "grid": {"model.lmbda": [1.0, 2.0]}}}
+    words = ["sweep", "run", str(write(tmp_path, stages)), "--out", str(tmp_path / "sweeps")]
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("starts") == 3
+    made = Plan.open(Path(captured.out.strip().splitlines()[-1]))
+    assert [row.state for row in status(made, {})] == ["complete"] * 3
+    config = yaml.safe_load((made.folder / "configs" / "ssim-1.yaml").read_text())
+    first = made.run_folder(made.task("mse-0"))
+    assert config["run"]["init_from"] == f"{first}/checkpoints/last.ckpt"
+    assert main(words) == 0
+    assert "starts" not in capsys.readouterr().err

@@ -1,0 +1,339 @@
+"""The GAN-augmented recipe: a TucodecVAE tuned further against a discriminator."""
+
+import contextlib
+import copy
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd import grad
+
+from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.images import write_png
+from lightning_tucodec.losses import AdversarialKind, make_adversarial_loss
+from lightning_tucodec.nn.codec import TucodecVAE
+from lightning_tucodec.nn.discriminator import DiscriminatorKind, make_discriminator
+from lightning_tucodec.training.game import Alarms, Gate, RateController, Turn
+from lightning_tucodec.training.noise import SampleNoise
+from lightning_tucodec.training.optimizers import follow
+from lightning_tucodec.training.plan import derive, hash_positions
+from lightning_tucodec.training.vae import CodecModule, eight_bits
+
+PANELS = 3
+"""Validation images whose course is kept as pictures."""
+
+_ORDER = 0x6F72646572  # separates the order of the pairs from the data plan's random bits
+
+_BATCH = (
+    "accuracy", "bpp", "bpp_z", "bpp_before", "mse", "loss", "discriminator", "adversarial", "pull",
+    "push", "red", "green", "blue",
+)  # fmt: skip
+"""What is averaged over a batch and over the ranks."""
+
+
+class GameError(TucodecError):
+    """The game cannot go on: the discriminator does not learn, so that the codec never has its turn."""
+
+
+class GANCodec(CodecModule):
+    """Trains a TucodecVAE for rate, distortion and the confusion of a discriminator.
+
+    Both sides learn from the same batch at the same time (Rippel and Bourdev); the gate decides who does.
+    `opt_step`, which schedules, checkpoints and logs count, is the number of optimiser steps of the codec,
+    and so is Lightning's `global_step`. Batches that train the discriminator alone do not count.
+
+    The gradient at x̂ is that of the distortion plus that of the adversary, the latter with a fixed weight
+    or scaled to a share of the former's norm. The rate's weight is steered so that bpp stays: a frozen copy
+    of the codec, as it was before the game, tells what the same crops cost then.
+
+    Gradients are averaged over ranks by one all-reduce a side, since DDP's own reduction knows one
+    backward pass a batch only.
+
+    Args:
+        recipe: rate and distortion, see `CodecModule`, which takes all other arguments.
+        lmbda: λ of that recipe.
+        discriminator: "pair" (Rippel and Bourdev) or "patch" (HiFiC, conditional).
+        discriminator_widths: its channels, finest level first; None: as published or usual.
+        discriminator_lr: its constant learning rate (Adam).
+        adversarial: "pair", "non_saturating" or "hinge".
+        adversarial_share: norm of the adversarial gradient at x̂ over that of the distortion's.
+        adversarial_weight: a fixed weight of the adversarial loss instead.
+        gate_lower, gate_upper: see Gate; (0, 2) always trains both.
+        target_bpp: None: the rate before the game.
+        pieces: a batch is worked through in so many pieces, for memory.
+        ema: share of the old average of weights that a step keeps; 0: no average. Validation and export
+            use the average.
+        patience: batches until a gate that does not open raises the alarm; after ten times as many
+            the run ends.
+    """
+
+    def __init__(
+        self,
+        recipe: str = "ssim",
+        lmbda: float = 0.4,
+        discriminator: DiscriminatorKind = "pair",
+        discriminator_widths: list[int] | None = None,
+        discriminator_lr: float = 1e-4,
+        adversarial: AdversarialKind = "pair",
+        adversarial_share: float = 0.2,
+        adversarial_weight: float | None = None,
+        gate_lower: float = 0.8,
+        gate_upper: float = 0.95,
+        target_bpp: float | None = None,
+        pieces: int = 1,
+        ema: float = 0.0,
+        patience: int = 500,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(recipe, lmbda, **kwargs)
+        self.automatic_optimization = False
+        if not gate_lower < gate_upper:
+            raise ConfigError(f"gate_lower {gate_lower} must lie below gate_upper {gate_upper}")
+        if pieces < 1 or patience < 1 or not 0 <= ema < 1:
+            raise ConfigError("pieces and patience start at 1; ema lies in [0, 1)")
+        if target_bpp is not None and not target_bpp > 0:
+            raise ConfigError(f"target_bpp must be positive, got {target_bpp}")
+        latent = self.network.config.transform.latent_channels
+        try:
+            self.discriminator = make_discriminator(discriminator, latent, discriminator_widths)
+        except ValueError as error:
+            raise ConfigError(f"discriminator: {error}") from None
+        self.discriminator.to(memory_format=torch.channels_last)
+        self.discriminator_lr = discriminator_lr
+        self.adversary = make_adversarial_loss(adversarial)
+        self.share, self.weight = adversarial_share, adversarial_weight
+        self.gate = Gate(gate_lower, gate_upper)
+        self.rate = RateController(target_bpp)
+        self.alarms = Alarms(patience)
+        self.pieces = pieces
+        self.ema = ema
+        self.before = copy.deepcopy(self.network).requires_grad_(False)
+        self.averaged = copy.deepcopy(self.before) if ema else None
+        self.discriminator_steps = 0
+        self.row: dict[str, float] = {}
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
+        """The codec's optimiser, then the discriminator's."""
+        own = torch.optim.Adam(
+            self.discriminator.parameters(), lr=self.discriminator_lr, betas=(0.5, 0.99)
+        )
+        return [super().configure_optimizers(), own]
+
+    @property
+    def shown(self) -> TucodecVAE:
+        """The averaged network where there is one."""
+        return self.network if self.averaged is None else self.averaged
+
+    def on_fit_start(self) -> None:
+        """Frozen copy and average start from what the network starts from."""
+        super().on_fit_start()
+        if self.opt_step == 0:
+            for copied in (self.before, self.averaged):
+                if copied is not None:
+                    copied.load_state_dict(self.network.state_dict())
+
+    def keep_picture(
+        self, number: int, original: NDArray[np.uint8], shown: NDArray[np.uint8]
+    ) -> None:
+        """Original, before the game and now, side by side."""
+        if number < PANELS:
+            x = torch.from_numpy(original).permute(2, 0, 1)[None].to(self.device) / 255
+            before = eight_bits(self.before(x).x_hat.clamp(0, 1))
+            panels = np.concatenate([original, before, shown], axis=1)
+            write_png(self.picture_path(str(number)), panels)
+
+    def swapped(self, index: Tensor) -> Tensor:
+        """In which pairs the reconstruction comes first, a function of (seed, position); (N,) bool."""
+        bits = hash_positions(derive(self.seed & (2**64 - 1), _ORDER), index.cpu().numpy())
+        return torch.from_numpy((bits >> np.uint64(63)).astype(bool)).to(self.device)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Play one batch: gradients of whoever has a turn, their steps, and the rules' bookkeeping.
+
+        Raises:
+            NonFiniteLossError: before the step.
+            GameError: the gate has not let the codec play for too long.
+        """
+        turn = self.gate.turn
+        images = batch["image"].contiguous(memory_format=torch.channels_last)
+        self.discriminator.requires_grad_(turn.discriminator).train(turn.discriminator)
+        self.zero_grad(set_to_none=True)
+        batch_means = torch.zeros(len(_BATCH), device=self.device)
+        with getattr(self.trainer.model, "no_sync", contextlib.nullcontext)():
+            places = batch["index"].chunk(self.pieces)
+            for x, index in zip(images.chunk(self.pieces), places, strict=True):
+                batch_means += self.play(x, index, turn, len(x) / len(images))
+        reduced = self.trainer.strategy.reduce(batch_means, reduce_op="mean")
+        assert isinstance(reduced, Tensor)
+        means = dict(zip(_BATCH, reduced.tolist(), strict=True))
+        self.images_seen += len(images) * self.trainer.world_size
+        self._keep_rules(means, turn)
+        self.norms: dict[str, float] = {}
+        every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        logged = turn.codec and (self.opt_step + 1) % every == 0
+        if turn.codec:
+            self._step_codec(logged)
+        if turn.discriminator:
+            self._step_discriminator()
+        self.row = self._row(means) if logged else {}
+        for name, value in (("bpp", means["bpp"]), ("a", self.gate.accuracy)):
+            self.log(name, value, prog_bar=True, logger=False)
+
+    def play(self, x: Tensor, index: Tensor, turn: Turn, share: float) -> Tensor:
+        """Add to the gradients of whoever has a turn; the codec's never reach the discriminator.
+
+        Args:
+            x: N×3×H×W in [0, 1].
+            index: global positions of the samples, (N,).
+            turn: who is trained.
+            share: of the piece in the batch.
+
+        Returns:
+            `share` times the piece's means, named by `_BATCH`.
+        """
+        noise = SampleNoise(self.seed, index, x.device)
+        with torch.set_grad_enabled(turn.codec), noise:
+            output = self.network(x)
+        # The cut between the two sides: what they ask of x̂ comes together here, and nowhere else.
+        x_hat = output.x_hat.detach().float().requires_grad_(turn.codec)
+        terms = self.loss(output._replace(x_hat=x_hat), x)
+        bpp = terms.bpp_y + terms.bpp_z
+        with torch.set_grad_enabled(turn.codec or turn.discriminator):
+            verdict = self.discriminator(x, x_hat, output.y.detach(), self.swapped(index))
+        own = self.adversary.discriminator(verdict)
+        adversarial = self.adversary.codec(verdict)
+        pull = push = none = torch.zeros((), device=x.device)
+        if turn.codec:
+            (pull,) = grad(self.loss.total(terms.distortion, none), x_hat)
+            (push,) = grad(adversarial, x_hat, retain_graph=turn.discriminator)
+            weight = self.weight
+            if weight is None:
+                push = push * (self.share * pull.norm() / push.norm().clamp_min(1e-20))
+            else:
+                push = push * weight
+            rate = self.loss.total(none, self.rate.factor * bpp)
+            # Its gradient at x̂ is pull + push, also under a precision that scales losses.
+            self.manual_backward((rate + (output.x_hat.float() * (pull + push)).sum()) * share)
+        if turn.discriminator:
+            self.manual_backward(own * share)
+        colour = (x_hat.detach() - x).mean((0, 2, 3))
+        observed = turn.codec and self.rate.due(self.opt_step)
+        means = [
+            verdict.right().mean(), bpp, terms.bpp_z, self._rate_before(x, index) if observed else bpp,
+            terms.mse, terms.loss, own, adversarial, pull.norm(), push.norm(), *colour,
+        ]  # fmt: skip
+        return share * torch.stack([value.detach().float() for value in means])
+
+    @torch.no_grad()
+    def _rate_before(self, x: Tensor, index: Tensor) -> Tensor:
+        """bpp that the codec before the game needs for these crops, by the same proxy and noise."""
+        with SampleNoise(self.seed, index, x.device):
+            _, *likelihoods = self.before.rate(self.before.g_a(self.before.pad(x)))
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        return torch.stack([-part.float().log2().sum() for part in likelihoods]).sum() / pixels
+
+    def _step_codec(self, logged: bool) -> None:
+        optimizers = self.optimizers()
+        assert isinstance(optimizers, list)
+        self._average_gradients(list(self.network.parameters()))
+        if logged:
+            for name, part in self.network.named_children():
+                grads = [p.grad for p in part.parameters() if p.grad is not None]
+                if grads:
+                    self.norms[name] = float(torch.nn.utils.get_total_norm(grads))
+        optimizers[0].step()  # the one that Lightning counts
+        self.count_step()
+        if self.averaged is not None:
+            follow(self.averaged, self.network, self.ema, self.opt_step)
+
+    def _step_discriminator(self) -> None:
+        self._average_gradients(list(self.discriminator.parameters()))
+        # Past Lightning's own wrapper, which would count the step.
+        optimizer = self.trainer.optimizers[1]
+        self.trainer.strategy.optimizer_step(optimizer, closure=lambda: None, model=self)
+        self.discriminator_steps += 1
+
+    def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Means over the ranks, by one all-reduce."""
+        if self.trainer.world_size == 1:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
+        for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(mean.view(g.shape))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip each side by itself."""
+        side = "codec" if optimizer is self.trainer.optimizers[0] else "discriminator"
+        self.norms[side] = float(self.clip(optimizer))
+
+    def _keep_rules(self, means: dict[str, float], turn: Turn) -> None:
+        self.gate.update(means["accuracy"])
+        if turn.codec and self.rate.due(self.opt_step):
+            self.rate.update(means["bpp"], means["bpp_before"])
+        lines = self.alarms.update(self.gate, [means[c] for c in ("red", "green", "blue")])
+        if self.trainer.is_global_zero:
+            for line in lines:
+                print(f"step {self.opt_step}: {line}", file=sys.stderr)
+        gate = self.gate
+        if gate.accuracy < gate.lower and gate.streak >= 10 * self.alarms.patience:
+            raise GameError(
+                f"step {self.opt_step}: the discriminator, trained alone for {gate.streak} batches, is "
+                f"right in {gate.accuracy:.2f} of the cases and the codec waits for {gate.lower}: is "
+                "this codec transparent already? Otherwise try wider levels or another learning rate"
+            )
+
+    def _row(self, means: dict[str, float]) -> dict[str, float]:
+        """What is watched, by name."""
+        row = {
+            "train/loss": means["loss"],
+            "train/bpp": means["bpp"],
+            "train/bpp_z": means["bpp_z"],
+            "train/psnr": -10 * float(np.log10(max(means["mse"], 1e-12))),
+            "gan/accuracy": self.gate.accuracy,
+            "gan/accuracy_of_batch": means["accuracy"],
+            "gan/discriminator_trained": float("discriminator" in self.norms),
+            "gan/discriminator_steps": self.discriminator_steps,
+            "gan/discriminator_loss": means["discriminator"],
+            "gan/adversarial_loss": means["adversarial"],
+            "gan/gradient_distortion": means["pull"],
+            "gan/gradient_adversarial": means["push"],
+            "rate/target": self.rate.wanted,
+            "rate/error": self.rate.error,
+            "rate/factor": self.rate.factor,
+        }
+        row |= {f"grad_norm/{part}": norm for part, norm in self.norms.items()}
+        colours = zip(("red", "green", "blue"), self.alarms.colour, strict=True)
+        row |= {f"colour/{name}": value for name, value in colours}
+        names = ("collapsed", "unbeatable", "colour")
+        return row | {f"alarm/{name}": float(name in self.alarms.raised) for name in names}
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Log every so many steps of the codec; Lightning would count batches."""
+        if self.row:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(self.row, step=self.opt_step)
+        self.row = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also where the game stands."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["tucodec"]["game"] = {
+            "gate": self.gate.state(),
+            "rate": self.rate.state(),
+            "alarms": self.alarms.state(),
+            "discriminator_steps": self.discriminator_steps,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also where the game stands."""
+        super().on_load_checkpoint(checkpoint)
+        game = checkpoint["tucodec"]["game"]
+        self.gate.load(game["gate"])
+        self.rate.load(game["rate"])
+        self.alarms.load(game["alarms"])
+        self.discriminator_steps = game["discriminator_steps"]

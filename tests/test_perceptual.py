@@ -1,0 +1,89 @@
+"""Perceptual measures: their direction, their scale, and that an evaluation holds them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from lightning_tucodec import cli
+from lightning_tucodec.codecs import ffmpeg
+from lightning_tucodec.errors import ConfigError, ExternalToolError
+from lightning_tucodec.perceptual import MEASURES, check_names
+from tests.support import photo
+
+
+def blurred(image: NDArray[np.uint8], radius: float) -> NDArray[np.uint8]:
+    return np.array(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
+
+
+@pytest.fixture(scope="module")
+def portrait() -> NDArray[np.uint8]:
+    return photo("astronaut.png", 177, 131)
+
+
+@pytest.mark.parametrize(
+    ("name", "best", "sign"),
+    [("vmaf", 95.0, 1), ("xpsnr", 60.0, 1), ("flip", 0.0, -1), ("ssimulacra2", 100.0, 1)],
+)
+def test_more_blur_is_worse(name: str, best: float, sign: int, portrait: NDArray[np.uint8]) -> None:
+    measure = MEASURES[name]
+    values = [
+        measure(portrait, portrait),
+        *(measure(portrait, blurred(portrait, r)) for r in (1, 3)),
+    ]
+    ordered = [sign * value for value in values]
+    assert ordered == sorted(ordered, reverse=True)
+    assert len(set(values)) == 3
+    assert sign * values[0] >= sign * best - 1e-6
+
+
+def test_xpsnr_follows_the_error_of_luma() -> None:
+    """On a flat picture, shifts of 8 and 16 of 255; the conversion to 8-bit luma dithers."""
+    flat = np.full((64, 64, 3), 100, np.uint8)
+    small, large = (MEASURES["xpsnr"](flat, flat + np.uint8(shift)) for shift in (8, 16))
+    assert small - large == pytest.approx(20 * np.log10(2), abs=0.5)
+
+
+def test_names_are_checked() -> None:
+    assert check_names(["vmaf", "flip", "vmaf"]) == ["vmaf", "flip"]
+    with pytest.raises(ConfigError, match="'lpip' is unknown"):
+        check_names(["lpip"])
+
+
+def test_a_filter_that_is_missing_is_named(portrait: NDArray[np.uint8]) -> None:
+    with pytest.raises(ExternalToolError, match="no filter nofilter"):
+        ffmpeg.compare("nofilter=x=1", portrait, portrait, pixel_format="yuv444p", timeout=60.0)
+
+
+def test_evaluate_prints_them_and_measures_only_what_is_lacking(
+    tmp_path: Path, portrait: NDArray[np.uint8], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(portrait).save(tmp_path / "a.png")
+    out = tmp_path / "r.json"
+    words = [
+        "evaluate",
+        str(tmp_path / "a.png"),
+        "--codec",
+        "jpeg:q=10",
+        "jpeg:q=80",
+        "-o",
+        str(out),
+    ]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--metrics", "vmaf,xpsnr"]) == 0
+    heading, low, high = capsys.readouterr().out.splitlines()[-3:]
+    assert heading.split()[-2:] == ["vmaf", "xpsnr"]
+    assert all(
+        float(a) < float(b) for a, b in zip(low.split()[-2:], high.split()[-2:], strict=True)
+    )
+    lines = out.with_suffix(".rows.jsonl").read_text().count("\n")
+    assert cli.main([*words, "--metrics", "xpsnr"]) == 0
+    assert out.with_suffix(".rows.jsonl").read_text().count("\n") == lines == 4
+    content = json.loads(out.read_text())
+    assert "VMAF" in content["definitions"]["vmaf"]
+    assert content["sets"][0]["xpsnr"] == content["rows"][0]["xpsnr"]
+    assert cli.main([*words, "--metrics", "mos"]) == 1
+    assert "'mos' is unknown" in capsys.readouterr().err
