@@ -325,6 +325,62 @@ def _register_bench(subparsers: Any) -> None:
     )
     complexity_command.add_argument("--json", action="store_true")
 
+    def run_coding(arguments: argparse.Namespace) -> int:
+        import json
+
+        from lightning_tucodec.bench import codec, entropy
+
+        height, width = arguments.size
+        if arguments.bench_command == "codec" and arguments.large:
+            result = codec.large(arguments.models[-1])
+        else:
+            options = {
+                "models": arguments.models,
+                "rates": arguments.bpp,
+                "peers": arguments.peers,
+                "size": (height, width),
+                "repeats": arguments.repeats,
+            }
+            if arguments.bench_command == "codec":
+                result = codec.run(image=arguments.image, **options)
+            else:
+                result = entropy.run(**options)
+        print(json.dumps(result, indent=1) if arguments.json else codec.table_text(result))
+        return 0
+
+    for name, summary in (
+        ("codec", "whole coding and decoding and their parts beside CompressAI's, in one process"),
+        ("entropy", "the entropy path alone beside CompressAI's, and how it grows with the image"),
+    ):
+        command = _command(commands, name, run_coding, summary)
+        command.add_argument(
+            "--models",
+            nargs="+",
+            default=["paper", "fast", "tiny-mse"],
+            metavar="NAME",
+            help="presets (untrained; symbols drawn from their own P) or trained models (%(default)s)",
+        )
+        command.add_argument("--bpp", nargs="+", type=float, default=[0.15, 0.5], metavar="RATE")
+        command.add_argument(
+            "--peers",
+            nargs="*",
+            default=["mbt2018", "cheng2020-attn"],
+            choices=["mbt2018", "cheng2020-attn"],
+            help="CompressAI's models; none when nothing follows",
+        )
+        command.add_argument(
+            "--size", nargs=2, type=int, default=[512, 768], metavar=("HEIGHT", "WIDTH")
+        )
+        command.add_argument("--repeats", type=int, default=5)
+        command.add_argument("--json", action="store_true")
+        if name == "codec":
+            command.add_argument("--image", help="a photograph instead of the generated picture")
+            command.add_argument(
+                "--large",
+                action="store_true",
+                help="instead: peak memory of 6000×4000 pixels with the last of --models",
+            )
+
     def run_data(arguments: argparse.Namespace) -> int:
         import json
 

@@ -10,7 +10,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipelines.patches import decode_patch, encode_patch
 from data_pipelines.shards import BuildOptions, build
+from lightning_tucodec.bench.timing import in_turns, machine, rows_of
 from lightning_tucodec.training.shards import ShardReader
 
 PATCH = 256
@@ -69,7 +69,7 @@ def run_shards(source: str | None, count: int = 600, repeats: int = 3) -> dict[s
             return action
 
         with _TwoEncoders(patches) as pool:
-            times = _in_turns(
+            times = in_turns(
                 {"bare encoding, 1 process": lambda: _encode_all(patches),
                  "bare encoding, 2 processes": pool.encode,
                  "build, 1 worker": built(1), "build, 2 workers": built(2)}, repeats
@@ -89,7 +89,7 @@ def run_shards(source: str | None, count: int = 600, repeats: int = 3) -> dict[s
         memory = run_memory(scratch, source)
         two = ratios["build, 2 workers"]
         return {
-            "rows": _rows(times, ratios),
+            "rows": rows_of(times, ratios),
             "asked": [
                 _asked("build, 2 workers, to bare encoding in 2 processes",
                        two["bare encoding, 2 processes"], at_least=0.75),
@@ -227,7 +227,7 @@ def run_loader(
 
             return action
 
-        times = _in_turns({key: passes(stream) for key, stream in streams.items()}, repeats)
+        times = in_turns({key: passes(stream) for key, stream in streams.items()}, repeats)
         streams.clear()
         ratios = {
             key: {"plain webdataset, PNG": _ratio(times, "plain webdataset, PNG", key)}
@@ -237,7 +237,7 @@ def run_loader(
             times, "bare decoding, webp", "ours, webp"
         )
         first = _first_batch(scratch)
-        rows = _rows(times, ratios)
+        rows = rows_of(times, ratios)
         for row in rows:
             row["samples_per_s"] = round(batches * BATCH / row["median_s"])
     torch.set_num_threads(threads)
@@ -347,17 +347,6 @@ class _Decode(Dataset[int]):
         return batch
 
 
-def _in_turns(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each action; the actions take turns, so that a busy moment hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats):
-        for name, action in actions.items():
-            start = time.perf_counter()
-            action()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
 def _ratio(times: dict[str, list[float]], base: str, name: str) -> float:
     """How many times as fast `name` is as `base`."""
     return statistics.median(times[base]) / statistics.median(times[name])
@@ -370,26 +359,6 @@ def _asked(
     met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
     bound = f"≥ {at_least}" if at_least is not None else f"≤ {at_most}"
     return {"what": what, "value": round(value, 4), "asked": bound, "met": met}
-
-
-def _rows(
-    times: dict[str, list[float]], ratios: dict[str, dict[str, float]]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "median_s": round(statistics.median(seconds), 4),
-            "min_s": round(min(seconds), 4),
-            "max_s": round(max(seconds), 4),
-            "ratio_to": {key: round(ratio, 3) for key, ratio in ratios.get(name, {}).items()},
-        }
-        for name, seconds in times.items()
-    ]
-
-
-def machine() -> str:
-    """Processor and cores, as they stand beside timings."""
-    return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def table_text(result: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from data_pipelines.shards import BuildOptions, build
-from lightning_tucodec.bench.data import machine, photographs
+from lightning_tucodec.bench.data import photographs
+from lightning_tucodec.bench.timing import machine
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.vae import VAE
 

@@ -215,7 +215,7 @@ class TucModel:
         symbols = torch.bucketize(y.permute(0, 2, 3, 1).contiguous(), edges, out_int32=True)
         hyper_input = y
         if self.network.config.hyper.as_drawn:
-            hyper_input = self._dequantise(symbols).abs()
+            hyper_input = self.dequantise(symbols).abs()
         strips = []
         for top, bottom in strip_bounds(*symbols.shape[1:3]):
             hyper = self.network.h_a(hyper_input[:, :, top:bottom])
@@ -233,7 +233,7 @@ class TucModel:
         fixed = self.entropy_model.laplace.centres.astype(np.float32)
         return torch.from_numpy(fixed * np.float32(2.0**-wavefront.FRACTION_BITS)).to(self.device)
 
-    def _dequantise(self, y: Tensor) -> Tensor:
+    def dequantise(self, y: Tensor) -> Tensor:
         """ŷ, float32 N×M×h×w, of indices N×h×w×M."""
         return self.centres[y].permute(0, 3, 1, 2)
 
@@ -247,7 +247,7 @@ class TucModel:
 
         def transform(rows: slice, columns: slice) -> NDArray[np.uint8]:
             y = torch.from_numpy(np.stack([y[rows, columns] for y in latents])).to(self.device)
-            x_hat = self.network.g_s(self._dequantise(y)).clamp_(0, 1).mul_(255).round_()
+            x_hat = self.network.g_s(self.dequantise(y)).clamp_(0, 1).mul_(255).round_()
             return x_hat.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
         height, width = latents[0].shape[:2]
@@ -393,7 +393,7 @@ class TucModel:
     def bits_of(self, latents: Latents) -> float:
         """Bits of the floating-point likelihoods of given symbols, as a file of them holds them."""
         network = self.network
-        y_hat = self._dequantise(torch.from_numpy(latents.y)[None].to(self.device))
+        y_hat = self.dequantise(torch.from_numpy(latents.y)[None].to(self.device))
         medians = network.factorized_prior.medians()[:, None, None]
         bits = 0.0
         for (top, bottom), z in zip(strip_bounds(*latents.y.shape[:2]), latents.z, strict=True):

@@ -97,7 +97,30 @@ def _hyper(model: EntropyModel, z: NDArray[np.int32], height: int, width: int) -
     return model.network.hyper(plane, height, width)
 
 
+class Symbols(NamedTuple):
+    """Symbols of y in coding order, int32[N] each, with the parameters that code them."""
+
+    symbol: NDArray[np.int32]
+    mu: NDArray[np.int32]
+    scale: NDArray[np.int32]
+
+
 @torch.inference_mode()
+def in_order(model: EntropyModel, z: NDArray[np.int32], y: NDArray[np.int32]) -> Symbols:
+    """What the networks say of one strip of latents, shaped as in `encode`, all positions at once."""
+    height, width, channels = y.shape
+    plane = WholePlane(height, width)
+    y_hat = torch.from_numpy(model.laplace.centres.astype(np.float64)[y]).flatten(0, 1)
+    plane.put("y", y_hat)
+    mu, scale = model.network.parameters(_hyper(model, z, height, width), plane)
+    order = _scan(height, width, model.network.has_context)
+    return Symbols(
+        y.reshape(-1, channels)[order].reshape(-1),
+        mu.to(torch.int32).numpy()[order].reshape(-1),
+        scale.to(torch.int32).numpy()[order].reshape(-1),
+    )
+
+
 def encode(model: EntropyModel, z: NDArray[np.int32], y: NDArray[np.int32]) -> bytes:
     """Code one strip of latents.
 
@@ -109,25 +132,14 @@ def encode(model: EntropyModel, z: NDArray[np.int32], y: NDArray[np.int32]) -> b
     Returns:
         The stream.
     """
-    height, width, channels = y.shape
-    plane = WholePlane(height, width)
-    y_hat = torch.from_numpy(model.laplace.centres.astype(np.float64)[y]).flatten(0, 1)
-    plane.put("y", y_hat)
-    mu, scale = model.network.parameters(_hyper(model, z, height, width), plane)
-    order = torch.from_numpy(_scan(height, width, model.network.has_context))
+    symbols = in_order(model, z, y)
     z_start, z_frequency = encode_table(z.reshape(z.shape[0], -1), model.categorical)
-    y_start, y_frequency = encode_laplace(
-        y.reshape(-1, channels)[order.numpy()].reshape(-1),
-        mu[order].to(torch.int32).numpy().reshape(-1),
-        scale[order].to(torch.int32).numpy().reshape(-1),
-        model.laplace,
-    )
+    y_start, y_frequency = encode_laplace(*symbols, model.laplace)
     return rans.encode(
         np.concatenate([z_start, y_start]), np.concatenate([z_frequency, y_frequency])
     )
 
 
-@torch.inference_mode()
 def decode(model: EntropyModel, stream: bytes, height: int, width: int) -> NDArray[np.int32]:
     """Decode one strip of latents.
 
@@ -143,6 +155,23 @@ def decode(model: EntropyModel, stream: bytes, height: int, width: int) -> NDArr
         CorruptStreamError: the stream is not one that the encoder writes.
     """
     decoder = rans.RansDecoder(stream)
+    _, y = take(model, decoder, height, width)
+    decoder.finish()
+    return y
+
+
+@torch.inference_mode()
+def take(
+    model: EntropyModel, decoder: rans.RansDecoder, height: int, width: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The next strip of latents of a stream; random bits give a sample of the model's own P.
+
+    Returns:
+        z, int32 Z×⌈h/4⌉×⌈w/4⌉, and y, int32 h×w×M, as `encode` takes them.
+
+    Raises:
+        CorruptStreamError: the stream ended early.
+    """
     z_size = (-(-height // HYPER_STRIDE), -(-width // HYPER_STRIDE))
     z = decode_table(decoder, z_size[0] * z_size[1], model.categorical)
     z = z.clip(-Z_LIMIT, Z_LIMIT).reshape(-1, *z_size)
@@ -176,5 +205,4 @@ def decode(model: EntropyModel, stream: bytes, height: int, width: int) -> NDArr
             model.laplace,
         )
         y[:] = symbols.reshape(y.shape)
-    decoder.finish()
-    return y
+    return z, y

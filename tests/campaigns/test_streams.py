@@ -37,6 +37,18 @@ def test_container_survives_a_slice(seed: int) -> None:
         assert not result.startswith("!"), (case, name, result)
 
 
+def test_the_shipped_model_survives_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_tucodec.codecs import tuc
+
+    monkeypatch.setattr(tuc, "STRIP_POSITIONS", streams.STRIP_POSITIONS)
+    _, corpus = streams.make_corpus(None)
+    assert max(len(unpack(data).strips) for data in corpus) > 3
+    for case in range(140):
+        name, data = streams.mutated(3, case, corpus)
+        result = streams.outcome(streams.decode, name, data, corpus)
+        assert not result.startswith("!"), (case, name, result)
+
+
 def test_cases_are_functions_of_seed_and_number() -> None:
     first = [streams.mutated(5, case, CORPUS) for case in range(70)]
     assert first == [streams.mutated(5, case, CORPUS) for case in range(70)]

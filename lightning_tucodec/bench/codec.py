@@ -1,0 +1,258 @@
+"""Whole coding and decoding, and where the time goes, beside CompressAI's autoregressive models.
+
+All in one process with the same number of threads, on the same picture, in turns. `ratio_to` is a row's
+median over that of what it is held against: below 1 is faster.
+"""
+
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from lightning_tucodec.bench.subjects import PEERS, Peer, Subject, picture, sampled, trained
+from lightning_tucodec.bench.timing import in_turns, machine, rows_of
+from lightning_tucodec.codecs.tuc import strip_bounds
+from lightning_tucodec.coding import wavefront
+from lightning_tucodec.coding.container import unpack
+from lightning_tucodec.images import read_image, write_png
+from lightning_tucodec.nn.codec import PRESETS
+
+SIZE = (512, 768)
+RATES = (0.15, 0.5)
+
+Actions = dict[str, Callable[[], Any]]
+
+
+def subjects_of(
+    models: Sequence[str], rates: Sequence[float], pixels: NDArray[np.uint8]
+) -> list[Subject]:
+    """Presets at every rate, any other name as a trained model."""
+    subjects = []
+    for name in models:
+        if name in PRESETS:
+            subjects += [sampled(name, bpp, pixels) for bpp in rates]
+        else:
+            subjects.append(trained(name, pixels))
+    return subjects
+
+
+def run(
+    models: Sequence[str],
+    rates: Sequence[float] = RATES,
+    peers: Sequence[str] = PEERS,
+    size: tuple[int, int] = SIZE,
+    image: str | None = None,
+    repeats: int = 5,
+) -> dict[str, Any]:
+    """The rows, what was coded, the split of the time, what importing costs, and the machine.
+
+    Args:
+        models: presets (untrained, symbols drawn from their own P) or names of trained models.
+        rates: bpp of the presets and, the first one, of the peers.
+        peers: names of CompressAI's models.
+        size: height and width of the generated picture.
+        image: a photograph to use instead.
+        repeats: of every action.
+    """
+    pixels = read_image(image) if image else picture(*size)
+    subjects = subjects_of(models, rates, pixels)
+    others = [Peer(name, rates[0], pixels) for name in peers]
+    actions: Actions = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for subject in subjects:
+            actions |= _actions(subject, Path(folder))
+        for peer in others:
+            actions |= {
+                f"{peer.name} encode": peer.compress,
+                f"{peer.name} g_a": peer.analyse,
+                f"{peer.name} decode": peer.decompress,
+                f"{peer.name} g_s": peer.synthesise,
+            }
+        for name, action in actions.items():
+            if not name.startswith(tuple(peers)):
+                action()  # warm; a peer's has run when it was made
+        times = in_turns(actions, repeats)
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+
+    ratios: dict[str, dict[str, float]] = {}
+    for name in (*(s.name for s in subjects), *peers):
+        for whole, alone in (("encode", "g_a"), ("decode", "g_s")):
+            key = f"{name} {whole}"
+            against = [f"{name} {alone}", *(f"{p} {whole}" for p in peers if p != name)]
+            ratios[key] = {other: median[key] / median[other] for other in against}
+    return {
+        "rows": rows_of(times, ratios),
+        "split_s": {s.name: _split(s.name, median) for s in subjects},
+        "coded": {s.name: coded(s.bpp, s.constant_channels) for s in subjects}
+        | {p.name: coded(p.bpp, p.constant_channels) for p in others},
+        "import_beyond_torch_s": import_seconds(repeats),
+        "size": f"{pixels.shape[1]}x{pixels.shape[0]}",
+        "threads": torch.get_num_threads(),
+        "machine": machine(),
+    }
+
+
+def coded(bpp: float, constant_channels: int) -> dict[str, Any]:
+    """What a subject's latents hold."""
+    return {"bpp": round(bpp, 4), "constant_channels": constant_channels}
+
+
+def _actions(subject: Subject, folder: Path) -> Actions:
+    """Whole operations and their parts, by name."""
+    model, latents = subject.model, subject.latents
+    height, width = subject.pixels.shape[:2]
+    network = model.network
+    x = torch.from_numpy(subject.pixels).permute(2, 0, 1)[None].float().div(255)
+    x = network.pad(x).contiguous(memory_format=torch.channels_last)
+    y_hat = model.dequantise(torch.from_numpy(latents.y)[None])
+    file = folder / f"{len(subject.data)}-{subject.name}.tuc"
+    file.write_bytes(subject.data)
+    coded = subject.data
+
+    @torch.inference_mode()
+    def g_a() -> None:
+        network.g_a(x)
+
+    @torch.inference_mode()
+    def g_s() -> None:
+        network.g_s(y_hat)
+
+    def encode() -> None:
+        model.analyse(subject.pixels)
+        model.write(latents, width, height)
+
+    def decode() -> None:
+        model.decode_pixels(unpack(coded))
+
+    def file_to_png() -> None:
+        write_png(file.with_suffix(".png"), model.decode_pixels(unpack(file.read_bytes())))
+
+    forth, back = subject.coder()
+    return {
+        f"{subject.name} encode": encode,
+        f"{subject.name} g_a": g_a,
+        f"{subject.name} entropy encode": lambda: entropy_encode(subject),
+        f"{subject.name} coder forth": forth,
+        f"{subject.name} decode": decode,
+        f"{subject.name} g_s": g_s,
+        f"{subject.name} entropy decode": lambda: entropy_decode(subject),
+        f"{subject.name} coder back": back,
+        f"{subject.name} file to PNG": file_to_png,
+    }
+
+
+def entropy_encode(subject: Subject) -> list[bytes]:
+    """The strips' streams of a subject's latents: networks and coder, nothing else."""
+    y, z = subject.latents
+    bounds = strip_bounds(*y.shape[:2])
+    entropy = subject.model.entropy_model
+    return [
+        wavefront.encode(entropy, one, y[top:bottom])
+        for (top, bottom), one in zip(bounds, z, strict=True)
+    ]
+
+
+def entropy_decode(subject: Subject) -> None:
+    """The symbols of a subject's file: networks and coder, nothing else."""
+    subject.model.read(unpack(subject.data))
+
+
+def _split(name: str, median: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Medians of the parts of coding and decoding; what is left is h_a, quantising and copying."""
+
+    def part(key: str) -> float:
+        return median[f"{name} {key}"]
+
+    def rounded(parts: dict[str, float]) -> dict[str, float]:
+        return {key: round(value, 4) for key, value in parts.items()}
+
+    return {
+        "encode": rounded(
+            {
+                "g_a": part("g_a"),
+                "entropy": part("entropy encode") - part("coder forth"),
+                "coder": part("coder forth"),
+                "rest": part("encode") - part("g_a") - part("entropy encode"),
+            }
+        ),
+        "decode": rounded(
+            {
+                "entropy": part("entropy decode") - part("coder back"),
+                "coder": part("coder back"),
+                "g_s": part("g_s"),
+                "rest": part("decode") - part("entropy decode") - part("g_s"),
+                "I/O": part("file to PNG") - part("decode"),
+            }
+        ),
+    }
+
+
+def import_seconds(repeats: int = 3) -> float:
+    """Median seconds of importing what coding needs and loading a model, after torch, in new processes."""
+    code = (
+        "import time, torch; t = time.perf_counter(); import lightning_tucodec as tuc; tuc.load; "
+        "import lightning_tucodec.codecs.tuc; print(time.perf_counter() - t)"
+    )
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+        for _ in range(repeats + 1)
+    ]
+    return round(statistics.median(seconds[1:]), 3)
+
+
+def large(model: str, size: tuple[int, int] = (4000, 6000)) -> dict[str, Any]:
+    """Peak memory and seconds of `compress` and `decompress` of a large JPEG, each in a new process."""
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        Image.fromarray(picture(*size)).save(folder / "large.jpg", quality=92)
+        for words in (["compress", "large.jpg"], ["decompress", "large.tuc"]):
+            command = [sys.executable, "-m", "lightning_tucodec.cli", *words, "-o", "."]
+            command += ["--model", model] if words[0] == "compress" else []
+            # A child of its own, so that its peak is not that of another command.
+            code = (
+                "import os, resource, subprocess, sys, time\n"
+                "t = time.perf_counter(); subprocess.run(sys.argv[1:], check=True, stdout=2)\n"
+                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, time.perf_counter() - t)"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", code, *command],
+                cwd=folder,
+                check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            )  # fmt: skip
+            kilobytes, seconds = done.stdout.split()
+            result[words[0]] = {
+                "peak_memory_mb": int(kilobytes) // (1024 if _KILOBYTES else 1 << 20),
+                "seconds": round(float(seconds), 2),
+            }
+    return {"large": result, "size": f"{size[1]}x{size[0]}", "machine": machine()}
+
+
+_KILOBYTES = sys.platform != "darwin"  # the unit of ru_maxrss
+
+
+def table_text(result: dict[str, Any]) -> str:
+    """The rows for people."""
+    lines = []
+    for row in result.get("rows", ()):
+        beside = ", ".join(f"{ratio:.3f} of {name}" for name, ratio in row["ratio_to"].items())
+        times = f"{row['median_s']:9.4f} s ({row['min_s']:.4f} to {row['max_s']:.4f})"
+        lines.append(f"{row['name']:32} {times}  {beside}".rstrip())
+    for key, value in result.items():
+        if key == "rows":
+            continue
+        if isinstance(value, dict):
+            lines += [f"{key} {name}: {entry}" for name, entry in value.items()]
+        else:
+            lines.append(f"{key}: {value}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return "\n".join([*lines, f"peak memory of this process: {peak // 1024} MB"])

@@ -1,0 +1,265 @@
+"""What the coding benches time: models with latents that carry information, and CompressAI's.
+
+Time depends on what is coded: a model without training makes latents that are all equal, which cost a
+coder next to nothing. So an untrained preset gets symbols drawn from its own P, by decoding random bits,
+after its scales were shifted until P has the wanted rate; CompressAI's networks likewise.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from lightning_tucodec.codecs.model_file import ModelFile
+from lightning_tucodec.codecs.models import load, untrained
+from lightning_tucodec.codecs.tuc import Latents, TucModel, strip_bounds
+from lightning_tucodec.coding import rans, wavefront
+from lightning_tucodec.coding.categorical import build_cdf
+from lightning_tucodec.coding.laplace import SCALE_COUNT, decode_laplace, encode_laplace
+from lightning_tucodec.nn.transforms import STRIDE
+
+PEERS = ("mbt2018", "cheng2020-attn")
+"""CompressAI's autoregressive models, at 192 channels."""
+
+_HYPER_DECAY = 0.02  # z of the untrained presets: P(k) falls so fast, as a trained model's does
+
+
+def picture(height: int, width: int) -> NDArray[np.uint8]:
+    """A generated picture with the spectrum and the grain of photographs, H×W×3."""
+    rng = np.random.default_rng(0)
+    total = np.zeros((height, width, 3))
+    for octave in range(1, 9):
+        small = rng.normal(128, 50, (max(2, 2**octave * height // width), 2**octave, 3))
+        layer = Image.fromarray(small.clip(0, 255).astype(np.uint8)).resize((width, height), 3)
+        total += (np.asarray(layer, float) - 128) / octave
+    total += rng.normal(128, 2.5, (height, width, 1))
+    return total.clip(0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and what it codes.
+
+    Attributes:
+        name: of its rows.
+        model: ours.
+        pixels: H×W×3.
+        latents: coded in the place of the picture's own, which an untrained model does not have.
+    """
+
+    name: str
+    model: TucModel
+    pixels: NDArray[np.uint8]
+    latents: Latents
+
+    @cached_property
+    def data(self) -> bytes:
+        """The `.tuc` file of the latents."""
+        height, width = self.pixels.shape[:2]
+        return self.model.write(self.latents, width, height)
+
+    @property
+    def bpp(self) -> float:
+        """Bits per pixel of the file."""
+        return 8 * len(self.data) * 3 / self.pixels.size
+
+    @property
+    def constant_channels(self) -> int:
+        """Channels of y that hold one symbol everywhere."""
+        return int((np.ptp(self.latents.y, axis=(0, 1)) == 0).sum())
+
+    def coder(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Actions that run the coder alone over all strips, forth and back.
+
+        What the networks say is prepared. Forth: symbols to intervals to bytes; back: bytes to symbols.
+        """
+        entropy = self.model.entropy_model
+        tables = entropy.laplace
+        bounds = strip_bounds(*self.latents.y.shape[:2])
+        strips = [
+            wavefront.in_order(entropy, z, self.latents.y[top:bottom])
+            for (top, bottom), z in zip(bounds, self.latents.z, strict=True)
+        ]
+        streams = [rans.encode(*encode_laplace(*symbols, tables)) for symbols in strips]
+
+        def forth() -> None:
+            for symbols in strips:
+                rans.encode(*encode_laplace(*symbols, tables))
+
+        def back() -> None:
+            for symbols, stream in zip(strips, streams, strict=True):
+                decode_laplace(rans.RansDecoder(stream), symbols.mu, symbols.scale, tables)
+
+        return forth, back
+
+
+def trained(name: str, pixels: NDArray[np.uint8]) -> Subject:
+    """A shipped or exported model with the latents of the picture."""
+    model = load(name)
+    return Subject(model.name, model, pixels, model.analyse(pixels))
+
+
+def sampled(preset: str, bpp: float, pixels: NDArray[np.uint8]) -> Subject:
+    """An untrained preset whose P has `bpp`, with symbols drawn from P.
+
+    Raises:
+        ValueError: no shift of the scales gives this rate.
+    """
+    height, width = (math.ceil(side / STRIDE) for side in pixels.shape[:2])
+    file = untrained(preset).file
+    tensors = dict(file.tensors)
+    reach = 3
+    decay = _HYPER_DECAY ** np.abs(np.arange(-reach, reach + 1))
+    table = build_cdf(np.append(decay, 1e-7))
+    channels = tensors["medians"].numel()
+    tensors["categorical.cumulative"] = torch.from_numpy(table.astype(np.int32)).repeat(channels, 1)
+    tensors["categorical.offset"] = torch.full((channels,), -reach, dtype=torch.int32)
+    bias, shift = "entropy.parameters.scale.bias", int(tensors["entropy.parameters.scale.shift"])
+
+    def draw(step: int) -> tuple[TucModel, Latents, float]:
+        """The model with its scales `step` table entries up, symbols of it and their bpp."""
+        changed = {**tensors, bias: tensors[bias] + (step << shift)}
+        model = TucModel(ModelFile(f"{preset}, {bpp} bpp", file.config, changed, {}))
+        rows, z, bits = [], [], 0
+        for top, bottom in strip_bounds(height, width):
+            # 24 bits a symbol are more than P has at any of these rates.
+            count = (bottom - top) * width * model.entropy_model.network.latent_channels
+            words = np.random.default_rng(top).integers(
+                0, 1 << 32, 4096 + 3 * count // 4, np.uint32
+            )
+            words[0] |= 1 << 31  # a head that an encoder could have left
+            decoder = rans.RansDecoder(words.tobytes())
+            strip_z, strip_y = wavefront.take(model.entropy_model, decoder, bottom - top, width)
+            rows.append(strip_y)
+            z.append(strip_z)
+            bits += 32 * int(decoder.head[1])
+        return model, Latents(np.concatenate(rows), z), bits * 3 / pixels.size
+
+    low, high = -SCALE_COUNT, SCALE_COUNT
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if draw(middle)[2] < bpp else (low, middle)
+    model, latents, rate = draw(high)
+    if abs(rate / bpp - 1) > 0.1:
+        raise ValueError(f"{preset} cannot be brought to {bpp} bpp")
+    return Subject(f"{preset} {bpp} bpp", model, pixels, latents)
+
+
+class _Constant(nn.Module):
+    """Returns what it was made with."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`value`, whatever x is."""
+        return self.value
+
+
+class Peer:
+    """One of CompressAI's networks with random weights and y drawn from its own P at `bpp`.
+
+    Attributes:
+        name: of its rows.
+        y_hat: N×M×h×w, what `decompress` finds in the streams.
+        strings: as `compress` returns them.
+        constant_channels: channels of ŷ that hold one value everywhere.
+    """
+
+    def __init__(self, name: str, bpp: float, pixels: NDArray[np.uint8]) -> None:
+        from compressai.models import Cheng2020Attention, JointAutoregressiveHierarchicalPriors
+
+        self.name = name
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network: Any = (
+                JointAutoregressiveHierarchicalPriors(192, 192)
+                if name == "mbt2018"
+                else Cheng2020Attention(192)
+            )
+        self.network = network.eval().to(memory_format=torch.channels_last)
+        last = network.entropy_parameters[-1]
+        channels = last.bias.numel() // 2
+        with torch.no_grad():
+            last.weight.mul_(0.1)
+            last.bias[:channels] = _gaussian_scale(bpp * 256 / channels)
+        network.update(force=True)
+        self.x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255)
+        height, width = (-(-side // 64) for side in pixels.shape[:2])
+        self.x = nn.functional.pad(
+            self.x, (0, 64 * width - pixels.shape[1], 0, 64 * height - pixels.shape[0])
+        )
+        self.shape = (height, width)
+        seen: list[Tensor] = []
+        hook = network.g_s.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        random = np.random.default_rng(0)
+        lengths = (16 * channels * height * width, 2 * channels * height * width)
+        words = [random.integers(0, 1 << 31, length, np.uint32) for length in lengths]
+        self.strings = [[w.tobytes()] for w in words]
+        self.decompress()
+        hook.remove()
+        self.y_hat = seen[0]
+        self.constant_channels = int(
+            (self.y_hat.amax((0, 2, 3)) == self.y_hat.amin((0, 2, 3))).sum()
+        )
+        self.strings = self.compress()
+
+    @property
+    def bpp(self) -> float:
+        """Bits per pixel of the streams."""
+        return 8 * sum(len(s) for one in self.strings for s in one) * 3 / self.x.numel()
+
+    @torch.inference_mode()
+    def decompress(self) -> Tensor:
+        """CompressAI's whole decoder."""
+        x_hat: Tensor = self.network.decompress(self.strings, self.shape)["x_hat"]
+        return x_hat
+
+    @torch.inference_mode()
+    def compress(self) -> list[list[bytes]]:
+        """CompressAI's whole encoder, g_a's result replaced by the drawn latents."""
+        hook = self.network.g_a.register_forward_hook(lambda *_: self.y_hat)
+        try:
+            strings: list[list[bytes]] = self.network.compress(self.x)["strings"]
+        finally:
+            hook.remove()
+        return strings
+
+    @torch.inference_mode()
+    def analyse(self) -> None:
+        """g_a alone."""
+        self.network.g_a(self.x)
+
+    @torch.inference_mode()
+    def synthesise(self) -> None:
+        """g_s alone."""
+        self.network.g_s(self.y_hat)
+
+    def entropy_only(self) -> "Peer":
+        """This peer without its transforms, from here on."""
+        self.network.g_a = _Constant(self.y_hat)
+        self.network.g_s = _Constant(self.x)
+        return self
+
+
+def _gaussian_scale(bits: float) -> float:
+    """The standard deviation at which a rounded Gaussian has so many bits of entropy."""
+
+    def entropy(scale: float) -> float:
+        edges = torch.arange(-60, 61, dtype=torch.float64) - 0.5
+        mass = torch.special.ndtr(edges / scale).diff()
+        return float(-(mass * mass.clamp(min=1e-300).log2()).sum())
+
+    low, high = 0.11, 10.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if entropy(middle) < bits else (low, middle)
+    return high
