@@ -112,7 +112,7 @@ def _actions(subject: Subject, folder: Path) -> Actions:
     height, width = subject.pixels.shape[:2]
     network = model.network
     x = torch.from_numpy(subject.pixels).permute(2, 0, 1)[None].float().div(255)
-    x = network.pad(x).contiguous(memory_format=torch.channels_last)
+    x = network.pad(x).contiguous(memory_format=model.layout)
     y_hat = model.dequantise(torch.from_numpy(latents.y)[None])
     file = folder / f"{len(subject.data)}-{subject.name}.tuc"
     file.write_bytes(subject.data)

@@ -9,7 +9,6 @@ import io
 import itertools
 import json
 import multiprocessing
-import os
 import shutil
 import statistics
 import subprocess

@@ -167,6 +167,9 @@ class _Constant(nn.Module):
 class Peer:
     """One of CompressAI's networks with random weights and y drawn from its own P at `bpp`.
 
+    The last layer of its entropy parameters says one Gaussian everywhere, from which y is drawn; every layer
+    runs as always.
+
     Attributes:
         name: of its rows.
         y_hat: N×M×h×w, what `decompress` finds in the streams.
@@ -188,29 +191,26 @@ class Peer:
         self.network = network.eval().to(memory_format=torch.channels_last)
         last = network.entropy_parameters[-1]
         channels = last.bias.numel() // 2
+        scale = _gaussian_scale(bpp * STRIDE**2 / channels)
         with torch.no_grad():
-            last.weight.mul_(0.1)
-            last.bias[:channels] = _gaussian_scale(bpp * 256 / channels)
+            last.weight.zero_()
+            last.bias[:channels], last.bias[channels:] = scale, 0
         network.update(force=True)
-        self.x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255)
         height, width = (-(-side // 64) for side in pixels.shape[:2])
-        self.x = nn.functional.pad(
-            self.x, (0, 64 * width - pixels.shape[1], 0, 64 * height - pixels.shape[0])
-        )
+        x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255)
+        self.x = nn.functional.pad(x, (0, 64 * width - x.shape[3], 0, 64 * height - x.shape[2]))
         self.shape = (height, width)
+        generator = torch.Generator().manual_seed(0)
+        y = torch.randn(1, channels, 4 * height, 4 * width, generator=generator)
+        self._y = y * scale
+        self.strings = self.compress()
         seen: list[Tensor] = []
         hook = network.g_s.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        random = np.random.default_rng(0)
-        lengths = (16 * channels * height * width, 2 * channels * height * width)
-        words = [random.integers(0, 1 << 31, length, np.uint32) for length in lengths]
-        self.strings = [[w.tobytes()] for w in words]
         self.decompress()
         hook.remove()
         self.y_hat = seen[0]
-        self.constant_channels = int(
-            (self.y_hat.amax((0, 2, 3)) == self.y_hat.amin((0, 2, 3))).sum()
-        )
-        self.strings = self.compress()
+        spread = self.y_hat.amax((0, 2, 3)) - self.y_hat.amin((0, 2, 3))
+        self.constant_channels = int((spread == 0).sum())
 
     @property
     def bpp(self) -> float:
@@ -226,7 +226,7 @@ class Peer:
     @torch.inference_mode()
     def compress(self) -> list[list[bytes]]:
         """CompressAI's whole encoder, g_a's result replaced by the drawn latents."""
-        hook = self.network.g_a.register_forward_hook(lambda *_: self.y_hat)
+        hook = self.network.g_a.register_forward_hook(lambda *_: self._y)
         try:
             strings: list[list[bytes]] = self.network.compress(self.x)["strings"]
         finally:
@@ -245,7 +245,7 @@ class Peer:
 
     def entropy_only(self) -> "Peer":
         """This peer without its transforms, from here on."""
-        self.network.g_a = _Constant(self.y_hat)
+        self.network.g_a = _Constant(self._y)
         self.network.g_s = _Constant(self.x)
         return self
 

@@ -29,7 +29,7 @@ from lightning_tucodec.errors import (
 from lightning_tucodec.nn import tiles
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.hyperprior import HYPER_STRIDE
-from lightning_tucodec.nn.transforms import STRIDE
+from lightning_tucodec.nn.transforms import STRIDE, TransformConfig
 
 STRIP_POSITIONS = 8192
 """A strip has about this many positions of y at most (2 megapixels): it bounds the memory of the entropy
@@ -109,6 +109,11 @@ def _scaled(positions: slice) -> slice:
     return slice(STRIDE * positions.start, STRIDE * positions.stop)
 
 
+def _layout(transform: TransformConfig) -> torch.memory_format:
+    """What is faster on CPUs: channels last, but not where pixels are folded first."""
+    return torch.channels_last if transform.fold == 1 else torch.contiguous_format
+
+
 def mark(pixels: NDArray[np.uint8], strips: Sequence[int]) -> list[tuple[int, int]]:
     """Overwrite damaged strips of an H×W×3 image with bars in magenta and black.
 
@@ -156,13 +161,19 @@ class TucModel:
     @cached_property
     def network(self) -> TucodecVAE:
         """The floating-point network (nn.Module) in eval mode."""
-        return self.file.network().to(memory_format=torch.channels_last).to(self.device)
+        network = self.file.network()
+        return network.to(memory_format=_layout(network.config.transform)).to(self.device)
+
+    @cached_property
+    def layout(self) -> torch.memory_format:
+        """How the activations of the network lie in memory."""
+        return _layout(self.network.config.transform)
 
     @cached_property
     def frozen_network(self) -> TucodecVAE:
         """The same network without gradients of its weights: what only moves latents needs no more."""
         network = self.file.network().requires_grad_(False)
-        return network.to(memory_format=torch.channels_last).to(self.device)
+        return network.to(memory_format=_layout(network.config.transform)).to(self.device)
 
     @cached_property
     def entropy_model(self) -> wavefront.EntropyModel:
@@ -187,7 +198,7 @@ class TucModel:
         def transform(rows: slice, columns: slice) -> Tensor:
             x = np.stack([pixels[_scaled(rows), _scaled(columns)] for pixels in images])
             x = torch.from_numpy(x).to(self.device).permute(0, 3, 1, 2).float().div_(255)
-            return self.network.g_a(self.network.pad(x))
+            return self.network.g_a(self.network.pad(x).contiguous(memory_format=self.layout))
 
         if height * width <= WHOLE_POSITIONS:
             return transform(slice(0, height), slice(0, width))
@@ -235,7 +246,8 @@ class TucModel:
 
     def dequantise(self, y: Tensor) -> Tensor:
         """ŷ, float32 N×M×h×w, of indices N×h×w×M."""
-        return self.centres[y].permute(0, 3, 1, 2)
+        y_hat = self.centres[y].permute(0, 3, 1, 2)
+        return y_hat.contiguous(memory_format=self.layout)
 
     def synthesise(self, y: NDArray[np.int32], width: int, height: int) -> NDArray[np.uint8]:
         """The H×W×3 image of the symbols y; what every decoder shows."""

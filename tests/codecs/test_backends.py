@@ -165,6 +165,7 @@ def test_a_batch_of_eight_gives_the_streams_of_single_images(name: str) -> None:
 def test_pixels_in_either_layout(name: str, layout: torch.memory_format) -> None:
     model = TucModel(tuc.load(name).file)
     model.network.to(memory_format=layout)
+    model.layout = layout
     _, data, symbols = golden(name)
     assert fingerprint(read(model, data)) == symbols
     shown = np.array(model.decompress(data)).astype(int)
