@@ -24,9 +24,9 @@ from lightning_tucodec.coding import categorical, rans, wavefront
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.coding.fixed_point import LIMIT, IntegerLinear
 from lightning_tucodec.images import read_image
-from tests.golden.make import FOLDER, fingerprint, read
+from tests.golden.make import FOLDER, fingerprint, names, read
 
-NAMES = sorted(tuc.models())
+NAMES = names()
 
 
 def golden(name: str) -> tuple[TucModel, bytes, str]:
