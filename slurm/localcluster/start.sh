@@ -66,8 +66,8 @@ SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
 CryptoType=crypto/munge
-# A requeued job waits until its old credential has expired: two minutes by default.
-AuthInfo=socket=$dir/socket/munge,cred_expire=3
+# A requeued job waits until its old credential has expired: by default two minutes, at least five seconds.
+AuthInfo=socket=$dir/socket/munge,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool-%n
 SlurmctldPidFile=$dir/slurmctld.pid

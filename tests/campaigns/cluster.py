@@ -229,20 +229,8 @@ class Subject:
 
     @property
     def job(self) -> str:
-        """Id of the task's job.
-
-        Raises:
-            RuntimeError: it has none.
-        """
-        job = self.box.queue(self.plan).get(self.task.name)
-        if job is None:
-            raise RuntimeError("the task's job is gone")
-        return f"{job.array}_{self.task.number}"
-
-    def step(self) -> int:
-        """The last step that was logged."""
-        rows = read_json_lines(self.run / "metrics.jsonl")
-        return max((row["opt_step"] for row in rows), default=0)
+        """Id of the task's newest job."""
+        return str(self.events("start")[-1]["job"])
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Lines of its attempts of a kind: start, end or lost."""
@@ -279,18 +267,26 @@ class Subject:
             RuntimeError: the task came to its end first.
         """
 
-        def reached() -> bool:
-            if self.plan.is_complete(self.task):
-                raise RuntimeError("the task was complete before it could be hit")
-            return self.step() >= step
+        def running() -> list[int] | None:
+            self._refuse_complete()
+            found = self.ranks() if self.events("start") else []
+            return found if len(found) == 2 else None
 
+        def reached() -> bool:
+            self._refuse_complete()
+            started = self.events("start")[-1]["time"]
+            rows = read_json_lines(self.run / "metrics.jsonl")
+            return bool(rows) and rows[-1]["opt_step"] >= step and rows[-1]["time"] > started
+
+        ranks = wait_for("both training processes", running, 0.3)
         wait_for(f"step {step} of {self.run}", reached, 0.02)
-        ranks = self.ranks()
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
-        if len(ranks) != 2:
-            raise RuntimeError(f"{len(ranks)} training processes instead of two")
-        return ranks
+        return list(ranks)
+
+    def _refuse_complete(self) -> None:
+        if self.plan.is_complete(self.task):
+            raise RuntimeError("the task was complete before it could be hit")
 
     def wait_end(self) -> int:
         """Wait until the running attempt has ended; its exit status."""
