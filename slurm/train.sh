@@ -77,10 +77,21 @@ else
     words=("${@:2}")
 fi
 
+# Each process runs under this. srun ends with the highest status of all, so it orders them by what the cause was:
+# 128 and more, a process was killed by itself; 100 + n, the program failed with n; 75, it was told to stop and saved
+# itself; 76, it was told to stop (as srun tells all when one has failed) and could not end well.
+# shellcheck disable=SC2016 # expanded where it runs
+process='trap "told=1" TERM; trap : USR1; told=0; "$@"; status=$?
+if ((status == 0 || status == 75)); then exit "$status"; fi
+if ((told)); then exit 76; fi
+if ((status < 28)); then exit $((100 + status)); fi
+if ((status < 128)); then exit 101; fi
+exit "$status"'
+
 shape=(--trainer.num_nodes "${SLURM_JOB_NUM_NODES:-1}" --trainer.devices "${SLURM_NTASKS_PER_NODE:-1}")
 [[ -z $SITE_ACCELERATOR ]] || shape+=(--trainer.accelerator "$SITE_ACCELERATOR")
-command=(srun --kill-on-bad-exit=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" "${tucodec[@]}" fit --config "$config"
-    "${shape[@]}" "${words[@]}")
+command=(srun --kill-on-bad-exit=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}"
+    bash -c "$process" train.sh "${tucodec[@]}" fit --config "$config" "${shape[@]}" "${words[@]}")
 if [[ ${#dry[@]} -gt 0 ]]; then
     printf '%q ' "${command[@]}"
     echo
@@ -100,8 +111,8 @@ if [[ -n $attempts ]]; then
     note start
     mine=$(tail -n 1 "$attempts")
 fi
-superseded() {
-    [[ -n $mine ]] && ! tail -n 3 "$attempts" | grep -qxF "$mine"
+superseded() { # Only another attempt writes after this one's start.
+    [[ -n $mine && $(tail -n 1 "$attempts") != "$mine" ]]
 }
 
 echo "train.sh: job $job, start $restarts, on ${SLURM_JOB_NODELIST:-this node}: $config"
@@ -128,19 +139,22 @@ wait "$step" || status=$?
 if ((stopping > 0)) || superseded; then
     exit 0
 fi
+if ((status == 76)); then
+    status=75
+elif ((status > 100 && status < 128)); then
+    status=$((status - 100))
+fi
 note end "$status"
-
-case $status in
-0) exit 0 ;;
-75) reason="saved itself" ;;
-# srun adds 128 to the signal that ended a task: KILL (out of memory, a node in trouble), TERM or USR1 before the
-# program could listen.
-137 | 138 | 143) reason="was killed" ;;
-*)
+if ((status == 0)); then
+    exit 0
+elif ((status == 75)); then
+    reason="was told to stop"
+elif ((status >= 128)); then
+    reason="was killed"
+else
     say "job $job ended with status $status"
     exit "$status"
-    ;;
-esac
+fi
 if ((restarts >= SITE_MAX_RESTARTS)); then
     say "job $job $reason, and was started again $restarts times: it stays down (SITE_MAX_RESTARTS)"
     exit 1

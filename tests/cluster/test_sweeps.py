@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.sweeps import Job, Plan, read_sweep, status, submit
-from tests.campaigns.cluster import REPOSITORY, write_recipe
+from tests.campaigns.cluster import REPOSITORY, wait_for, write_recipe
 
 STAGES: dict[str, Any] = {
     "mse": {"config": "recipe.yaml", "set": {"model.lmbda": 100.0}},
@@ -266,7 +267,9 @@ def test_launchers_show_what_they_would_do(
     [
         (0, 0, 0, ""),
         (1, 0, 1, "ended with status 1"),
-        (75, 0, 75, "saved itself; no scontrol here"),
+        (101, 0, 1, "ended with status 1"),
+        (75, 0, 75, "was told to stop; no scontrol here"),
+        (76, 0, 75, "was told to stop; no scontrol here"),
         (137, 0, 75, "was killed; no scontrol here"),
         (75, 100, 1, "stays down"),
     ],
@@ -311,3 +314,26 @@ def test_a_sweep_runs_here_stage_by_stage(
     assert config["run"]["init_from"] == f"{first}/checkpoints/last.ckpt"
     assert main(words) == 0
     assert "starts" not in capsys.readouterr().err
+
+
+def test_an_attempt_that_goes_on_elsewhere_ends(tmp_path: Path) -> None:
+    """As after a lost node whose processes live on: the new attempt has written a line of its own."""
+    attempts = tmp_path / "plan" / "attempts" / "one-0.jsonl"
+    (tmp_path / "plan" / "configs").mkdir(parents=True)
+    (tmp_path / "plan" / "configs" / "one-0.yaml").write_text("{}")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "srun").write_text("#!/bin/bash\nexec sleep 300\n")
+    (tools / "srun").chmod(0o755)
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "5"}
+    command = [str(REPOSITORY / "slurm" / "train.sh"), "--sweep", "plan", "one", "0"]
+    process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for("its start", lambda: attempts.exists() and attempts.read_text())
+    time.sleep(0.5)
+    assert process.poll() is None
+    with open(attempts, "a") as stream:
+        stream.write('{"event": "lost"}\n')
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "job 5 goes on elsewhere" in errors
+    assert len(attempts.read_text().splitlines()) == 2  # it has not added an end
