@@ -14,17 +14,18 @@ if [[ ! -f $dir/port ]]; then
     exit 1
 fi
 
-# A process belongs to the cluster when its environment names the cluster's configuration.
-members() {
-    local file
-    for file in /proc/[0-9]*/environ; do
-        if tr '\0' '\n' <"$file" 2>/dev/null | grep -qxF "SLURM_CONF=$dir/slurm.conf"; then
+# A process belongs to the cluster when its environment names the cluster's configuration. The caller's own shell may
+# have sourced the env file as well; what is to end is Slurm's own programs and what runs in jobs.
+members() { # members [daemons]: their process ids
+    local file name
+    while read -r file; do
+        name=$(cat "${file%/environ}/comm" 2>/dev/null) || continue
+        if [[ $name == @(slurmctld|slurmd|slurmstepd) ]] ||
+            { [[ ${1:-} != daemons ]] && grep -qz '^SLURM_JOB_ID=' "$file" 2>/dev/null; }; then
             file=${file%/environ}
-            # The caller's own shell may have sourced the cluster's env file.
-            [[ $(<"$file/comm") == @(slurmctld|slurmd|slurmstepd) ]] && echo "${file#/proc/}"
+            echo "${file#/proc/}"
         fi
-    done 2>/dev/null
-    return 0
+    done < <(grep -lzxF "SLURM_CONF=$dir/slurm.conf" /proc/[0-9]*/environ 2>/dev/null)
 }
 
 signal() { # signal NAME PID...
@@ -33,28 +34,17 @@ signal() { # signal NAME PID...
     [[ $# == 0 ]] || kill "-$name" "$@" 2>/dev/null || true
 }
 
-# Jobs first: their step daemons take the processes of the jobs along.
-if [[ -f $dir/slurm.conf ]] && SLURM_CONF=$dir/slurm.conf timeout 10 scancel --full --signal=KILL --state=RUNNING \
-    --user="$(id -un)" 2>/dev/null; then
-    SLURM_CONF=$dir/slurm.conf timeout 10 scancel --user="$(id -un)" 2>/dev/null || true
-fi
-for _ in $(seq 50); do
-    mapfile -t found < <(members)
-    steps=0
-    for process in "${found[@]}"; do
-        [[ $(cat "/proc/$process/comm" 2>/dev/null) == slurmstepd ]] && steps=1
-    done
-    [[ $steps == 1 ]] || break
-    sleep 0.2
-done
-mapfile -t found < <(members)
+mapfile -t found < <(members daemons)
 signal TERM "${found[@]}"
-[[ -f $dir/munge/pid ]] && signal TERM "$(<"$dir/munge/pid")"
-for _ in $(seq 50); do
+if [[ -f $dir/munge/pid ]]; then
+    signal TERM "$(<"$dir/munge/pid")"
+fi
+sleep 0.5
+for _ in $(seq 20); do
     mapfile -t found < <(members)
     [[ ${#found[@]} -gt 0 ]] || break
-    sleep 0.1
+    signal KILL "${found[@]}"
+    sleep 0.2
 done
-signal KILL "${found[@]}"
 rmdir "/tmp/.tucodec-localcluster-$(<"$dir/port")" 2>/dev/null || true
 rm -rf "$dir"
