@@ -62,7 +62,7 @@ class TrainingModule(pl.LightningModule):
 
     @property
     def logging_is_due(self) -> bool:
-        """Whether this training step's values are written: worth a mean over the ranks (`sync_dist`)."""
+        """Whether this training step's values are written: worth a mean over the ranks."""
         trainer = self.trainer
         every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         return trainer.world_size > 1 and (self.opt_step + 1) % every == 0

@@ -292,15 +292,16 @@ class VAE(CodecModule):
             output = self.network(x)
         terms = self.loss(output, x)
         self.images_seen += x.shape[0] * self.trainer.world_size
-        self.log_dict(
-            {
-                "train/loss": terms.loss.detach(),
-                "train/bpp": (terms.bpp_y + terms.bpp_z).detach(),
-                "train/bpp_z": terms.bpp_z.detach(),
-                "train/psnr": -10 * terms.mse.detach().log10(),
-            },
-            sync_dist=self.logging_is_due,
-        )
+        values = {
+            "train/loss": terms.loss,
+            "train/bpp": terms.bpp_y + terms.bpp_z,
+            "train/bpp_z": terms.bpp_z,
+            "train/psnr": -10 * terms.mse.log10(),
+        }
+        means = torch.stack([value.detach() for value in values.values()])
+        if self.logging_is_due:  # not by sync_dist: Lightning wants it the same in every step
+            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        self.log_dict(dict(zip(values, means, strict=True)))
         self.log("bpp", (terms.bpp_y + terms.bpp_z).detach(), prog_bar=True, logger=False)
         self.log("dB", -10 * terms.mse.detach().log10(), prog_bar=True, logger=False)
         return terms.loss

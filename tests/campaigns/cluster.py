@@ -206,9 +206,12 @@ class Subject:
         name: of its folder.
         config: configuration file of `tucodec fit`.
         disk: parent of the run folder; None: a folder of its own.
+        sets: more words for --set.
     """
 
-    def __init__(self, box: Box, name: str, config: Path, disk: Path | None = None) -> None:
+    def __init__(
+        self, box: Box, name: str, config: Path, disk: Path | None = None, sets: Sequence[str] = ()
+    ) -> None:
         self.box = box
         folder = box.work / name
         folder.mkdir()
@@ -217,7 +220,9 @@ class Subject:
         sweep.write_text(
             yaml.safe_dump({"name": "one", "stages": {"run": {"config": str(config)}}})
         )
-        words = ("--out", folder / "sweeps", "--set", f"run.runs_dir={self.disk}")
+        words: list[object] = ["--out", folder / "sweeps"]
+        for text in (f"run.runs_dir={self.disk}", *sets):
+            words += ["--set", text]
         self.plan = Plan.open(Path(box.tucodec("sweep", "submit", sweep, *words)))
         self.task = next(iter(self.plan.tasks.values()))
 
