@@ -1,5 +1,6 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writing files so that nobody ever sees half of one, and reading what was appended to."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,19 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """All complete lines of a file of JSON lines, without one cut short by a kill; none if it is missing."""
+    rows = []
+    path = Path(path)
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
 
 
 def _umask() -> int:

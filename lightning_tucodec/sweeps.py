@@ -34,7 +34,7 @@ from typing import Any
 import yaml
 
 from lightning_tucodec.errors import ConfigError, ExternalToolError
-from lightning_tucodec.files import atomic_write
+from lightning_tucodec.files import atomic_write, read_json_lines
 
 Config = dict[str, Any]
 
@@ -258,9 +258,7 @@ class Plan:
 
     def attempts(self, task: Task) -> list[dict[str, Any]]:
         """Starts and ends of the task's jobs."""
-        from lightning_tucodec.training.runs import read_metrics
-
-        return read_metrics(self.file("attempts", task, ".jsonl"))
+        return read_json_lines(self.file("attempts", task, ".jsonl"))
 
     def is_complete(self, task: Task) -> bool:
         """Whether its last job ended well."""
@@ -540,8 +538,6 @@ def status(plan: Plan, jobs: dict[str, Job] | None) -> list[Row]:
 
 
 def _row(plan: Plan, task: Task, job: Job | None, known: bool) -> Row:
-    from lightning_tucodec.training.runs import read_metrics
-
     attempts = plan.attempts(task)
     starts = sum(row["event"] == "start" for row in attempts)
     ended = attempts[-1]["status"] if attempts and attempts[-1]["event"] == "end" else None
@@ -561,7 +557,7 @@ def _row(plan: Plan, task: Task, job: Job | None, known: bool) -> Row:
     else:
         state = "planned"
     folder = plan.run_folder(task)
-    metrics = read_metrics(folder / "metrics.jsonl") if folder else []
+    metrics = read_json_lines(folder / "metrics.jsonl") if folder else []
     bpp, psnr = _newest(metrics, "bpp"), _newest(metrics, "psnr")
     config = next(
         (p for part in ("configs", "waiting") if (p := plan.file(part, task, ".yaml")).exists()),

@@ -30,9 +30,8 @@ import torch
 import yaml
 from PIL import Image
 
-from lightning_tucodec.files import atomic_write
+from lightning_tucodec.files import atomic_write, read_json_lines
 from lightning_tucodec.sweeps import Job, Plan, queued
-from lightning_tucodec.training.runs import read_metrics
 from tests.support import MICRO, PHOTOS, photo
 
 REPOSITORY = Path(__file__).parents[2]
@@ -281,7 +280,7 @@ class Subject:
         def reached() -> bool:
             self._refuse_complete()
             started = self.events("start")[-1]["time"]
-            rows = read_metrics(self.run / "metrics.jsonl")
+            rows = read_json_lines(self.run / "metrics.jsonl")
             return bool(rows) and rows[-1]["opt_step"] >= step and rows[-1]["time"] > started
 
         ranks = wait_for("both training processes", running, 0.3)
@@ -512,7 +511,7 @@ def difference(straight: Path, hit: Path) -> str:
         if not _same(*(state[part] for state in states)):
             return part
     rows = [
-        [{k: v for k, v in row.items() if k != "time"} for row in read_metrics(run / "metrics.jsonl")]
+        [{k: v for k, v in row.items() if k != "time"} for row in read_json_lines(run / "metrics.jsonl")]
         for run in (straight, hit)
     ]  # fmt: skip
     return "" if rows[0] == rows[1] else "metrics"
