@@ -12,8 +12,11 @@ import yaml
 
 from lightning_tucodec.codecs.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.models import SUFFIX
+from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
+from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
+from lightning_tucodec.training.postfilter import averaged_weights
 from lightning_tucodec.training.runs import RunFolder, network_weights
 from lightning_tucodec.training.tracking import read_metrics
 
@@ -44,6 +47,11 @@ def export(run: Path, name: str, extra: dict[str, Any]) -> ModelFile:
             raise ConfigError(f"{run}: {error.strerror}") from None
         folder = run.parent.parent
     state = content["tucodec"]
+    if "postfilter" in state:
+        filter_network = PostFilter(PostFilterConfig(**state["postfilter"]))
+        filter_network.load_state_dict(averaged_weights(content))
+        card = {"recipe": "postfilter", **_card(folder, state), **extra}
+        return FilterModel.freeze(filter_network, name, card).file
     network = TucodecVAE(config_from_dict(state["codec"]))
     network.load_state_dict(network_weights(content))
     return freeze(network.eval(), name, {**_card(folder, state), **extra})
@@ -52,7 +60,9 @@ def export(run: Path, name: str, extra: dict[str, Any]) -> ModelFile:
 def _card(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     """What the run itself knows of the model."""
     card: dict[str, Any] = {
-        key: state[key] for key in ("recipe", "lmbda", "convention", "opt_step", "images_seen")
+        key: state[key]
+        for key in ("recipe", "lmbda", "convention", "size", "opt_step", "images_seen")
+        if key in state
     }
     rows = [r for r in read_metrics(folder / "metrics.jsonl") if r["opt_step"] <= state["opt_step"]]
     if rows:
@@ -65,6 +75,13 @@ def _card(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         card["training_loss"] = {
             "first": round(losses[0], 4),
             "last_ten_mean": round(sum(losses[-10:]) / len(losses[-10:]), 4),
+        }
+    gains = [row for row in rows if "val/gain" in row]
+    if gains:
+        card["validation"] = {
+            name.removeprefix("val/"): round(value, 4)
+            for name, value in gains[-1].items()
+            if name.startswith("val/")
         }
     validations = [row for row in rows if "val/bpp" in row]
     if validations:

@@ -1,7 +1,6 @@
 """TucodecVAE as a LightningModule: the MSE and the MS-SSIM recipe."""
 
 import dataclasses
-import math
 import sys
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from lightning_tucodec.training.module import NonFiniteLossError, TrainingModule
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.optimizers import muon_adam
 from lightning_tucodec.training.runs import initial_weights, load_checkpoint, network_weights
+from lightning_tucodec.training.schedules import warmup_cosine
 
 
 def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> CodecConfig:
@@ -117,13 +117,14 @@ class CodecModule(TrainingModule):
 
     def learning_rate(self, step: int, max_steps: int) -> float:
         """Learning rate of the optimiser step that follows `step` steps."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        start = self.decay_start * max_steps
-        if step < start:
-            return self.lr
-        progress = min(1.0, (step - start) / max(1.0, max_steps - start))
-        return self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+        return warmup_cosine(
+            step,
+            max_steps,
+            lr=self.lr,
+            final_lr=self.final_lr,
+            warmup_steps=self.warmup_steps,
+            decay_start=self.decay_start,
+        )
 
     def on_fit_start(self) -> None:
         """Check what can be known before any time is spent."""

@@ -1,0 +1,260 @@
+"""PostFilter as a LightningModule, and its data: pre-coded patches."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_tucodec.codecs.models import SUFFIX, load_filter
+from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.nn.postfilter import SIZES, DecodedPicture, PostFilter, PostFilterConfig
+from lightning_tucodec.training.data import PatchDataModule
+from lightning_tucodec.training.module import NonFiniteLossError, TrainingModule
+from lightning_tucodec.training.optimizers import muon_adam
+from lightning_tucodec.training.precoded import PrecodedBatches, PrecodedSamples
+from lightning_tucodec.training.schedules import warmup_cosine
+
+_FLOOR = 2e-5
+"""Added to squared errors in the loss; 47 dB, beyond which nothing needs to be gained."""
+
+AVERAGED = "averaged."
+"""Prefix of the averaged network in a checkpoint's state."""
+
+
+def resolve_size(size: str, overrides: dict[str, Any] | None = None) -> PostFilterConfig:
+    """A size with some fields replaced.
+
+    Raises:
+        ConfigError: unknown size or field.
+    """
+    if size not in SIZES:
+        raise ConfigError(f"size {size!r} is unknown; choose one of {sorted(SIZES)}")
+    try:
+        return PostFilterConfig(**{**vars(SIZES[size]), **(overrides or {})})
+    except TypeError as error:
+        raise ConfigError(f"network: {error}") from None
+
+
+class PostFilterModule(TrainingModule):
+    """Trains a PostFilter, and keeps an exponential moving average of its weights.
+
+    The loss of a crop is its squared error in RGB over that of the plain conversion. So it begins at
+    one, every crop counts alike whatever its texture and QP, and descent raises the mean of the
+    crops' PSNR gains, which is what is measured, rather than the PSNR of the worst ones.
+
+    Args:
+        size: of the network, see `nn.postfilter.SIZES`.
+        network: replaced fields of the size.
+        lr: learning rate on the plateau (Muon for the residual blocks, Adam for the rest).
+        final_lr: learning rate at the end.
+        warmup_steps: length of the warm-up.
+        decay_start: fraction of `max_steps` at which the cosine begins.
+        clip_norm: gradients are scaled down to this norm.
+        ema: share of the old average that a step keeps, once the average is old enough.
+    """
+
+    def __init__(
+        self,
+        size: str = "fast",
+        network: dict[str, Any] | None = None,
+        lr: float = 2e-3,
+        final_lr: float = 0.0,
+        warmup_steps: int = 30,
+        decay_start: float = 0.5,
+        clip_norm: float = 1.0,
+        ema: float = 0.998,
+    ) -> None:
+        super().__init__()
+        try:
+            self.network = PostFilter(resolve_size(size, network))
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"no network has this shape ({error}): {network}") from None
+        self.network.to(memory_format=torch.channels_last)
+        self.averaged = copy.deepcopy(self.network).requires_grad_(False)
+        self.size, self.decay = size, ema
+        self.lr, self.final_lr = lr, final_lr
+        self.warmup_steps, self.decay_start = warmup_steps, decay_start
+        self.clip_norm = clip_norm
+        self.validation_rows: list[dict[str, float]] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Muon for the residual blocks, Adam for the rest."""
+        return muon_adam(self.network, ("body",), self.lr)
+
+    def warm_start(self, source: str) -> None:
+        """Take over the averaged weights of a checkpoint, or those of an exported filter.
+
+        Raises:
+            ConfigError: the source is of another network.
+        """
+        try:
+            if source.endswith(".ckpt"):
+                content = torch.load(source, map_location="cpu", weights_only=True)
+                weights = averaged_weights(content)
+            else:
+                weights = load_filter(source).network.state_dict()
+            self.network.load_state_dict(weights)
+        except (OSError, KeyError, RuntimeError, TucodecError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"run.init_from {source}: {reason} (a .ckpt or a {SUFFIX})") from None
+        self.averaged.load_state_dict(self.network.state_dict())
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Set the step's learning rate."""
+        rate = warmup_cosine(
+            self.opt_step,
+            self.max_steps,
+            lr=self.lr,
+            final_lr=self.final_lr,
+            warmup_steps=self.warmup_steps,
+            decay_start=self.decay_start,
+        )
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Relative squared error of one batch of crops."""
+        picture = _picture(batch)
+        filtered = _errors(self.network(picture), batch["image"])
+        plain = _errors(picture.plain, batch["image"])
+        ratio = (filtered + _FLOOR) / (plain + _FLOOR)
+        loss = ratio.mean()
+        self.images_seen += len(ratio) * self.trainer.world_size
+        gain = -10 * ratio.detach().log10().mean()
+        self.log_dict({"train/loss": loss.detach(), "train/gain": gain})
+        self.log("gain", gain, prog_bar=True, logger=False)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip, and log what came in.
+
+        Raises:
+            NonFiniteLossError: before the step, so that weights and optimiser are still sound.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        if not torch.isfinite(norm):
+            raise NonFiniteLossError(self.opt_step)
+        self.log("train/grad_norm", norm)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The average follows; while it is young it forgets faster."""
+        weight = 1 - min(self.decay, self.opt_step / (self.opt_step + 10))
+        pairs = zip(self.averaged.parameters(), self.network.parameters(), strict=True)
+        for average, own in pairs:
+            average.lerp_(own, weight)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation's numbers."""
+        self.validation_rows = []
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """PSNR of the averaged network and of the plain conversion on 8-bit patches."""
+        picture = _picture(batch)
+        shown = self.averaged(picture)
+        errors = [_errors(_eight_bits(x), batch["image"]) for x in (shown, picture.plain)]
+        for index, qp, filtered, plain in zip(batch["index"], picture.qp, *errors, strict=True):
+            values = [-10 * math.log10(max(float(error), 1e-7)) for error in (filtered, plain)]
+            self.validation_rows.append(
+                {"index": float(index), "qp": float(qp), "psnr": values[0], "plain": values[1]}
+            )
+
+    def on_validation_epoch_end(self) -> None:
+        """Mean PSNR and gain, of all patches and by QP."""
+        self._log_means("val")
+
+    def on_test_epoch_start(self) -> None:
+        """A test is a validation under another name."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """See `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Mean PSNR and gain."""
+        self._log_means("test")
+
+    def _log_means(self, stage: str) -> None:
+        gathered: list[list[dict[str, float]]] = [self.validation_rows]
+        if self.trainer.world_size > 1:
+            gathered = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, self.validation_rows)
+        # Ranks are padded with repeats, which the index removes again.
+        by_index = {row["index"]: row for rows in gathered for row in rows}
+        rows = [by_index[index] for index in sorted(by_index)]
+        gains = [row["psnr"] - row["plain"] for row in rows]
+        means = {
+            "psnr": sum(row["psnr"] for row in rows) / len(rows),
+            "gain": sum(gains) / len(rows),
+            "better": sum(gain > 0 for gain in gains) / len(rows),
+        }
+        for qp in sorted({row["qp"] for row in rows}):
+            own = [gain for gain, row in zip(gains, rows, strict=True) if row["qp"] == qp]
+            means[f"gain_qp{qp:g}"] = sum(own) / len(own)
+        self.log_dict({f"{stage}/{k}": v for k, v in means.items()}, rank_zero_only=True)
+
+    def describe(self) -> dict[str, Any]:
+        """The network's shape and what marks it as a post-filter."""
+        return {"postfilter": dict(vars(self.network.config)), "size": self.size}
+
+
+def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """State of the averaged network inside a checkpoint of `PostFilterModule`, by its own names."""
+    return {
+        name.removeprefix(AVERAGED): value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith(AVERAGED)
+    }
+
+
+class PrecodedDataModule(PatchDataModule):
+    """Training crops from pre-coded shards, validation on all patches of others.
+
+    Args:
+        shards: folder made by `tucodec shards precode`.
+        batch_size: the global batch, over all ranks.
+        crop: side of the random crop, even; None takes whole patches.
+        num_workers: decoding processes per rank.
+        seed: decides order and augmentation.
+        val_images: pre-coded shards of photographs that are held out.
+        flip: mirror half of the patches left to right.
+    """
+
+    batches_class = PrecodedBatches
+
+    def __init__(
+        self,
+        shards: str,
+        batch_size: int,
+        crop: int | None = 96,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_images: str | None = None,
+        flip: bool = True,
+    ) -> None:
+        super().__init__(shards, batch_size, crop, num_workers, seed, val_images, flip)
+
+    def val_dataloader(self) -> Any:
+        """All patches, in batches with the fields of `PrecodedBatches`."""
+        if self.val_images is None:
+            return []
+        return DataLoader(PrecodedSamples(self.val_images, *self._place()), batch_size=None)
+
+
+def _picture(batch: dict[str, Tensor]) -> DecodedPicture:
+    return DecodedPicture(*(batch[name] for name in DecodedPicture._fields))
+
+
+def _errors(x: Tensor, original: Tensor) -> Tensor:
+    """Mean squared error of each image."""
+    return (x - original).square().flatten(1).mean(1)
+
+
+def _eight_bits(x: Tensor) -> Tensor:
+    """What a decoder shows."""
+    return (x.clamp(0, 1) * 255).round() / 255

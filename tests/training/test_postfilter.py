@@ -1,0 +1,66 @@
+"""The post-filter's recipe: trains, goes on where it stopped, exports the averaged weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from skimage.data import astronaut
+
+from data_pipelines.precode_vvc import PrecodeOptions, precode
+from lightning_tucodec.cli import main
+from lightning_tucodec.codecs.h266 import H266
+from lightning_tucodec.training.postfilter import averaged_weights
+
+RECIPE = Path(__file__).parents[2] / "experiments" / "tucodecpsnr_postfilter.yaml"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "photos").mkdir()
+    Image.fromarray(astronaut()[40:137, 150:247]).save(folder / "photos" / "one.png")
+    options = PrecodeOptions(
+        ("vvc:qp=40,preset=faster,colour=orthonormal",), per_photo=1, patch=32, shard_size=5
+    )
+    precode([str(folder / "photos")], str(folder / "out"), options)
+    return folder / "out"
+
+
+def words(folder: Path, shards: Path, steps: int) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    values = yaml.safe_load(RECIPE.read_text())
+    values["run"].update(runs_dir=str(folder / "runs"))
+    values["model"]["init_args"].update(
+        network={"channels": 8, "blocks": 1}, warmup_steps=2, lr=5e-3
+    )
+    values["data"]["init_args"].update(
+        shards=str(shards), val_images=str(shards), batch_size=4, crop=32
+    )
+    values["trainer"].update(max_steps=60, val_check_interval=20, log_every_n_steps=10)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return ["fit", "--config", str(path), "--trainer.max_steps", str(steps)]
+
+
+def test_it_learns_and_exports(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(words(tmp_path / "run", shards, 60)) == 0
+    (folder,) = (tmp_path / "run" / "runs").iterdir()
+    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    gains = [yaml.safe_load(row)["val/gain"] for row in (folder / "metrics.jsonl").read_text()
+             .splitlines() if "val/gain" in row]  # fmt: skip
+    assert len(gains) == 3
+    assert gains[-1] > max(0.01, gains[0])
+    file = tmp_path / "models" / "mine.safetensors"
+    assert main(["export", str(folder), "-o", str(file)]) == 0
+    monkeypatch.setenv("TUCODEC_MODELS", str(tmp_path / "models"))
+    model = H266(40, filter="mine").model()
+    assert model is not None
+    assert model.card["validation"]["gain"] == round(gains[-1], 4)
+    for name, value in averaged_weights(content).items():
+        exported = model.network.state_dict()[name]
+        assert np.allclose(exported, value, rtol=1e-3, atol=1e-6), name
