@@ -15,7 +15,7 @@ function drawCharts() {
   for (const div of document.querySelectorAll(".plot")) {
     const chart = data.charts[div.dataset.chart];
     const traces = chart.traces.map((trace) => {
-      const points = trace.colour !== null && chart.part === "rd";
+      const points = trace.colour !== null && (chart.part === "rd" || trace.x.length < 3);
       const own = trace.colour === null ? soft : palette[trace.colour % palette.length];
       return {
         name: trace.name, x: trace.x, y: trace.y, type: "scatter", mode: points ? "lines+markers" : "lines",
