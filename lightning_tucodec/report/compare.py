@@ -109,10 +109,12 @@ def choose_anchor(entries: Sequence[Entry], name: str | None) -> str | None:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
+    """Nested mappings as one, with dotted names; jsonargparse's `init_args` are left out of them."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping) and value:
+        if key == "init_args" and isinstance(value, Mapping):
+            flat.update(flatten(value, prefix))
+        elif isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -133,14 +135,22 @@ def complexity(config: Mapping[str, Any]) -> tuple[float, float, float, float] |
     from lightning_tucodec.nn.complexity import of_network
     from lightning_tucodec.training.vae import resolve_codec
 
-    model = config.get("model")
-    if not isinstance(model, Mapping) or "preset" not in model:
+    model = _model(config)
+    if "preset" not in model:
         return None
     try:
         network = TucodecVAE(resolve_codec(model["preset"], model.get("codec"))).eval()
     except (ConfigError, TypeError, ValueError, RuntimeError):
         return None  # a run of another version of this package
     return of_network("", network)[1:]
+
+
+def _model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a run's model."""
+    from lightning_tucodec.training.runs import arguments
+
+    is_known = isinstance(config.get("model"), Mapping)
+    return arguments(dict(config), "model") if is_known else {}
 
 
 def _model_complexity(name: str) -> tuple[float, float, float, float] | None:
@@ -332,14 +342,14 @@ def _cost_tables(material: Material) -> list[Table]:
         # Gaps of more than ten minutes are pauses between two sittings, not training.
         hours = sum(g for g in np.diff(times).tolist() if 0 < g < 600) / 3600 if times else None
         last = max((row.get("opt_step") or 0 for row in run.metrics), default=0)
-        model = run.config.get("model") or {}
+        model = _model(run.config)
         trainings.append(
             [
                 run.name,
                 *([_cell(v, 1) for v in counts] if counts else empty),
                 (last, f"{last:,}".replace(",", " ")),
                 _cell(hours, 2),
-                f"{model.get('recipe', '')} λ={model.get('lmbda', '')}" if model else "",
+                f"{model.get('recipe', '')} λ={model['lmbda']}" if "lmbda" in model else "",
             ]
         )
     if trainings:

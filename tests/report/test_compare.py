@@ -105,6 +105,8 @@ def test_a_run_counts_its_real_files(tmp_path: Path) -> None:
 
 
 def test_flatten() -> None:
+    model = {"class_path": "VAE", "init_args": {"lmbda": 1}}
+    assert flatten({"model": model}) == {"model.class_path": "VAE", "model.lmbda": 1}
     assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [2]}) == {"a.b.c": 1, "a.d": {}, "e": [2]}
 
 
@@ -234,7 +236,9 @@ def test_a_bit_map_adds_up_to_the_estimate() -> None:
 def test_complexity_is_that_of_bench() -> None:
     from lightning_tucodec.bench.complexity import of_preset
 
-    assert complexity({"model": {"preset": "tiny", "codec": None}}) == of_preset("tiny")[1:]
+    arguments = {"preset": "tiny", "codec": None}
+    for model in (arguments, {"class_path": "VAE", "init_args": arguments}):
+        assert complexity({"model": model}) == of_preset("tiny")[1:]
     assert complexity({"model": {"preset": "of another version"}}) is None
     assert complexity({"model": {}}) is None
 
