@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import Tensor
 
+from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.discriminator import Verdict
 from lightning_tucodec.training.data import PatchDataModule
@@ -24,7 +26,7 @@ from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.runs import network_weights
 from lightning_tucodec.training.tracking import JsonlLogger, read_metrics
 from tests.support import MICRO
-from tests.training.test_fit import same
+from tests.training.test_fit import config, runs, same, state, without_time, write
 
 CROP, BATCH = 32, 4
 
@@ -444,3 +446,42 @@ def test_two_processes_stay_one_and_resume(tmp_path: Path, shard_folder: Path) -
     assert not (tmp_path / "killed-0.pt").exists()
     for rank in range(2):
         assert same(result("straight", rank), result("resumed", rank))
+
+
+def test_fit_stops_and_resumes_the_game(
+    tmp_path: Path, shard_folder: Path, val_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By signal, in the middle of a phase: weights, both optimisers, gate and metric lines, to the bit."""
+
+    def words(name: str) -> list[str]:
+        (tmp_path / name).mkdir()
+        values = config(tmp_path / name, shard_folder, MICRO, steps=12)
+        options = {"gate_lower": 0.55, "gate_upper": 0.6, "discriminator_widths": [8, 8],
+                   "discriminator_lr": 1e-3, "recipe": "transparent", "lmbda": 256.0}  # fmt: skip
+        path = "lightning_tucodec.training.gan.GANCodec"
+        values["model"] = {"class_path": path, "init_args": values["model"] | options}
+        values["data"]["val_images"] = str(val_folder)
+        values["trainer"]["log_every_n_steps"] = 3
+        return ["fit", "--config", write(tmp_path / name, values)]
+
+    assert main(words("straight")) == 0
+    stopped = words("stopped")
+    rules = GANCodec._keep_rules
+
+    def interrupt(self: GANCodec, means: dict[str, float], turn: Turn) -> None:
+        rules(self, means, turn)
+        if self.opt_step == 6 and turn.codec:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GANCodec, "_keep_rules", interrupt)
+        assert main(stopped) == 75
+    (folder,) = runs(tmp_path / "stopped")
+    assert state(folder)["tucodec"]["opt_step"] == 7
+    assert main(stopped) == 0
+    (straight,) = runs(tmp_path / "straight")
+    for part in ("state_dict", "optimizer_states", "tucodec"):
+        assert same(state(straight)[part], state(folder)[part]), part
+    rows = [without_time(read_metrics(f / "metrics.jsonl")) for f in (straight, folder)]
+    assert rows[0] == rows[1]
+    assert [row["opt_step"] for row in rows[0] if "train/loss" in row] == [3, 6, 9, 12]
