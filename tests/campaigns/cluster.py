@@ -82,7 +82,12 @@ class Box:
         self.cluster, self.work = folder / "slurm", folder / "work"
         self.work.mkdir(parents=True)
         start = REPOSITORY / "slurm" / "localcluster" / "start.sh"
-        subprocess.run([start, self.cluster, str(nodes)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [start, self.cluster, str(nodes)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "FINISH": "60"},
+        )
         for name in ("slurm", "experiments"):
             (self.work / name).symlink_to(REPOSITORY / name)
         python = shlex.join([sys.executable, "-m", "lightning_tucodec.cli"])
@@ -294,10 +299,14 @@ class Subject:
             raise RuntimeError("the task was complete before it could be hit")
 
     def wait_end(self) -> int:
-        """Wait until the running attempt has ended; its exit status."""
+        """Wait until the running attempt has ended; its exit status, -1 if it was killed before it could say."""
         count = len(self.events("start"))
-        wait_for("an attempt's end", lambda: len(self.events("end")) >= count)
-        return int(self.events("end")[-1]["status"])
+        ends = wait_for(
+            "an attempt's end",
+            lambda: len(e := [*self.events("end"), *self.events("lost")]) >= count and e,
+        )
+        last = max(ends, key=lambda row: row["time"])
+        return int(last["status"]) if last["event"] == "end" else -1
 
     def keep_going(self, starts: int) -> None:
         """Wait for the start after `starts` earlier ones; submit again if the job is gone."""
