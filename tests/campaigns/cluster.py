@@ -299,7 +299,7 @@ class Subject:
             raise RuntimeError("the task was complete before it could be hit")
 
     def wait_end(self) -> int:
-        """Wait until the running attempt has ended; its exit status, -1 if it was killed before it could say."""
+        """Wait until the running attempt has ended; its exit status, -1 if killed before it could say."""
         count = len(self.events("start"))
         ends = wait_for(
             "an attempt's end",
