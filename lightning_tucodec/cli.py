@@ -174,7 +174,7 @@ def _register_evaluate(subparsers: Any) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="further measures: vmaf, xpsnr, flip, ssimulacra2",
+        help="further measures: vmaf, xpsnr, flip, ssimulacra2, lpips, dists",
     )
     parser.add_argument("--json", action="store_true")
 

@@ -1,13 +1,15 @@
 """Perceptual measures that need no download: VMAF, XPSNR, FLIP, SSIMULACRA 2.
 
 VMAF and XPSNR are the filters of the ffmpeg in imageio-ffmpeg; FLIP and SSIMULACRA 2 come from PyPI
-(`pip install 'lightning-tucodec[perceptual]'`). All compare 8-bit RGB images, one number a pair.
+(`pip install 'lightning-tucodec[perceptual]'`). LPIPS and DISTS are there for those who have torchvision's
+weights of AlexNet and VGG-16 in PyTorch's cache. All compare 8-bit RGB images, one number a pair.
 """
 
 import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,9 @@ from numpy.typing import NDArray
 from lightning_tucodec.codecs import ffmpeg
 from lightning_tucodec.errors import ConfigError, ExternalToolError
 from lightning_tucodec.images import write_png
+
+if TYPE_CHECKING:
+    import torch
 
 Image = NDArray[np.uint8]
 
@@ -57,11 +62,55 @@ def ssimulacra2(original: Image, decoded: Image) -> float:
         return float(compute_ssimulacra2(*map(str, paths)))
 
 
+def lpips(original: Image, decoded: Image) -> float:
+    """LPIPS with AlexNet, lower is better (Zhang et al., CVPR 2018); at least 31 pixels a side."""
+    from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
+
+    _need_weights("LPIPS", "AlexNet_Weights")
+    images = (_planes(image) for image in (decoded, original))
+    return float(
+        learned_perceptual_image_patch_similarity(*images, net_type="alex", normalize=True)
+    )
+
+
+def dists(original: Image, decoded: Image) -> float:
+    """DISTS, lower is better (Ding et al., PAMI 2020)."""
+    from torchmetrics.functional.image.dists import deep_image_structure_and_texture_similarity
+
+    _need_weights("DISTS", "VGG16_Weights")
+    images = (_planes(image) for image in (decoded, original))
+    return float(deep_image_structure_and_texture_similarity(*images))
+
+
+def _planes(image: Image) -> "torch.Tensor":
+    """1×3×H×W in [0, 1]."""
+    import torch
+
+    return torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+
+
+def _need_weights(measure: str, name: str) -> None:
+    """Refuse to go on where torchvision would start a download.
+
+    Raises:
+        ConfigError: its file is not in PyTorch's cache.
+    """
+    import torch
+    import torchvision
+
+    url = getattr(torchvision.models, name).DEFAULT.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        raise ConfigError(f"{measure} needs {path}, which this command does not fetch ({url})")
+
+
 MEASURES: dict[str, Callable[[Image, Image], float]] = {
     "vmaf": vmaf,
     "xpsnr": xpsnr,
     "flip": flip,
     "ssimulacra2": ssimulacra2,
+    "lpips": lpips,
+    "dists": dists,
 }
 
 DEFINITIONS = {
@@ -69,6 +118,8 @@ DEFINITIONS = {
     "xpsnr": "XPSNR of BT.709 luma, dB; mean over images; higher is better",
     "flip": "mean LDR-FLIP at 67 pixels a degree; mean over images; lower is better",
     "ssimulacra2": "SSIMULACRA 2; mean over images; higher is better",
+    "lpips": "LPIPS with AlexNet; mean over images; lower is better",
+    "dists": "DISTS; mean over images; lower is better",
 }
 
 

@@ -87,3 +87,17 @@ def test_evaluate_prints_them_and_measures_only_what_is_lacking(
     assert content["sets"][0]["xpsnr"] == content["rows"][0]["xpsnr"]
     assert cli.main([*words, "--metrics", "mos"]) == 1
     assert "'mos' is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "file"), [("lpips", "alexnet"), ("dists", "vgg16")])
+def test_weights_are_never_fetched(
+    name: str,
+    file: str,
+    tmp_path: Path,
+    portrait: NDArray[np.uint8],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"needs {tmp_path}.*{file}"):
+        MEASURES[name](portrait, portrait)
+    assert list(tmp_path.iterdir()) == []
