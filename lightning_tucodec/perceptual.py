@@ -78,8 +78,8 @@ def dists(original: Image, decoded: Image) -> float:
     from torchmetrics.functional.image.dists import deep_image_structure_and_texture_similarity
 
     _need_weights("DISTS", "VGG16_Weights")
-    images = (_planes(image) for image in (decoded, original))
-    return float(deep_image_structure_and_texture_similarity(*images))
+    x_hat, x = _planes(decoded), _planes(original)
+    return float(deep_image_structure_and_texture_similarity(x_hat, x))
 
 
 def _planes(image: Image) -> "torch.Tensor":
