@@ -67,9 +67,9 @@ def lpips(original: Image, decoded: Image) -> float:
     from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
     _need_weights("LPIPS", "AlexNet_Weights")
-    images = (_planes(image) for image in (decoded, original))
+    x_hat, x = _planes(decoded), _planes(original)
     return float(
-        learned_perceptual_image_patch_similarity(*images, net_type="alex", normalize=True)
+        learned_perceptual_image_patch_similarity(x_hat, x, net_type="alex", normalize=True)
     )
 
 
