@@ -195,7 +195,7 @@ class Checkpointing(pl.Callback):
         self.writer, self.preemption, self.run_id = writer, preemption, run_id
         self.seconds = 60 * minutes
         self.rng: list[dict[str, Any]] | None = None
-        self._rng_after_step: dict[str, Any] | None = None
+        self._rng_after_step: dict[str, Any] = {}
         self._saved_at = 0.0
         self._saved_step = -1
 
@@ -241,7 +241,7 @@ class Checkpointing(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """A validation draws no training noise: a run that goes on after it starts from before it."""
-        if self._rng_after_step is not None:
+        if self._rng_after_step:  # none where there is only a validation
             restore_rng(self._rng_after_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

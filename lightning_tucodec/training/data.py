@@ -337,6 +337,11 @@ class WholeImages(Dataset[dict[str, Any]]):
         }
 
 
+def in_order(dataset: Dataset[Any]) -> DataLoader[Any]:
+    """One item a batch. Starting it draws nothing from the global generator, which the run goes on with."""
+    return DataLoader(dataset, batch_size=None, generator=torch.Generator())
+
+
 class PatchDataModule(pl.LightningDataModule):
     """Training patches from shards, validation on whole images.
 
@@ -432,7 +437,7 @@ class PatchDataModule(pl.LightningDataModule):
         """Whole images: image float32 1×3×H×W, index int64 1; see `WholeImages` on repeats."""
         if self.val_images is None:
             return []
-        return DataLoader(WholeImages(self.val_images, *self._place()), batch_size=None)
+        return in_order(WholeImages(self.val_images, *self._place()))
 
     def test_dataloader(self) -> Any:
         """The same whole images; `tucodec test --data.val_images` names others."""

@@ -370,6 +370,7 @@ def main(arguments: Sequence[str]) -> int:
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*Total length of `list` across ranks is zero.*",
         ".*does not have many workers.*",
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged is a mean already
         # A login node or a notebook; `tucodec doctor` says what is wrong inside a job.
         ".*The `srun` command is available on your system but is not used.*",
         # It counts steps over all passes, whatever one pass holds.

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_tucodec.codecs.models import SUFFIX, load_filter
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.nn.postfilter import SIZES, DecodedPicture, PostFilter, PostFilterConfig
-from lightning_tucodec.training.data import PatchDataModule
+from lightning_tucodec.training.data import PatchDataModule, in_order
 from lightning_tucodec.training.module import NonFiniteLossError, TrainingModule
 from lightning_tucodec.training.optimizers import muon_adam
 from lightning_tucodec.training.precoded import PrecodedBatches, PrecodedSamples
@@ -243,7 +242,7 @@ class PrecodedDataModule(PatchDataModule):
         """All patches, in batches with the fields of `PrecodedBatches`."""
         if self.val_images is None:
             return []
-        return DataLoader(PrecodedSamples(self.val_images, *self._place()), batch_size=None)
+        return in_order(PrecodedSamples(self.val_images, *self._place()))
 
 
 def _picture(batch: dict[str, Tensor]) -> DecodedPicture:
