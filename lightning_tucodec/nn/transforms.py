@@ -73,6 +73,8 @@ class TransformConfig:
 
     def __post_init__(self) -> None:
         """Refuse stages and taps that do not exist."""
+        if not isinstance(self.widths, tuple) or len(self.widths) != 4:
+            raise ValueError(f"widths {self.widths!r}: the shape has four, at 1/2 to 1/16")
         w2, w4, w8, w16 = self.widths
         if (w2 and not w4) or not (w8 and w16):
             raise ValueError(f"widths {self.widths}: only 1/2, or 1/2 and 1/4, may be left out")

@@ -24,7 +24,7 @@ from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_tucodec.errors import ConfigError, DatasetError
+from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError
 from lightning_tucodec.losses import check_crop
 from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
 from lightning_tucodec.training.companions import Companion
@@ -349,6 +349,14 @@ class TucodecCLI(LightningCLI):
         return flat(plain)
 
 
+def _own_error(error: BaseException) -> BaseException:
+    """What a class of ours refused, out of what the parser made of it; else the error itself."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, TucodecError):
+        inner = inner.__cause__ or inner.__context__
+    return inner or error
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run a LightningCLI subcommand.
 
@@ -398,4 +406,6 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from None
+    except ValueError as error:
+        raise _own_error(error) from None
     return PREEMPTED if arguments[0] == "fit" and cli.preempted else 0

@@ -147,5 +147,5 @@ def test_command_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*words, "--codec", CODECS[1], "--per-photo", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["samples"] == 4
-    assert main([*words, "--codec", "jpeg:q=30"]) == 1
+    assert main([*words, "--per-photo", "1", "--codec", "jpeg:q=30"]) == 1
     assert "only H.266" in capsys.readouterr().err
