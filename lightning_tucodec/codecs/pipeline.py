@@ -56,17 +56,18 @@ def run(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     workers = max(1, min(cores, len(jobs)))
-    threads = torch.get_num_threads()
-    # Where the pool's threads share the cores, each computes on its own part of them.
-    share = max(1, threads // workers)
+    # As many threads as the caller's: what an encoder shows is to the bit what a decoder will show, and
+    # sums of floating-point numbers depend on that number.
     pool = ThreadPoolExecutor(
-        workers, initializer=torch.set_num_threads, initargs=(share,), thread_name_prefix="coder"
+        workers,
+        initializer=torch.set_num_threads,
+        initargs=(torch.get_num_threads(),),
+        thread_name_prefix="coder",
     )
     try:
         yield from _run(stages, jobs, pool)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # new threads had learned the pool's number
 
 
 def _run(

@@ -370,7 +370,10 @@ def time_limit(subject: Subject, ranks: list[int], rng: random.Random) -> None:
     bit = 1 << (signal.SIGUSR1 - 1)
 
     def pending() -> bool:
-        text = Path(f"/proc/{ranks[0]}/status").read_text()
+        try:
+            text = Path(f"/proc/{ranks[0]}/status").read_text()
+        except FileNotFoundError:  # it has taken the signal and ended already
+            return True
         masks = [
             line.split()[1] for line in text.splitlines() if line.startswith(("ShdPnd", "SigPnd"))
         ]

@@ -1,8 +1,7 @@
-"""On a real Slurm cluster: a sweep from one command to its end, and a task that everything happens to."""
+"""On a real Slurm cluster: a sweep from one command to its end. Hits are `make campaign AREA=cluster`."""
 
 import json
 import os
-import random
 import subprocess
 from pathlib import Path
 
@@ -13,15 +12,10 @@ from lightning_tucodec.report.compare import differences
 from lightning_tucodec.report.sources import read_sources
 from lightning_tucodec.sweeps import Plan
 from tests.campaigns.cluster import (
-    HITS,
     REPOSITORY,
     STEPS,
     Box,
-    Subject,
-    difference,
-    endure,
     missing_programs,
-    small_disk,
     wait_for,
 )
 
@@ -104,21 +98,6 @@ def test_compare_draws_the_sweep_as_one_curve(box: Box, swept: Plan) -> None:
     curves = {entry.curve.name: entry.curve for entry in material.entries}
     assert len(curves[f"{swept.folder.name}: lambdas"].bpp) == len(LAMBDAS)
     assert differences(material.runs[1:])["model.lmbda"] == LAMBDAS
-
-
-def test_hit_by_everything_it_ends_to_the_bit_as_if_it_had_not_been(
-    box: Box, swept: Plan, tmp_path: Path
-) -> None:
-    """Time limit, requeue, preemption, kills, a lost node, a full disk, a damaged checkpoint."""
-    straight = swept.run_folder(swept.task("lambdas-2"))
-    assert straight is not None
-    config = swept.file("configs", swept.task("lambdas-2"), ".yaml")
-    with small_disk(tmp_path / "disk") as disk:
-        subject = Subject(box, "hit", config, disk)
-        assert subject.run.name == straight.name
-        endure(subject, list(HITS), random.Random("slice"))
-        assert len(subject.events("start")) > len(HITS)
-        assert difference(straight, subject.run) == ""
 
 
 def test_a_task_that_cannot_work_is_shown_and_retried(box: Box, box_recipe: Path) -> None:
