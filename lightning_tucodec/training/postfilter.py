@@ -12,7 +12,7 @@ from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.nn.postfilter import SIZES, DecodedPicture, PostFilter, PostFilterConfig
 from lightning_tucodec.training.data import PatchDataModule, in_order
 from lightning_tucodec.training.module import NonFiniteLossError, TrainingModule
-from lightning_tucodec.training.optimizers import muon_adam
+from lightning_tucodec.training.optimizers import follow, muon_adam
 from lightning_tucodec.training.precoded import PrecodedBatches, PrecodedSamples
 from lightning_tucodec.training.schedules import warmup_cosine
 
@@ -142,10 +142,7 @@ class PostFilterModule(TrainingModule):
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The average follows; while it is young it forgets faster."""
-        weight = 1 - min(self.decay, self.opt_step / (self.opt_step + 10))
-        pairs = zip(self.averaged.parameters(), self.network.parameters(), strict=True)
-        for average, own in pairs:
-            average.lerp_(own, weight)
+        follow(self.averaged, self.network, self.decay, self.opt_step)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's numbers."""

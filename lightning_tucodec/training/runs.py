@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.files import atomic_write
+from lightning_tucodec.files import atomic_write, read_json_lines
 from lightning_tucodec.storage import Storage
 
 if TYPE_CHECKING:
@@ -175,14 +175,7 @@ def network_weights(checkpoint: dict[str, Any]) -> "dict[str, torch.Tensor]":
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a metrics file; a line cut short by a kill is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
+    return read_json_lines(path)
 
 
 class RunFolder:
