@@ -384,7 +384,7 @@ def _register_bench(subparsers: Any) -> None:
     def run_data(arguments: argparse.Namespace) -> int:
         import json
 
-        from lightning_tucodec.bench import data
+        from lightning_tucodec.bench import data, timing
 
         runners: dict[str, Callable[..., dict[str, Any]]] = {
             "shards": data.run_shards,
@@ -393,7 +393,7 @@ def _register_bench(subparsers: Any) -> None:
         result = runners[arguments.bench_command](
             arguments.photos, arguments.count, repeats=arguments.repeats
         )
-        print(json.dumps(result, indent=1) if arguments.json else data.table_text(result))
+        print(json.dumps(result, indent=1) if arguments.json else timing.table_text(result))
         return 0
 
     for name, summary in (
@@ -409,12 +409,12 @@ def _register_bench(subparsers: Any) -> None:
     def run_train(arguments: argparse.Namespace) -> int:
         import json
 
-        from lightning_tucodec.bench import data, train
+        from lightning_tucodec.bench import timing, train
 
         result = train.run(
             arguments.photos, arguments.preset, arguments.steps, repeats=arguments.repeats
         )
-        print(json.dumps(result, indent=1) if arguments.json else data.table_text(result))
+        print(json.dumps(result, indent=1) if arguments.json else timing.table_text(result))
         return 0
 
     command = _command(
@@ -422,7 +422,7 @@ def _register_bench(subparsers: Any) -> None:
     )
     command.add_argument("--photos", metavar="SRC", help="by default generated ones")
     command.add_argument("--preset", default="tiny", choices=("tiny", "fast", "paper"))
-    command.add_argument("--steps", type=int, default=60)
+    command.add_argument("--steps", type=int, default=60, help="of each training")
     command.add_argument("--repeats", type=int, default=3)
     command.add_argument("--json", action="store_true")
 

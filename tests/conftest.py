@@ -1,5 +1,6 @@
-"""Shared by tests of several folders: photographs, shards of them, a network of few weights."""
+"""Shared by tests of several folders: photographs, shards of them, a network of few weights, a bucket."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,25 @@ def large_shard_folder(photo_folder: Path, tmp_path_factory: pytest.TempPathFact
 def micro() -> dict[str, Any]:
     """Overrides of `tiny` for a network of a few thousand weights."""
     return dict(MICRO)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of a real S3 server on loopback."""
+    pytest.importorskip("moto")
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("mirror")
+    yield "s3://mirror/runs"
+    server.stop()

@@ -5,7 +5,6 @@ given folder, or generated ones. Ratios above 1 say that the row is faster than 
 against.
 """
 
-import io
 import itertools
 import json
 import multiprocessing
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipelines.patches import decode_patch, encode_patch
 from data_pipelines.shards import BuildOptions, build
-from lightning_tucodec.bench.timing import in_turns, machine, rows_of
+from lightning_tucodec.bench.timing import asked, in_turns, machine, rows_of
 from lightning_tucodec.training.shards import ShardReader
 
 PATCH = 256
@@ -90,12 +89,12 @@ def run_shards(source: str | None, count: int = 600, repeats: int = 3) -> dict[s
         return {
             "rows": rows_of(times, ratios),
             "asked": [
-                _asked("build, 2 workers, to bare encoding in 2 processes",
+                asked("build, 2 workers, to bare encoding in 2 processes",
                        two["bare encoding, 2 processes"], at_least=0.75),
-                _asked("build, 2 workers to 1", two["build, 1 worker"], at_least=1.8),
-                _asked("bytes to PNG", webp / png, at_most=0.8),
-                _asked("peak memory of a build process, GB", memory["photographs_gb"], at_most=1.5),
-                _asked("the same for 100,000 images, extrapolated, GB",
+                asked("build, 2 workers to 1", two["build, 1 worker"], at_least=1.8),
+                asked("bytes to PNG", webp / png, at_most=0.8),
+                asked("peak memory of a build process, GB", memory["photographs_gb"], at_most=1.5),
+                asked("the same for 100,000 images, extrapolated, GB",
                        memory["extrapolated_gb"], at_most=1.5),
             ],
             "patches": len(patches),
@@ -242,16 +241,16 @@ def run_loader(
     torch.set_num_threads(threads)
     plan = run_plan()
     webp = ratios["ours, webp"]
-    asked = [
-        _asked("webp to plain webdataset with PNG", webp["plain webdataset, PNG"], at_least=1.2),
-        _asked("webp to bare decoding", webp["bare decoding, webp"], at_least=0.85),
-        _asked("raw to plain webdataset with PNG",
+    bounds = [
+        asked("webp to plain webdataset with PNG", webp["plain webdataset, PNG"], at_least=1.2),
+        asked("webp to bare decoding", webp["bare decoding, webp"], at_least=0.85),
+        asked("raw to plain webdataset with PNG",
                ratios["ours, raw"]["plain webdataset, PNG"], at_least=4.0),
-        _asked("plan of 10^9 samples: start at any place, ms", plan["max_start_ms"], at_most=50.0),
-        _asked("plan of 10^9 samples: memory, MB", plan["peak_mb"], at_most=20.0),
-        _asked("first batch of 1,000 shards, s", max(first.values()), at_most=2.0),
+        asked("plan of 10^9 samples: start at any place, ms", plan["max_start_ms"], at_most=50.0),
+        asked("plan of 10^9 samples: memory, MB", plan["peak_mb"], at_most=20.0),
+        asked("first batch of 1,000 shards, s", max(first.values()), at_most=2.0),
     ]  # fmt: skip
-    return {"rows": rows, "asked": asked, "first_batch_s": first, "workers": workers,
+    return {"rows": rows, "asked": bounds, "first_batch_s": first, "workers": workers,
             "plan": plan, "machine": machine()}  # fmt: skip
 
 
@@ -349,31 +348,3 @@ class _Decode(Dataset[int]):
 def _ratio(times: dict[str, list[float]], base: str, name: str) -> float:
     """How many times as fast `name` is as `base`."""
     return statistics.median(times[base]) / statistics.median(times[name])
-
-
-def _asked(
-    what: str, value: float, *, at_least: float | None = None, at_most: float | None = None
-) -> dict[str, Any]:
-    """A measured value beside the bound that it is held to."""
-    met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
-    bound = f"≥ {at_least}" if at_least is not None else f"≤ {at_most}"
-    return {"what": what, "value": round(value, 4), "asked": bound, "met": met}
-
-
-def table_text(result: dict[str, Any]) -> str:
-    """The rows for people."""
-    text = io.StringIO()
-    for row in result["rows"]:
-        beside = ", ".join(f"{ratio:.2f} × {name}" for name, ratio in row["ratio_to"].items())
-        print(
-            f"{row['name']:24s} {row['median_s']:8.3f} s ({row['min_s']:.3f} to "
-            f"{row['max_s']:.3f})  {beside}",
-            file=text,
-        )
-    for line in result["asked"]:
-        verdict = "met" if line["met"] else "NOT MET"
-        print(f"{line['what']}: {line['value']:.4g}, asked {line['asked']}: {verdict}", file=text)
-    for key, value in result.items():
-        if key not in ("rows", "asked"):
-            print(f"{key}: {value}", file=text)
-    return text.getvalue().rstrip()

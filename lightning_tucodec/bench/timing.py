@@ -1,5 +1,6 @@
 """Timing of actions in turns, and the rows that every bench prints."""
 
+import io
 import os
 import platform
 import statistics
@@ -38,3 +39,31 @@ def rows_of(
 def machine() -> str:
     """The kind of machine that the times belong to."""
     return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def asked(
+    what: str, value: float, *, at_least: float | None = None, at_most: float | None = None
+) -> dict[str, Any]:
+    """A measured value beside the bound that it is held to."""
+    met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+    bound = f"≥ {at_least}" if at_least is not None else f"≤ {at_most}"
+    return {"what": what, "value": round(value, 4), "asked": bound, "met": met}
+
+
+def table_text(result: dict[str, Any]) -> str:
+    """The rows for people."""
+    text = io.StringIO()
+    for row in result["rows"]:
+        beside = ", ".join(f"{ratio:.2f} × {name}" for name, ratio in row["ratio_to"].items())
+        print(
+            f"{row['name']:24s} {row['median_s']:8.3f} s ({row['min_s']:.3f} to "
+            f"{row['max_s']:.3f})  {beside}",
+            file=text,
+        )
+    for line in result["asked"]:
+        verdict = "met" if line["met"] else "NOT MET"
+        print(f"{line['what']}: {line['value']:.4g}, asked {line['asked']}: {verdict}", file=text)
+    for key, value in result.items():
+        if key not in ("rows", "asked"):
+            print(f"{key}: {value}", file=text)
+    return text.getvalue().rstrip()

@@ -17,24 +17,33 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from data_pipelines.shards import BuildOptions, build
 from lightning_tucodec.bench.data import photographs
-from lightning_tucodec.bench.timing import machine
+from lightning_tucodec.bench.timing import asked, machine, rows_of
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.vae import VAE
+
+BARE, FIT, SAVING = "bare loop", "fit", "fit, saving all the time"
 
 WARM_STEPS = 10
 """Steps at the start that do not count."""
 
 
 class TimedVAE(VAE):
-    """Notes when each batch ended, and leaves the times in the file that $TUCODEC_BENCH names."""
+    """Notes when each batch ended and which began a save; leaves both in the file $TUCODEC_BENCH."""
 
     def on_fit_start(self) -> None:
         """Begin."""
         super().on_fit_start()
         self.ends: list[float] = []
+        self.saves: list[int] = []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A callback's save, before the end of its batch is noted."""
+        super().on_save_checkpoint(checkpoint)
+        self.saves.append(len(self.ends))
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Callbacks have done their part before this is called."""
@@ -42,7 +51,8 @@ class TimedVAE(VAE):
 
     def on_train_end(self) -> None:
         """Leave the times."""
-        Path(os.environ["TUCODEC_BENCH"]).write_text(json.dumps(self.ends), encoding="utf-8")
+        text = json.dumps({"ends": self.ends, "saves": self.saves})
+        Path(os.environ["TUCODEC_BENCH"]).write_text(text, encoding="utf-8")
 
 
 def _config(shards: Path, folder: Path, preset: str, steps: int, saving: bool) -> dict[str, Any]:
@@ -82,51 +92,79 @@ trainer.fit(TimedVAE(**config["model"]["init_args"]), PatchDataModule(**config["
 """
 
 
-def _steps(command: list[str], folder: Path) -> list[float]:
-    """Seconds of each step of one training."""
-    out = folder / "ends.json"
+def _train(command: list[str], folder: Path) -> tuple[list[float], int]:
+    """Seconds of each step of one training, and how many of these steps began a save."""
+    out = folder / "times.json"
     environment = {**os.environ, "TUCODEC_BENCH": str(out), "WANDB_MODE": "offline"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"a training of the bench failed: {done.stderr.strip()[-500:]}")
-    ends = json.loads(out.read_text(encoding="utf-8"))
-    return [after - before for before, after in itertools.pairwise(ends)][WARM_STEPS:]
+    times = json.loads(out.read_text(encoding="utf-8"))
+    seconds = [after - before for before, after in itertools.pairwise(times["ends"])][WARM_STEPS:]
+    return seconds, sum(WARM_STEPS < step < len(times["ends"]) for step in times["saves"])
 
 
 def run(
     source: str | None, preset: str = "tiny", steps: int = 60, repeats: int = 3
 ) -> dict[str, Any]:
-    """Median step of the bare loop, of a fit, and of a fit that saves after every single step.
+    """Steps of the bare loop, of a fit, and of a fit that begins a save whenever the last one is written.
 
-    The last shows what a step costs during which a checkpoint is copied, written and mirrored.
+    The last shows what a step costs during which a checkpoint is copied, written and mirrored. A ratio is
+    that of two medians of one turn; what is held to a bound is the median over the turns.
+
+    Args:
+        source: photographs; by default generated ones.
+        preset: size of the network.
+        steps: of each training; the first ten do not count.
+        repeats: turns.
+
+    Raises:
+        ConfigError: no step would count.
     """
-    times: dict[str, list[float]] = {"bare loop": [], "fit": [], "fit, saving in every step": []}
+    if steps < WARM_STEPS + 2:
+        raise ConfigError(f"--steps {steps}: the first {WARM_STEPS + 1} do not count")
+    times: dict[str, list[list[float]]] = {name: [] for name in (BARE, FIT, SAVING)}
+    saves = 0
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         source = source or str(photographs(scratch / "photographs", 8))
         shards = scratch / "shards"
         build([source], str(shards), BuildOptions(patch=128, count=64, shard_size=16))
-        for turn in range(repeats):
-            for kind, found in times.items():
-                folder = scratch / f"{turn}-{kind}"
-                folder.mkdir()
-                config = _config(shards, folder, preset, steps, "saving" in kind)
-                path = folder / "config.yaml"
-                path.write_text(yaml.safe_dump(config), encoding="utf-8")
-                fit = ["-m", "lightning_tucodec.cli", "fit", "--config", str(path)]
-                words = ["-c", _BARE, str(path)] if kind == "bare loop" else fit
-                found += _steps([sys.executable, *words], folder)
-    bare = statistics.median(times["bare loop"])
-    rows = [
-        {
-            "name": kind,
-            "median_s": statistics.median(found),
-            "min_s": min(found),
-            "max_s": max(found),
-            "ratio_to": {}
-            if kind == "bare loop"
-            else {"bare loop": statistics.median(found) / bare},
-        }
+        for turn, kind in tqdm(list(itertools.product(range(repeats), times)), unit="training"):
+            folder = scratch / f"{turn}-{kind}"
+            folder.mkdir()
+            config = _config(shards, folder, preset, steps, kind == SAVING)
+            path = folder / "config.yaml"
+            path.write_text(yaml.safe_dump(config), encoding="utf-8")
+            fit = ["-m", "lightning_tucodec.cli", "fit", "--config", str(path)]
+            words = ["-c", _BARE, str(path)] if kind == BARE else fit
+            seconds, begun = _train([sys.executable, *words], folder)
+            times[kind].append(seconds)
+            saves += begun if kind == SAVING else 0
+    by_turn = {
+        kind: [
+            statistics.median(a) / statistics.median(b)
+            for a, b in zip(found, times[BARE], strict=True)
+        ]
         for kind, found in times.items()
-    ]
-    return {"rows": rows, "preset": preset, "steps": steps * repeats, "machine": machine()}
+    }
+    ratios = {kind: statistics.median(found) for kind, found in by_turn.items()}
+    counted = sum(map(len, times[SAVING]))
+    return {
+        "rows": rows_of(
+            {kind: [s for seconds in found for s in seconds] for kind, found in times.items()},
+            {kind: {BARE: ratios[kind]} for kind in (FIT, SAVING)},
+        ),
+        "asked": [
+            asked("what fit adds to a step", ratios[FIT] - 1, at_most=0.03),
+            asked(
+                "what saving and mirroring add to it",
+                ratios[SAVING] / ratios[FIT] - 1,
+                at_most=0.10,
+            ),
+        ],
+        "steps that began a save": f"{saves} of {counted}",
+        "ratios by turn": {kind: [round(r, 3) for r in by_turn[kind]] for kind in (FIT, SAVING)},
+        "preset": preset,
+        "machine": machine(),
+    }

@@ -1,7 +1,8 @@
-"""On a real Slurm cluster: a sweep from one command to its end. Hits are `make campaign AREA=cluster`."""
+"""On a real Slurm cluster: a sweep from one command to its end, a run that everything hits, two clusters."""
 
 import json
 import os
+import random
 import subprocess
 from pathlib import Path
 
@@ -12,10 +13,15 @@ from lightning_tucodec.report.compare import differences
 from lightning_tucodec.report.sources import read_sources
 from lightning_tucodec.sweeps import Plan
 from tests.campaigns.cluster import (
+    HITS,
     REPOSITORY,
     STEPS,
     Box,
+    Subject,
+    difference,
+    endure,
     missing_programs,
+    small_disk,
     wait_for,
 )
 
@@ -117,6 +123,18 @@ def test_a_task_that_cannot_work_is_shown_and_retried(box: Box, box_recipe: Path
     assert list(box.queue(plan)) == ["one-0"]
     box.call("scancel", box.queue(plan)["one-0"].array)
     wait_for("the end", lambda: not box.queue(plan), 0.5)
+
+
+def test_a_run_hit_once_by_every_kind_ends_as_the_straight_one(
+    box: Box, box_recipe: Path, tmp_path: Path
+) -> None:
+    """The first case of `make campaign AREA=cluster`, in another order."""
+    straight = Subject(box, "straight", box_recipe)
+    with small_disk(tmp_path / "disk") as disk:
+        subject = Subject(box, "hit", box_recipe, disk)
+        endure(subject, list(HITS), random.Random("slice"))
+        straight.finish()
+        assert difference(straight.run, subject.run) == ""
 
 
 def test_two_clusters_side_by_side_leave_nothing_behind(tmp_path: Path) -> None:

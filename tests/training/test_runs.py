@@ -1,15 +1,11 @@
-"""Folders, manifests, mirrors, W&B, warm starts, other modules: what stands around a training."""
+"""Folders, manifests, mirrors, warm starts, other modules: what stands around a training."""
 
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +14,7 @@ from hits import kill_at_step, start, wait
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.models import SHIPPED
-from lightning_tucodec.training import companions, fit, mirror, runs, wandb_view
+from lightning_tucodec.training import companions, mirror, runs
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.runs import Manifest, RunFolder, read_metrics, run_id
 from tests.support import MICRO
@@ -196,28 +192,6 @@ def test_an_exported_model_is_a_warm_start(
 # --- mirror ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of a real S3 server on loopback."""
-    pytest.importorskip("moto")
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("mirror")
-    yield "s3://mirror/runs"
-    server.stop()
-
-
 def test_two_clusters_with_a_bucket_between_them(
     tmp_path: Path, shard_folder: Path, bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,101 +272,7 @@ def test_a_mirror_out_of_reach_stops_only_a_run_that_has_nothing(
     assert "goes on with what is here" in capsys.readouterr().err
 
 
-# --- W&B -------------------------------------------------------------------------------------
-
-
-def wandb_records(folder: Path) -> list[Any]:
-    """Records of the one offline run below a folder; a `.wandb` file is a LevelDB log of protobufs."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    place, block, text, found = 7, 32768, b"", []
-    while place + 7 <= len(data):
-        if block - place % block < 7:  # too little is left of this block for a header
-            place += block - place % block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, place)
-        text += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in {1, 4}:  # whole, or the last piece
-            found.append(Record.FromString(text))
-            text = b""
-    return found
-
-
-def test_a_replay_has_every_line_in_order_on_our_own_axes(
-    tmp_path: Path,
-    shard_folder: Path,
-    val_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Read back from the `.wandb` file; a second replay takes the place of the first."""
-    for name in ("CONFIG", "CACHE", "DATA"):
-        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "w"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    values = config(tmp_path, shard_folder, MICRO, steps=4)
-    values["data"]["val_images"] = str(val_folder)
-    values["run"].update(group="lambdas", job_type="stage-1", tags=["mse", "first"])
-    assert main(["fit", "--config", write(tmp_path, values)]) == 0
-    (folder,) = run_folders(tmp_path)
-    for _ in range(2):
-        assert wait(start(["wandb-sync", "--offline", str(folder)])) == 0
-    records = wandb_records(folder)
-    (run,) = [r.run for r in records if r.WhichOneof("record_type") == "run"][:1]
-    assert run.run_id == folder.name.removeprefix("test-")
-    assert (run.run_group, run.job_type, list(run.tags)) == ("lambdas", "stage-1", ["mse", "first"])
-    axes = {
-        r.metric.name or r.metric.glob_name: r.metric.step_metric
-        for r in records
-        if r.WhichOneof("record_type") == "metric"
-    }
-    assert axes["*"] == "opt_step"
-    assert axes["rd/*"] == "rd/bpp"
-    sent = []
-    for record in records:
-        if record.WhichOneof("record_type") == "history":
-            items = {
-                ".".join(i.nested_key) or i.key: json.loads(i.value_json)
-                for i in record.history.item
-            }
-            sent.append(items)
-    rows = read_metrics(folder / "metrics.jsonl")
-    assert len(sent) == len(rows)
-    for number, (row, items) in enumerate(zip(rows, sent, strict=True)):
-        assert items["_step"] == number
-        assert {k: items[k] for k in row} == row
-        if "val/bpp" in row:
-            assert items["rd/bpp"] == row["val/bpp"]
-            assert items["rd/psnr"] == row["val/psnr"]
-            assert any(name.startswith("pictures/validation") for name in items)
-
-
-def test_a_hung_server_costs_nothing(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It takes connections and never answers."""
-    monkeypatch.setitem(fit._WANDB_SECONDS, "online", 1.0)
-    held = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def accept() -> None:
-            while True:
-                try:
-                    held.append(server.accept()[0])
-                except OSError:
-                    return
-
-        threading.Thread(target=accept, daemon=True).start()
-        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
-        assert main([*words, "--run.wandb", "true"]) == 0
-        server.close()
-    for connection in held:
-        connection.close()
-    (folder,) = run_folders(tmp_path)
-    assert state(folder)["tucodec"]["opt_step"] == 4
+# --- processes beside a run -------------------------------------------------------------------
 
 
 def test_a_companion_that_dies_or_hangs_does_not_matter(tmp_path: Path) -> None:
@@ -415,18 +295,6 @@ def test_companions_start_without_torch() -> None:
     code = f"import sys, {package}.mirror, {package}.wandb_view; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_sync_names_what_is_no_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(["wandb-sync", str(tmp_path)]) == 1
-    assert "no metrics.jsonl" in capsys.readouterr().err
-    (tmp_path / "metrics.jsonl").write_text("")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert main(["wandb-sync", str(tmp_path)]) == 1
-    assert "WANDB_API_KEY" in capsys.readouterr().err
-    assert wandb_view.mode() == "offline"
 
 
 # --- doctor ----------------------------------------------------------------------------------

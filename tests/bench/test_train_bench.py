@@ -1,0 +1,23 @@
+"""`tucodec bench train` at its smallest: what it times is there, and counted."""
+
+import pytest
+
+from lightning_tucodec.bench import timing, train
+from lightning_tucodec.cli import main
+
+
+def test_rows_and_bounds() -> None:
+    result = train.run(None, steps=train.WARM_STEPS + 4, repeats=1)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == [train.BARE, train.FIT, train.SAVING]
+    ratio = rows[train.FIT]["median_s"] / rows[train.BARE]["median_s"]
+    assert rows[train.FIT]["ratio_to"][train.BARE] == pytest.approx(ratio, rel=0.01)
+    assert result["asked"][0]["value"] == pytest.approx(ratio - 1, abs=0.01)
+    assert result["asked"][0]["met"] == (result["asked"][0]["value"] <= 0.03)
+    assert result["steps that began a save"] in {"1 of 3", "2 of 3", "3 of 3"}
+    assert "fit, saving all the time" in timing.table_text(result)
+
+
+def test_too_few_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "train", "--steps", "11"]) == 1
+    assert "the first 11 do not count" in capsys.readouterr().err
