@@ -19,6 +19,9 @@ new model derives from `TrainingModule` and then
 - keeps validation pictures at `picture_path(…)`: they show up in W&B beside the row of the same step.
 - overrides `warm_start` if `run.init_from` makes sense for it.
 
+`ScheduledModule` adds what our own models share: the schedule of the learning rate, clipping, and validation
+means in which each image counts once.
+
 State that no optimiser, parameter or buffer holds goes through Lightning's `on_save_checkpoint` and
 `on_load_checkpoint`; call the base class's own there.
 """
@@ -27,8 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from torch import Tensor
 
 from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.training.schedules import warmup_cosine
 
 
 class NonFiniteLossError(TucodecError):
@@ -112,3 +118,103 @@ class TrainingModule(pl.LightningModule):
         """Continue our own counters."""
         self.opt_step = checkpoint["tucodec"]["opt_step"]
         self.images_seen = checkpoint["tucodec"]["images_seen"]
+
+
+class ScheduledModule(TrainingModule):
+    """Learning rate, clipping and validation rows.
+
+    The learning rate of the first optimiser is a pure function of the number of steps done: a linear
+    warm-up, a plateau, then half a cosine down to `final_lr`.
+
+    Args:
+        lr: learning rate on the plateau.
+        final_lr: learning rate at the end.
+        warmup_steps: length of the warm-up.
+        decay_start: fraction of `max_steps` at which the cosine begins.
+        clip_norm: gradients are scaled down to this norm.
+
+    Attributes:
+        validation_rows: this rank's numbers of the running validation, one row an image; `index` is the
+            image's number.
+    """
+
+    def __init__(
+        self, lr: float, final_lr: float, warmup_steps: int, decay_start: float, clip_norm: float
+    ) -> None:
+        super().__init__()
+        self.lr, self.final_lr = lr, final_lr
+        self.warmup_steps, self.decay_start = warmup_steps, decay_start
+        self.clip_norm = clip_norm
+        self.validation_rows: list[dict[str, float]] = []
+
+    def learning_rate(self, step: int, max_steps: int) -> float:
+        """Learning rate of the optimiser step that follows `step` steps."""
+        return warmup_cosine(
+            step,
+            max_steps,
+            lr=self.lr,
+            final_lr=self.final_lr,
+            warmup_steps=self.warmup_steps,
+            decay_start=self.decay_start,
+        )
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Set the step's learning rate."""
+        rate = self.learning_rate(self.opt_step, self.max_steps)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rate
+
+    def clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Clip the gradients of an optimiser's parameters, and return the norm they had.
+
+        A loss that is not finite shows here, on all ranks at once.
+
+        Raises:
+            NonFiniteLossError: before the step, so that weights and optimiser are still sound.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        if not torch.isfinite(norm):
+            raise NonFiniteLossError(self.opt_step)
+        return norm
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation's numbers."""
+        self.validation_rows = []
+
+    def on_test_epoch_start(self) -> None:
+        """A test is a validation under another name."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """See `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means."""
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means."""
+        self._log_means("test")
+
+    def _log_means(self, stage: str) -> None:
+        means = self.means(self._rows_of_all_ranks())
+        self.log_dict({f"{stage}/{k}": v for k, v in means.items()}, rank_zero_only=True)
+
+    def means(self, rows: list[dict[str, float]]) -> dict[str, float]:
+        """What is logged of a validation; called on all ranks.
+
+        Args:
+            rows: one an image, each image once whatever the number of ranks, in order.
+        """
+        raise NotImplementedError
+
+    def _rows_of_all_ranks(self) -> list[dict[str, float]]:
+        """Ranks are padded with repeats, which the index removes again."""
+        gathered: list[list[dict[str, float]]] = [self.validation_rows]
+        if self.trainer.world_size > 1:
+            gathered = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, self.validation_rows)
+        by_index = {row["index"]: row for rows in gathered for row in rows}
+        return [by_index[index] for index in sorted(by_index)]

@@ -11,10 +11,9 @@ from lightning_tucodec.codecs.models import SUFFIX, load_filter
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.nn.postfilter import SIZES, DecodedPicture, PostFilter, PostFilterConfig
 from lightning_tucodec.training.data import PatchDataModule, in_order
-from lightning_tucodec.training.module import NonFiniteLossError, TrainingModule
+from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.optimizers import follow, muon_adam
 from lightning_tucodec.training.precoded import PrecodedBatches, PrecodedSamples
-from lightning_tucodec.training.schedules import warmup_cosine
 
 _FLOOR = 2e-5
 """Added to squared errors in the loss; 47 dB, beyond which nothing needs to be gained."""
@@ -37,7 +36,7 @@ def resolve_size(size: str, overrides: dict[str, Any] | None = None) -> PostFilt
         raise ConfigError(f"network: {error}") from None
 
 
-class PostFilterModule(TrainingModule):
+class PostFilterModule(ScheduledModule):
     """Trains a PostFilter, and keeps an exponential moving average of its weights.
 
     The loss of a crop is its squared error in RGB over that of the plain conversion. So it begins at
@@ -66,7 +65,7 @@ class PostFilterModule(TrainingModule):
         clip_norm: float = 1.0,
         ema: float = 0.998,
     ) -> None:
-        super().__init__()
+        super().__init__(lr, final_lr, warmup_steps, decay_start, clip_norm)
         try:
             self.network = PostFilter(resolve_size(size, network))
         except (ValueError, TypeError, RuntimeError) as error:
@@ -74,10 +73,6 @@ class PostFilterModule(TrainingModule):
         self.network.to(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
         self.size, self.decay = size, ema
-        self.lr, self.final_lr = lr, final_lr
-        self.warmup_steps, self.decay_start = warmup_steps, decay_start
-        self.clip_norm = clip_norm
-        self.validation_rows: list[dict[str, float]] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Muon for the residual blocks, Adam for the rest."""
@@ -101,20 +96,6 @@ class PostFilterModule(TrainingModule):
             raise ConfigError(f"run.init_from {source}: {reason} (a .ckpt or a {SUFFIX})") from None
         self.averaged.load_state_dict(self.network.state_dict())
 
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Set the step's learning rate."""
-        rate = warmup_cosine(
-            self.opt_step,
-            self.max_steps,
-            lr=self.lr,
-            final_lr=self.final_lr,
-            warmup_steps=self.warmup_steps,
-            decay_start=self.decay_start,
-        )
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Relative squared error of one batch of crops."""
         picture = _picture(batch)
@@ -129,24 +110,13 @@ class PostFilterModule(TrainingModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip, and log what came in.
-
-        Raises:
-            NonFiniteLossError: before the step, so that weights and optimiser are still sound.
-        """
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
-        if not torch.isfinite(norm):
-            raise NonFiniteLossError(self.opt_step)
-        self.log("train/grad_norm", norm)
+        """Clip, and log what came in."""
+        self.log("train/grad_norm", self.clip(optimizer))
 
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The average follows; while it is young it forgets faster."""
         follow(self.averaged, self.network, self.decay, self.opt_step)
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last validation's numbers."""
-        self.validation_rows = []
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """PSNR of the averaged network and of the plain conversion on 8-bit patches."""
@@ -159,30 +129,8 @@ class PostFilterModule(TrainingModule):
                 {"index": float(index), "qp": float(qp), "psnr": values[0], "plain": values[1]}
             )
 
-    def on_validation_epoch_end(self) -> None:
+    def means(self, rows: list[dict[str, float]]) -> dict[str, float]:
         """Mean PSNR and gain, of all patches and by QP."""
-        self._log_means("val")
-
-    def on_test_epoch_start(self) -> None:
-        """A test is a validation under another name."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """See `validation_step`."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Mean PSNR and gain."""
-        self._log_means("test")
-
-    def _log_means(self, stage: str) -> None:
-        gathered: list[list[dict[str, float]]] = [self.validation_rows]
-        if self.trainer.world_size > 1:
-            gathered = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(gathered, self.validation_rows)
-        # Ranks are padded with repeats, which the index removes again.
-        by_index = {row["index"]: row for rows in gathered for row in rows}
-        rows = [by_index[index] for index in sorted(by_index)]
         gains = [row["psnr"] - row["plain"] for row in rows]
         means = {
             "psnr": sum(row["psnr"] for row in rows) / len(rows),
@@ -192,7 +140,7 @@ class PostFilterModule(TrainingModule):
         for qp in sorted({row["qp"] for row in rows}):
             own = [gain for gain, row in zip(gains, rows, strict=True) if row["qp"] == qp]
             means[f"gain_qp{qp:g}"] = sum(own) / len(own)
-        self.log_dict({f"{stage}/{k}": v for k, v in means.items()}, rank_zero_only=True)
+        return means
 
     def describe(self) -> dict[str, Any]:
         """The network's shape and what marks it as a post-filter."""

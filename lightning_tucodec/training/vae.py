@@ -24,11 +24,10 @@ from lightning_tucodec.nn.codec import (
     config_to_dict,
 )
 from lightning_tucodec.training.data import PatchDataModule
-from lightning_tucodec.training.module import NonFiniteLossError, TrainingModule
+from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.optimizers import muon_adam
 from lightning_tucodec.training.runs import initial_weights, load_checkpoint, network_weights
-from lightning_tucodec.training.schedules import warmup_cosine
 
 
 def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> CodecConfig:
@@ -58,12 +57,11 @@ def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> Codec
         raise ConfigError(f"codec: {error}") from None
 
 
-class CodecModule(TrainingModule):
-    """What all trainings of a TucodecVAE share: schedule, noise, validation, checkpoint entries.
+class CodecModule(ScheduledModule):
+    """What all trainings of a TucodecVAE share: noise, validation, checkpoint entries.
 
-    The learning rate is a pure function of the number of optimiser steps done: a linear warm-up, a
-    plateau, then half a cosine down to `final_lr`. The quantisers' noise of a sample is a function of the
-    seed and of its position, so that a resumed run and any number of ranks draw the same.
+    The quantisers' noise of a sample is a function of the seed and of its position, so that a resumed run
+    and any number of ranks draw the same. Learning rate and clipping: `ScheduledModule`.
 
     Args:
         recipe: "transparent" (λ·MSE + bpp) or "ssim" (0.2·MSE + 0.8·(1 − MS-SSIM) + λ·bpp).
@@ -93,7 +91,7 @@ class CodecModule(TrainingModule):
         clip_norm: float = 1.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(lr, final_lr, warmup_steps, decay_start, clip_norm)
         self.recipe = recipe
         self.loss = make_loss(recipe, lmbda)
         try:
@@ -101,10 +99,7 @@ class CodecModule(TrainingModule):
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"no network has this shape ({error}): {codec}") from None
         self.preset = preset
-        self.lr, self.final_lr = lr, final_lr
         self.optimizer = optimizer
-        self.warmup_steps, self.decay_start = warmup_steps, decay_start
-        self.clip_norm = clip_norm
         self.seed = seed
         self.used_centres = torch.zeros(self.network.config.centres, dtype=torch.int64)
         self.network.to(memory_format=torch.channels_last)
@@ -115,17 +110,6 @@ class CodecModule(TrainingModule):
             return muon_adam(self.network, ("g_a", "g_s", "h_a", "h_s"), self.lr)
         return torch.optim.Adam(self.network.parameters(), lr=self.lr, fused=True)
 
-    def learning_rate(self, step: int, max_steps: int) -> float:
-        """Learning rate of the optimiser step that follows `step` steps."""
-        return warmup_cosine(
-            step,
-            max_steps,
-            lr=self.lr,
-            final_lr=self.final_lr,
-            warmup_steps=self.warmup_steps,
-            decay_start=self.decay_start,
-        )
-
     def on_fit_start(self) -> None:
         """Check what can be known before any time is spent."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -134,26 +118,6 @@ class CodecModule(TrainingModule):
         crop = datamodule.train_dataloader().batches.crop
         check_crop(self.recipe, crop)
 
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Set the step's learning rate."""
-        rate = self.learning_rate(self.opt_step, self.max_steps)
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = rate
-
-    def clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Clip the gradients of an optimiser's parameters, and return the norm they had.
-
-        A loss that is not finite shows here, on all ranks at once.
-
-        Raises:
-            NonFiniteLossError: before the step, so that weights and optimiser are still sound.
-        """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        if not torch.isfinite(norm):
-            raise NonFiniteLossError(self.opt_step)
-        return norm
-
     @property
     def shown(self) -> TucodecVAE:
         """The network that validation measures."""
@@ -161,8 +125,8 @@ class CodecModule(TrainingModule):
 
     def on_validation_epoch_start(self) -> None:
         """Freeze the network as an export would, and forget the last validation's numbers."""
+        super().on_validation_epoch_start()
         self.used_centres.zero_()
-        self.validation_rows: list[dict[str, float]] = []
         self.coder: TucModel | None = None
         try:
             self.coder = TucModel(freeze(self.shown, "validation", {}, torch.float32))
@@ -205,25 +169,8 @@ class CodecModule(TrainingModule):
         if number == 0:
             write_png(self.picture_path(), np.concatenate([original, shown], axis=1))
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the means."""
-        self._log_means("val")
-
-    def on_test_epoch_start(self) -> None:
-        """A test is a validation under another name."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """See `validation_step`."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the means."""
-        self._log_means("test")
-
-    def _log_means(self, stage: str) -> None:
-        """Means over the images, each image once whatever the number of ranks."""
-        rows = self._rows_of_all_ranks()
+    def means(self, rows: list[dict[str, float]]) -> dict[str, float]:
+        """Means over the images, and which centres were used."""
         names = [name for name in rows[0] if name != "index"]
         means = {name: sum(row[name] for row in rows) / len(rows) for name in names}
         means["bpp"] = means["bpp_y"] + means["bpp_z"]
@@ -237,16 +184,7 @@ class CodecModule(TrainingModule):
             if ratio > 1.01 and self.trainer.is_global_zero:
                 text = f"step {self.opt_step}: real files are {ratio:.3f} times the estimated bits"
                 print(text, file=sys.stderr)
-        self.log_dict({f"{stage}/{k}": v for k, v in means.items()}, rank_zero_only=True)
-
-    def _rows_of_all_ranks(self) -> list[dict[str, float]]:
-        """Rows by image; ranks are padded with repeats, which the index removes again."""
-        gathered: list[list[dict[str, float]]] = [self.validation_rows]
-        if self.trainer.world_size > 1:
-            gathered = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(gathered, self.validation_rows)
-        by_index = {row["index"]: row for rows in gathered for row in rows}
-        return [by_index[index] for index in sorted(by_index)]
+        return means
 
     def describe(self) -> dict[str, Any]:
         """What is needed to rebuild the network, and what it was trained for."""

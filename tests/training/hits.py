@@ -1,11 +1,14 @@
 """Runs in forked processes, so that they can be killed without killing the test."""
 
+import hashlib
+import json
 import os
 import resource
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,6 +18,7 @@ from torch import Tensor
 from lightning_tucodec.cli import main
 from lightning_tucodec.training import checkpoints
 from lightning_tucodec.training.module import TrainingModule
+from lightning_tucodec.training.vae import VAE
 
 
 def start(words: list[str], prepare: Callable[[], None] | None = None) -> int:
@@ -93,6 +97,26 @@ def full_disk_at_step(step: int, limit: int) -> Callable[[], None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return at_step(step, fill)
+
+
+def note_samples(path: Path) -> Callable[[], None]:
+    """Append to a file what each optimiser step is given: [step, {position: digest of the crop}]."""
+
+    def prepare() -> None:
+        original = VAE.training_step
+
+        def training_step(self: VAE, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            crops = {
+                int(index): hashlib.sha256(image.numpy().tobytes()).hexdigest()
+                for index, image in zip(batch["index"], batch["image"].contiguous(), strict=True)
+            }
+            with open(path, "a") as stream:
+                stream.write(json.dumps([self.opt_step, crops]) + "\n")
+            return original(self, batch, batch_idx)
+
+        VAE.training_step = training_step  # type: ignore[method-assign]
+
+    return prepare
 
 
 def rank_of(rank: int, world: int, port: int) -> Callable[[], None]:

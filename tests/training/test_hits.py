@@ -9,11 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hits import full_disk_at_step, kill_at_rename, kill_at_step, rank_of, start, wait
+from hits import (
+    full_disk_at_step,
+    kill_at_rename,
+    kill_at_step,
+    note_samples,
+    rank_of,
+    start,
+    wait,
+)
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.training.checkpoints import restore_rng, rng_state
 from lightning_tucodec.training.runs import RunFolder, load_checkpoint, read_metrics
+from lightning_tucodec.training.vae import VAE
 from tests.support import MICRO
 from tests.training.test_fit import config, runs, same, state, without_time, write
 
@@ -36,7 +45,11 @@ def straight(
     tmp_path_factory: pytest.TempPathFactory, shard_folder: Path, val_folder: Path
 ) -> Path:
     folder = tmp_path_factory.mktemp("straight") / "run"
-    assert main(settings(folder, shard_folder, val_folder)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VAE, "training_step", VAE.training_step)
+        words = settings(folder, shard_folder, val_folder)
+        note_samples(folder / "samples")()
+        assert main(words) == 0
     return runs(folder)[0]
 
 
@@ -127,17 +140,20 @@ def test_world_size_two_one_two(
 ) -> None:
     """The same samples, noise and loss; only the order of sums differs."""
     words = settings(tmp_path / "run", shard_folder, val_folder)
-    for world, stop in ((2, 3), (1, 6), (2, None)):
+    for attempt, (world, stop) in enumerate(((2, 3), (1, 6), (2, None))):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         shape = ["--trainer.devices", str(world), "--data.num_workers", str(2 * (2 - world))]
-        hits = [] if stop is None else [kill_at_step(stop)]
 
-        def prepare(rank: int, world: int = world, port: int = port, hits: Any = hits) -> None:
+        def prepare(
+            rank: int, attempt: int = attempt, world: int = world, port: int = port,
+            stop: int | None = stop,
+        ) -> None:  # fmt: skip
+            note_samples(tmp_path / f"samples-{attempt}-{rank}")()
             if world > 1:
                 rank_of(rank, world, port)()
-            for hit in hits:
-                hit()
+            if stop is not None:
+                kill_at_step(stop)()
 
         children = [
             start(words + shape, lambda rank=rank, prepare=prepare: prepare(rank))
@@ -157,6 +173,20 @@ def test_world_size_two_one_two(
     position = "combined_loader"
     loaders = [c["loops"]["fit_loop"]["state_dict"][position] for c in (first, second)]
     assert loaders[0] == loaders[1]
+    # Every attempt's every step had the crops of the straight run, each on one rank.
+    expected = samples(straight.parents[1] / "samples")
+    for attempt, (world, reached) in enumerate(((2, 3), (1, 6), (2, STEPS - 1))):
+        given = [samples(tmp_path / f"samples-{attempt}-{rank}") for rank in range(world)]
+        assert max(given[0]) == reached
+        for step, crops in given[0].items():
+            parts = [crops, *(other[step] for other in given[1:])]
+            assert sum(map(len, parts)) == len(expected[step])
+            assert {k: v for part in parts for k, v in part.items()} == expected[step]
+
+
+def samples(path: Path) -> dict[int, dict[str, str]]:
+    """By step: what `note_samples` has written."""
+    return dict(json.loads(line) for line in path.read_text().splitlines())
 
 
 def test_only_plain_types_and_known_names(straight: Path) -> None:
