@@ -77,7 +77,7 @@ class View:
         self.run.define_metric("rd/bpp")
         self.run.define_metric("rd/*", step_metric="rd/bpp")
         self.run.define_metric("*", step_metric="opt_step")
-        self.sent = int(self.run.step)
+        self.sent = int(self.run.starting_step)  # `step` is zero until the first line
 
     def send(self) -> int:
         """Send the lines that are new; returns how many."""
