@@ -351,6 +351,12 @@ def _name(pid: int) -> str:
     return ""
 
 
+def _lives(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
 def _kill(pids: Sequence[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -428,12 +434,19 @@ def kill_everything(subject: Subject, ranks: list[int], rng: random.Random) -> N
 
 
 def kill_slurmd(subject: Subject, ranks: list[int], rng: random.Random) -> None:
-    """A node's daemon dies; its node is down, the job's processes there live on; later it comes back."""
+    """A node's daemon dies; its node is down, the job's processes there live on; later it comes back.
+
+    Not before they have ended: a new slurmd that is told to end a job of the old one's may take the job for
+    one that runs for ever (Slurm 22.05), refuse to launch it again, and have its node drained.
+    """
     node = rng.choice(("n1", "n2"))
     pid = int((subject.box.cluster / f"slurmd-{node}.pid").read_text())
+    processes = subject.everything()
     os.kill(pid, signal.SIGKILL)
     try:
         wait_for(f"{node} to be down", lambda: _node(subject.box, node).startswith("down"), 0.5)
+        _kill(ranks, signal.SIGCONT)
+        wait_for("the job's processes to end", lambda: not any(map(_lives, processes)), 0.5)
     finally:
         _kill(ranks, signal.SIGCONT)
         slurmd = shutil.which("slurmd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
@@ -611,6 +624,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why:
         print(f"no cluster: {why}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster is stopped on the way out
     broken = campaign(arguments.seed, arguments.hits, arguments.results)
     print(f"at least {arguments.hits} hits, {broken} broken cases")
     return int(broken > 0)
