@@ -55,7 +55,9 @@ class TimedVAE(VAE):
         Path(os.environ["TUCODEC_BENCH"]).write_text(text, encoding="utf-8")
 
 
-def _config(shards: Path, folder: Path, preset: str, steps: int, saving: bool) -> dict[str, Any]:
+def _config(
+    shards: Path, folder: Path, model: dict[str, Any], steps: int, saving: bool
+) -> dict[str, Any]:
     return {
         "seed_everything": 0,
         "run": {
@@ -68,7 +70,7 @@ def _config(shards: Path, folder: Path, preset: str, steps: int, saving: bool) -
         },
         "model": {
             "class_path": "lightning_tucodec.bench.train.TimedVAE",
-            "init_args": {"preset": preset},
+            "init_args": model,
         },
         "data": {"shards": str(shards), "batch_size": 8, "crop": 128},
         "trainer": {
@@ -105,7 +107,11 @@ def _train(command: list[str], folder: Path) -> tuple[list[float], int]:
 
 
 def run(
-    source: str | None, preset: str = "tiny", steps: int = 60, repeats: int = 3
+    source: str | None,
+    preset: str = "tiny",
+    steps: int = 60,
+    repeats: int = 3,
+    codec: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Steps of the bare loop, of a fit, and of a fit that begins a save whenever the last one is written.
 
@@ -117,12 +123,14 @@ def run(
         preset: size of the network.
         steps: of each training; the first ten do not count.
         repeats: turns.
+        codec: replaced fields of the preset, see `training.vae.resolve_codec`.
 
     Raises:
         ConfigError: no step would count.
     """
     if steps < WARM_STEPS + 2:
         raise ConfigError(f"--steps {steps}: the first {WARM_STEPS + 1} do not count")
+    model = {"preset": preset, "codec": codec}
     times: dict[str, list[list[float]]] = {name: [] for name in (BARE, FIT, SAVING)}
     saves = 0
     with tempfile.TemporaryDirectory() as name:
@@ -133,7 +141,7 @@ def run(
         for turn, kind in tqdm(list(itertools.product(range(repeats), times)), unit="training"):
             folder = scratch / f"{turn}-{kind}"
             folder.mkdir()
-            config = _config(shards, folder, preset, steps, kind == SAVING)
+            config = _config(shards, folder, model, steps, kind == SAVING)
             path = folder / "config.yaml"
             path.write_text(yaml.safe_dump(config), encoding="utf-8")
             fit = ["-m", "lightning_tucodec.cli", "fit", "--config", str(path)]

@@ -1,13 +1,16 @@
 """`tucodec bench train` at its smallest: what it times is there, and counted."""
 
+from pathlib import Path
+
 import pytest
 
 from lightning_tucodec.bench import timing, train
 from lightning_tucodec.cli import main
+from tests.support import MICRO
 
 
-def test_rows_and_bounds() -> None:
-    result = train.run(None, steps=train.WARM_STEPS + 4, repeats=1)
+def test_rows_and_bounds(photo_folder: Path) -> None:
+    result = train.run(str(photo_folder), steps=train.WARM_STEPS + 4, repeats=1, codec=MICRO)
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == [train.BARE, train.FIT, train.SAVING]
     ratio = rows[train.FIT]["median_s"] / rows[train.BARE]["median_s"]
