@@ -1,7 +1,7 @@
 """The Tucodec image codecs of CLIC 2019, rebuilt and trainable.
 
 >>> import lightning_tucodec as tuc
->>> model = tuc.load("tiny-mse")                          # doctest: +SKIP
+>>> model = tuc.load("tiny-mse-2")                          # doctest: +SKIP
 >>> data = model.compress(image)                          # doctest: +SKIP
 >>> image = tuc.decompress(data)                          # doctest: +SKIP
 """

@@ -356,7 +356,7 @@ def _register_bench(subparsers: Any) -> None:
         command.add_argument(
             "--models",
             nargs="+",
-            default=["paper", "fast", "tiny-mse"],
+            default=["paper", "fast", "tiny-mse-2"],
             metavar="NAME",
             help="presets (untrained; symbols drawn from their own P) or trained models (%(default)s)",
         )

@@ -141,19 +141,13 @@ def compare(image: NDArray[np.uint8], back: NDArray[np.uint8], size: int) -> Row
     Raises:
         ConfigError: the sizes differ.
     """
-    import torch
-
     from lightning_tucodec import metrics
 
     if back.shape != image.shape:
         raise ConfigError(f"decoded to {back.shape}, where the original is {image.shape}")
     height, width = image.shape[:2]
     error = metrics.sse(image, back)
-    scales = metrics.ms_ssim_scales(height, width)
-    similarity: float | None = None
-    if scales:
-        x, y = (torch.from_numpy(a).permute(2, 0, 1)[None] / 255.0 for a in (image, back))
-        similarity = float(metrics.ms_ssim(x, y))
+    similarity = metrics.pixels_ms_ssim(image, back)
     luma = (image.astype(np.float64) - back) @ np.array([0.2126, 0.7152, 0.0722])
     luma_error = float(np.square(luma).sum())
     return {
@@ -167,7 +161,7 @@ def compare(image: NDArray[np.uint8], back: NDArray[np.uint8], size: int) -> Row
         "psnr_y": metrics.psnr_from_sse(luma_error, height * width),
         "ms_ssim": similarity,
         "ms_ssim_db": None if similarity is None else metrics.ms_ssim_db(similarity),
-        "ms_ssim_scales": scales,
+        "ms_ssim_scales": metrics.ms_ssim_scales(height, width),
     }
 
 
@@ -399,13 +393,13 @@ def run(
     metrics: Sequence[str] = (),
 ) -> list[Row]:
     """`tucodec evaluate`: measure, write, and return the set rows."""
-    from lightning_tucodec.codecs.registry import codec
+    from lightning_tucodec.codecs.registry import codec, expand
 
     output = Path(out)
     if output.suffix != ".json":
         raise ConfigError(f"{out}: the name of the results must end in .json")
     metrics = check_names(metrics)
-    specifications = list(dict.fromkeys(specifications))
+    specifications = expand(specifications)
     codecs = [codec(text) for text in specifications]
     folder = Path(keep) if keep else None
     journal = output.with_suffix(".rows.jsonl")

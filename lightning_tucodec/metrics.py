@@ -122,6 +122,21 @@ def ms_ssim(x: Tensor, y: Tensor, weights: Sequence[float] = MS_SSIM_WEIGHTS) ->
         return similarity.mean(1)
 
 
+def pixels_ms_ssim(image: np.ndarray, shown: np.ndarray) -> float | None:
+    """MS-SSIM of two H×W×3 uint8 images; None where a side is below 11."""
+    if not ms_ssim_scales(*image.shape[:2]):
+        return None
+    x, y = (torch.from_numpy(a).permute(2, 0, 1)[None].float() / 255 for a in (image, shown))
+    return float(ms_ssim(x, y))
+
+
+def quality(image: np.ndarray, shown: np.ndarray) -> dict[str, float | None]:
+    """`psnr` in dB, None where nothing differs, and `ms_ssim` of a shown H×W×3 uint8 image."""
+    error = sse(image, shown)
+    psnr = psnr_from_sse(error, image.size) if error else None
+    return {"psnr": psnr, "ms_ssim": pixels_ms_ssim(image, shown)}
+
+
 def ms_ssim_db(value: float) -> float:
     """MS-SSIM on a logarithmic scale, −10·log10(1 − MS-SSIM); infinite for 1."""
     return math.inf if value >= 1.0 else -10.0 * math.log10(1.0 - value)

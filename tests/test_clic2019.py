@@ -25,14 +25,14 @@ FOLDER = Path(__file__).parent.parent / "experiments" / "clic2019"
         ),
         (
             "tucodecssim.sh",
-            {"LMBDAS": "20 80", "CANDIDATES": "webp:q=5"},
-            ["webp:q=5", "tiny-mse:effort=3,lmbda=20", "tiny-mse:effort=3,lmbda=80"],
+            {"LMBDAS": "0.2 0.3", "CANDIDATES": "webp:q=5"},
+            ["webp:q=5", "tiny-ssim:effort=3,lmbda=0.2", "tiny-ssim:effort=3,lmbda=0.3"],
             ["--maximise", "ms-ssim", "--max-bpp", "0.15"],
         ),
         (
             "tucodecpsnr40db.sh",
-            {"MODELS": "tiny-mse", "EFFORT": "2", "CODECS": "vvc:preset=slow", "QPS": "12 14"},
-            ["tiny-mse:effort=2", "vvc:preset=slow,qp=12", "vvc:preset=slow,qp=14"],
+            {"MODELS": "tiny-mse-2", "EFFORT": "2", "CODECS": "vvc:preset=slow", "QPS": "12 14"},
+            ["tiny-mse-2:effort=2", "vvc:preset=slow,qp=12", "vvc:preset=slow,qp=14"],
             ["--min-psnr", "40.0", "--min-ms-ssim", "0.993"],
         ),
     ],

@@ -10,5 +10,5 @@
 set -euo pipefail
 # shellcheck source=/dev/null
 . "$(dirname "$0")/candidates.sh"
-add_learned "tiny-mse"
+add_learned "tiny-ssim"
 allocate --max-bpp 0.15 --maximise ms-ssim

@@ -20,13 +20,17 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from lightning_tucodec.codecs.targets import Quantity, Setting, Target
     from lightning_tucodec.codecs.tuc import Latents, TucModel
     from lightning_tucodec.coding.container import Container
 
 Job = tuple[Path, Path]
 """A file and what is made of it."""
 
-DEFAULT_MODEL = "tiny-mse"
+DEFAULT_MODEL = "tiny-mse-2"
+
+FAMILIES: dict["Quantity", str] = {"bpp": "tiny-mse", "psnr": "tiny-mse", "ms_ssim": "tiny-ssim"}
+"""Among which models each target chooses by default."""
 
 H266_MODELS = ("vvc", "vvc+postfilter")
 """What `--model` also takes: H.266 without and with the learned post-filter."""
@@ -38,13 +42,19 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", required=True, help="a .tuc file, or a folder")
     parser.add_argument(
         "--model",
-        default=DEFAULT_MODEL,
-        help=f"name or file (%(default)s), or {' or '.join(H266_MODELS)}",
+        help=f"name or file ({DEFAULT_MODEL}); with a target the name of a family, as tiny-ssim for "
+        f"tiny-ssim-1, -2, …; or {' or '.join(H266_MODELS)}",
     )
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--qp", type=int, help="of vvc and vvc+postfilter, 0 … 63")
     rate.add_argument(
-        "--target-bpp", type=float, metavar="B", help="the finest QP that takes at most B"
+        "--target-bpp", type=float, metavar="B", help="for every image the best of at most B"
+    )
+    rate.add_argument(
+        "--target-psnr", type=float, metavar="DB", help="for every image the smallest file with DB"
+    )
+    rate.add_argument(
+        "--target-ms-ssim", type=float, metavar="S", help="for every image the smallest file with S"
     )
     parser.add_argument("--preset", help="of vvc and vvc+postfilter, faster … slower (medium)")
     _add_device(parser)
@@ -85,22 +95,22 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 def run_compress(arguments: argparse.Namespace) -> int:
     """Code images; a bad one is named, the others succeed, the status says that one failed."""
-    if arguments.model in H266_MODELS:
-        return _compress_h266(arguments)
-    for option in ("qp", "target_bpp", "preset"):
+    target = _target(arguments)
+    if target is not None or arguments.model in H266_MODELS:
+        return _compress_chosen(arguments, target)
+    for option in ("qp", "preset"):
         if getattr(arguments, option) is not None:
-            text = f"--{option.replace('_', '-')}"
-            raise ConfigError(f"{text} is an option of --model {' and '.join(H266_MODELS)}")
+            raise ConfigError(f"--{option} is an option of --model {' and '.join(H266_MODELS)}")
     from lightning_tucodec.codecs import pipeline
     from lightning_tucodec.codecs.models import load
     from lightning_tucodec.codecs.refine import RefinedModel, with_effort
     from lightning_tucodec.codecs.tuc import WHOLE_POSITIONS
     from lightning_tucodec.coding.container import check_size
     from lightning_tucodec.images import read_image, write_png
-    from lightning_tucodec.metrics import bits_per_pixel
+    from lightning_tucodec.metrics import bits_per_pixel, quality
     from lightning_tucodec.nn.transforms import STRIDE
 
-    model = load(arguments.model, _device(arguments.device))
+    model = load(arguments.model or DEFAULT_MODEL, _device(arguments.device))
     encoder = with_effort(model, arguments.effort)
     jobs = _targets(_images(arguments.images), arguments.out, ".tuc")
     recons = dict(_targets([source for source, _ in jobs], arguments.recon, ".png")
@@ -147,7 +157,7 @@ def run_compress(arguments: argparse.Namespace) -> int:
                 row["estimated_bits"] = (
                     model.bits_of(latents) if refined else model.estimated_bits(pixels)
                 )
-                row.update(_quality(pixels, shown))
+                row.update(quality(pixels, shown))
         return {**row, "seconds": seconds, "model": model.name}
 
     stages = pipeline.Stages(
@@ -161,51 +171,87 @@ def run_compress(arguments: argparse.Namespace) -> int:
     return _report(pipeline.run(stages, jobs), len(jobs), arguments.json)
 
 
-def _compress_h266(arguments: argparse.Namespace) -> int:
-    """`run_compress` through H.266."""
-    from lightning_tucodec.codecs import pipeline
-    from lightning_tucodec.codecs.h266 import H266, NO_FILTER, code_at_most
-    from lightning_tucodec.images import read_image, write_png
-    from lightning_tucodec.metrics import bits_per_pixel
+def _target(arguments: argparse.Namespace) -> "Target | None":
+    """What --target-… asks for."""
+    for quantity in FAMILIES:
+        value = getattr(arguments, f"target_{quantity}")
+        if value is not None:
+            from lightning_tucodec.codecs.targets import Target
 
-    options: dict[str, Any] = {"preset": arguments.preset or "medium"}
-    if arguments.model == "vvc":
-        options["filter"] = NO_FILTER
-    if arguments.qp is None and arguments.target_bpp is None:
-        raise ConfigError(f"--model {arguments.model} needs --qp or --target-bpp")
-    settings = [
-        H266(qp, **options) for qp in (range(64) if arguments.qp is None else [arguments.qp])
-    ]
-    settings[0].describe()  # says now what is wrong with binary or filter
+            return Target(quantity, value)
+    return None
+
+
+def _settings(arguments: argparse.Namespace, target: "Target | None") -> "list[Setting]":
+    """What `targets.best` or, for H.266, `targets.search` chooses from; a single one without a target."""
+    from lightning_tucodec.codecs.h266 import H266, NO_FILTER
+    from lightning_tucodec.codecs.models import family, load
+    from lightning_tucodec.codecs.refine import with_effort
+
+    name = arguments.model
+    if name in H266_MODELS:
+        if arguments.qp is None and target is None:
+            raise ConfigError(f"--model {name} needs --qp or a --target-…")
+        options: dict[str, Any] = {"preset": arguments.preset or "medium"}
+        if name == "vvc":
+            options["filter"] = NO_FILTER
+        qps = range(64) if arguments.qp is None else [arguments.qp]
+        ladder = [H266(qp, **options) for qp in qps]
+        ladder[0].describe()  # says now what is wrong with binary or filter
+        return [*ladder]
+    assert target is not None
+    if arguments.preset is not None:
+        raise ConfigError(f"--preset is an option of --model {' and '.join(H266_MODELS)}")
+    members = family(name or FAMILIES[target.quantity])
+    if not members:
+        raise ConfigError(
+            f"{target} chooses among the models of a family; --model {name} is none (see `tucodec models`)"
+        )
+    device = _device(arguments.device)
+    return [with_effort(load(member, device), arguments.effort) for member in members]
+
+
+def _compress_chosen(arguments: argparse.Namespace, target: "Target | None") -> int:
+    """`run_compress` with the setting that meets a target, and through H.266."""
+    from lightning_tucodec.codecs import pipeline, targets
+    from lightning_tucodec.codecs.h266 import H266
+    from lightning_tucodec.images import read_image, write_png
+    from lightning_tucodec.metrics import bits_per_pixel, quality
+
+    settings = _settings(arguments, target)
     jobs = _targets(_images(arguments.images), arguments.out, ".tuc")
     recons = dict(_targets([source for source, _ in jobs], arguments.recon, ".png")
                   if arguments.recon else [])  # fmt: skip
 
     def finish(job: Job, pixels: "NDArray[np.uint8]", _: None) -> dict[str, Any]:
-        source, target = job
+        source, out = job
         started = time.perf_counter()
-        if arguments.target_bpp is None:
-            setting, coded = settings[0], settings[0].code(pixels)
+        if target is None:
+            coding = targets.code(settings[0], pixels)
         else:
-            setting, coded = code_at_most(settings, pixels, arguments.target_bpp)
+            choose = targets.search if isinstance(settings[0], H266) else targets.best
+            coding = choose(settings, pixels, target)
         seconds = time.perf_counter() - started
-        with atomic_write(target) as stream:
-            stream.write(coded.data)
+        with atomic_write(out) as stream:
+            stream.write(coding.data)
         if source in recons:
-            write_png(recons[source], coded.shown)
+            write_png(recons[source], coding.shown)
         height, width = pixels.shape[:2]
         return {
             "file": str(source),
-            "output": str(target),
+            "output": str(out),
             "width": width,
             "height": height,
-            "bytes": len(coded.data),
-            "bpp": bits_per_pixel(len(coded.data), width * height),
+            "bytes": len(coding.data),
+            "bpp": bits_per_pixel(len(coding.data), width * height),
             "estimated_bits": None,
-            **(_quality(pixels, coded.shown) if arguments.json else {}),
+            **(quality(pixels, coding.shown) if arguments.json else {}),
             "seconds": seconds,
-            "model": arguments.model,
-            "qp": setting.qp,
+            **(
+                {"model": arguments.model, "qp": coding.setting.qp}
+                if isinstance(coding.setting, H266)
+                else {"model": coding.setting.name}
+            ),
         }
 
     stages = pipeline.Stages(
@@ -239,25 +285,6 @@ def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch finds no GPU here; leave the option out")
     return name
-
-
-def _quality(pixels: Any, shown: Any) -> dict[str, float | None]:
-    """PSNR (None when nothing differs) and MS-SSIM (None below 11 pixels a side)."""
-    import torch
-
-    from lightning_tucodec.metrics import ms_ssim, ms_ssim_scales, psnr_from_sse, sse
-
-    error = sse(pixels, shown)
-    quality: dict[str, float | None] = {
-        "psnr": psnr_from_sse(error, pixels.size) if error else None,
-        "ms_ssim": None,
-    }
-    if ms_ssim_scales(*pixels.shape[:2]):
-        first, second = (
-            torch.from_numpy(a).permute(2, 0, 1)[None].float() / 255 for a in (pixels, shown)
-        )
-        quality["ms_ssim"] = float(ms_ssim(first, second))
-    return quality
 
 
 class _Picture(NamedTuple):
@@ -425,8 +452,7 @@ def run_models(arguments: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=1))
         return status
     for row in rows:
-        rd = row.get("rd", {})
-        words = " ".join(f"{key}={value}" for key, value in rd.items())
+        words = " ".join(f"{key}={value}" for key, value in row.get("kodak", {}).items())
         print(f"{row['name']:16} {row['id']}  {words}  ({row['where']})")
     return status
 

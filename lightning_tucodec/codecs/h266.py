@@ -12,7 +12,6 @@ Flag 1 of the container is the gate: the post-filter of the model id is applied.
 image it is off, and the model id is zero.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,7 +24,7 @@ from lightning_tucodec.codecs.options import Options
 from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.codecs.vvc import PRESETS, Vvc
 from lightning_tucodec.coding.container import MODEL_ID_BYTES, CodecKind, Container, pack, unpack
-from lightning_tucodec.errors import ConfigError, CorruptStreamError, ImageInputError
+from lightning_tucodec.errors import CorruptStreamError, ImageInputError
 from lightning_tucodec.metrics import sse
 
 DEFAULT_FILTER = "vvc-postfilter"
@@ -155,35 +154,6 @@ class H266(Options):
         from lightning_tucodec.codecs.models import load_filter
 
         return load_filter(self.filter)
-
-
-def code_at_most(
-    settings: Iterable[H266], image: NDArray[np.uint8], bpp: float
-) -> tuple[H266, CodedPicture]:
-    """The finest setting whose file has at most so many bits a pixel.
-
-    Args:
-        settings: by falling rate, as QP 0 … 63.
-        image: H×W×3.
-        bpp: bits per pixel, headers counted.
-
-    Raises:
-        ConfigError: even the coarsest takes more.
-    """
-    ladder = list(settings)
-    budget = int(bpp * image.shape[0] * image.shape[1] / 8)
-    best: tuple[H266, CodedPicture] | None = None
-    low, high = 0, len(ladder) - 1
-    while low <= high:
-        middle = (low + high) // 2
-        coded = ladder[middle].code(image, budget)
-        if len(coded.data) <= budget:
-            best, high = (ladder[middle], coded), middle - 1
-        else:
-            low = middle + 1
-    if best is None:
-        raise ConfigError(f"--target-bpp {bpp}: even {ladder[-1].name} takes more")
-    return best
 
 
 def decode_container(container: Container, model: FilterModel | None = None) -> NDArray[np.uint8]:

@@ -1,6 +1,7 @@
 """Where models are found: shipped with the package, in the model folder, or by path."""
 
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -95,8 +96,18 @@ def find(name: str | Path) -> Path:
     for path in model_files():
         if path.name == text + SUFFIX:
             return path
+    if members := family(text):
+        raise UnknownModelError(f"{text} stands for several models; name one: {', '.join(members)}")
     known = ", ".join(sorted({path.stem for path in model_files()})) or "none"
     raise UnknownModelError(f"no model is called {text!r} (known: {known}; or give a path)")
+
+
+def family(name: str) -> list[str]:
+    """Names of the models NAME-1, NAME-2, …, in this order; none where a model has the name itself."""
+    names = {path.stem for path in model_files()}
+    ending = re.compile(re.escape(name) + r"-(\d+)")
+    found = {int(match[1]): other for other in names if (match := ending.fullmatch(other))}
+    return [] if name in names else [found[number] for number in sorted(found)]
 
 
 def _loadable(device: str = "cpu") -> Iterator[TucModel | FilterModel]:

@@ -5,9 +5,11 @@
 Names are those of `CLASSES`, keys the fields of the class: `jpeg:q=30`, `hevc:qp=32,chroma=420`,
 `vvc:qp=37,preset=slow,chroma_qp_offset=-6`, and `vvc+postfilter:qp=42` for H.266 with a learned
 filter. Any other name, or a path to a `.safetensors` file, is a learned model's, with the options of
-`codecs.refine`: `tiny-mse:effort=5`. The shell's braces make a sweep of one: `jpeg:q={10,30,50}`.
+`codecs.refine`: `tiny-mse-2:effort=5`. Without its number, `tiny-mse:effort=5` stands for all of a family
+(`expand`). The shell's braces make a sweep of one: `jpeg:q={10,30,50}`.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lightning_tucodec.codecs.base import ImageCodec
@@ -33,6 +35,20 @@ CLASSES: dict[str, type[Options]] = {
     for codec in (Jpeg, WebP, Avif, Jpeg2000, Hevc, Av1Aom, Av1Svt, JpegXl, Vvc)
 }
 """Codecs that are not learned; any other name is a learned model's."""
+
+
+def expand(specifications: Iterable[str]) -> list[str]:
+    """Specifications in which no name stands for a family of models any more, each once."""
+    expanded = []
+    for specification in specifications:
+        name, colon, options = specification.partition(":")
+        members: list[str] = []
+        if name not in CLASSES:
+            from lightning_tucodec.codecs.models import family
+
+            members = family(name)
+        expanded += [f"{member}{colon}{options}" for member in members] or [specification]
+    return list(dict.fromkeys(expanded))
 
 
 def codec(specification: str) -> ImageCodec:
@@ -63,7 +79,9 @@ def codec(specification: str) -> ImageCodec:
         return H266.parse(options)
     try:
         model = models.load(name)
-    except UnknownModelError:
+    except UnknownModelError as error:
+        if models.family(name):
+            raise ConfigError(str(error)) from None
         known = ", ".join(sorted([*CLASSES, H266.codec_name]))
         raise ConfigError(f"no codec or model is named {name}; codecs: {known}") from None
     if not options:

@@ -119,7 +119,7 @@ def test_a_module_with_two_optimisers_is_stopped_and_goes_on(
     for part in ("state_dict", "optimizer_states", "tucodec", "run"):
         assert same(states[0][part], states[1][part]), part
     assert states[0]["tucodec"] == {"opt_step": 6, "images_seen": 24, "width": 5}
-    values["run"]["init_from"] = "tiny-mse"
+    values["run"]["init_from"] = "tiny-mse-2"
     assert main(["fit", "--config", write(tmp_path / name, values)]) == 1
     assert "Duel has no warm start" in capsys.readouterr().err
 
@@ -146,13 +146,13 @@ def test_a_shipped_model_and_a_run_folder_are_warm_starts(
     values = config(tmp_path, shard_folder, {}, steps=1)
     values["data"]["crop"] = 64
     values["model"]["codec"] = None
-    values["run"]["init_from"] = "tiny-mse"
+    values["run"]["init_from"] = "tiny-mse-2"
     status = main(["fit", "--config", write(tmp_path, values)])
     errors = capsys.readouterr().err
     if status:  # the shipped file is of an older `tiny`; then that is said in one line
         assert "another network" in errors.splitlines()[-1]
     damaged = tmp_path / "damaged.safetensors"
-    damaged.write_bytes((SHIPPED / "tiny-mse.safetensors").read_bytes()[:3000])
+    damaged.write_bytes((SHIPPED / "tiny-mse-2.safetensors").read_bytes()[:3000])
     for source, text in [
         (str(damaged), "not an exported model"),
         ("huge-mse", "no model is called 'huge-mse'"),
