@@ -409,11 +409,14 @@ def _register_bench(subparsers: Any) -> None:
     def run_train(arguments: argparse.Namespace) -> int:
         import json
 
-        from lightning_tucodec.bench import timing, train
+        from lightning_tucodec.bench import timing, train, train_peer
 
-        result = train.run(
-            arguments.photos, arguments.preset, arguments.steps, repeats=arguments.repeats
-        )
+        if arguments.peer:
+            result = train_peer.run(repeats=arguments.repeats)
+        else:
+            result = train.run(
+                arguments.photos, arguments.preset, arguments.steps, repeats=arguments.repeats
+            )
         print(json.dumps(result, indent=1) if arguments.json else timing.table_text(result))
         return 0
 
@@ -424,6 +427,11 @@ def _register_bench(subparsers: Any) -> None:
     command.add_argument("--preset", default="tiny", choices=("tiny", "fast", "paper"))
     command.add_argument("--steps", type=int, default=60, help="of each training")
     command.add_argument("--repeats", type=int, default=3)
+    command.add_argument(
+        "--peer",
+        action="store_true",
+        help="instead: a step of tiny beside CompressAI's joint model with as many parameters",
+    )
     command.add_argument("--json", action="store_true")
 
 

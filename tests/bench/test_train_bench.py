@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_tucodec.bench import timing, train
+from lightning_tucodec.bench import timing, train, train_peer
 from lightning_tucodec.cli import main
 from tests.support import MICRO
 
@@ -24,3 +24,13 @@ def test_rows_and_bounds(photo_folder: Path) -> None:
 def test_too_few_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "train", "--steps", "11"]) == 1
     assert "the first 11 do not count" in capsys.readouterr().err
+
+
+def test_a_peer_of_as_many_parameters() -> None:
+    result = train_peer.run(batch=1, crop=64, repeats=1)
+    ours, theirs = result["parameters"].values()
+    assert theirs["parameters"] == pytest.approx(ours, rel=0.1)
+    assert [row["name"] for row in result["rows"]] == [
+        "tiny, adam", "tiny, muon", train_peer.PEER,
+    ]  # fmt: skip
+    assert result["asked"][0]["value"] > 0
