@@ -66,10 +66,10 @@ def test_best_is_the_best_that_meets_the_target(models: list[Setting]) -> None:
 
 def test_search_finds_the_end_of_what_meets_the_target() -> None:
     ladder = [H266(qp, "faster", -4, filter="none") for qp in range(34, 50)]
-    found = search(ladder, PHOTO, Target("bpp", 0.5))
+    found = search(ladder, PHOTO, Target("bpp", 0.3))
     assert isinstance(found.setting, H266)
     assert found.setting.qp > 34
-    budget = 0.5 * 96 * 128 / 8
+    budget = 0.3 * 96 * 128 / 8
     assert len(found.data) <= budget < len(code(ladder[found.setting.qp - 35], PHOTO).data)
     reached = search(ladder, PHOTO, Target("psnr", 30.0))
     assert isinstance(reached.setting, H266)
