@@ -20,10 +20,11 @@ import yaml
 from lightning_tucodec.codecs import models, registry
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.tuc import TucModel
+from lightning_tucodec.curves import Curve
 from lightning_tucodec.errors import ExternalToolError
 from lightning_tucodec.images import read_image
 from lightning_tucodec.metrics import bits_per_pixel, psnr_from_sse, sse
-from lightning_tucodec.report.rd import Curve, Panel, comparison_figure, rd_figure
+from lightning_tucodec.report.figures import Panel, comparison_figure, rd_figure
 
 TRAINING_PHOTOS = (
     "astronaut.png",

@@ -8,10 +8,10 @@ from typing import Any
 from lightning_tucodec.codecs.models import load
 from lightning_tucodec.codecs.refine import RefinedModel, Refinement
 from lightning_tucodec.codecs.tuc import TucModel
+from lightning_tucodec.curves import Curve, Quality, bd_rate
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.evaluate import Row, evaluate, find_images, summarise
 from lightning_tucodec.losses import make_loss
-from lightning_tucodec.report.rd import Curve, Quality, bd_rate
 
 BD_POINTS = 4
 

@@ -9,9 +9,9 @@ import numpy as np
 from lightning_tucodec.codecs.h266 import H266, NO_FILTER, NO_MODEL
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.coding.container import unpack
+from lightning_tucodec.curves import ImageCurves, bd_rate, decibels
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.evaluate import evaluate, find_images
-from lightning_tucodec.report.rd import ImageCurves, bd_rate
 
 QPS = (32, 35, 38, 41, 44, 47)
 
@@ -112,17 +112,13 @@ def _gains(anchor: ImageCurves, test: ImageCurves, place: int) -> np.ndarray:
         order = np.argsort(test.bpp[image])
         rates = np.log(test.bpp[image][order])
         for kind, (own, theirs) in enumerate(
-            ((anchor.psnr, test.psnr), (_decibels(anchor.ms_ssim), _decibels(test.ms_ssim)))
+            ((anchor.psnr, test.psnr), (decibels(anchor.ms_ssim), decibels(test.ms_ssim)))
         ):
             at = PchipInterpolator(rates, theirs[image][order], extrapolate=False)(rate)
             gains[kind, image] = float(at) - own[image, place]
     if np.isnan(gains).any():
         raise ConfigError(f"{test.name}: its rates do not reach the anchor's; add QPs at both ends")
     return gains
-
-
-def _decibels(ms_ssim: np.ndarray) -> np.ndarray:
-    return np.asarray(-10 * np.log10(np.maximum(1 - ms_ssim, 1e-12)))
 
 
 def _filtered(files: Sequence[Path]) -> int:

@@ -72,12 +72,14 @@ class PillowCodec(Options, ABC):
 
 @dataclass(frozen=True)
 class Jpeg(PillowCodec):
-    """JPEG with optimised Huffman tables.
+    """JPEG.
 
     Attributes:
         q: libjpeg's quality, 1 … 95.
         chroma: 420 or 444.
         progressive: 1 for progressive scans, which are usually smaller.
+        optimize: 1 for Huffman tables made for the image, 0 for the standard's, as most published
+            curves have.
     """
 
     codec_name: ClassVar[str] = "jpeg"
@@ -88,18 +90,20 @@ class Jpeg(PillowCodec):
     q: int
     chroma: str = "420"
     progressive: int = 0
+    optimize: int = 1
 
     def __post_init__(self) -> None:
         self.check_range("q", 1, 95)
         self.check_choice("chroma", *_SUBSAMPLING)
         self.check_range("progressive", 0, 1)
+        self.check_range("optimize", 0, 1)
 
     def save_options(self) -> dict[str, Any]:
         """Pillow's options for this setting."""
         return {
             "quality": self.q,
             "subsampling": _SUBSAMPLING[self.chroma],
-            "optimize": True,
+            "optimize": bool(self.optimize),
             "progressive": bool(self.progressive),
         }
 

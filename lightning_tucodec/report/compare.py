@@ -13,22 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tucodec.errors import ConfigError, TucodecError
-from lightning_tucodec.report.page import Chart, Dash, Limits, Page, Table, Trace, write_page
-from lightning_tucodec.report.rd import (
+from lightning_tucodec.curves import (
     Quality,
     bd_quality,
     bd_rate,
     bd_rate_interval,
     convex_hull,
-    rd_figure,
 )
-from lightning_tucodec.report.sources import Entry, Material, Run, read_sources
+from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.report.figures import AXES, rd_figure
+from lightning_tucodec.report.page import Chart, Dash, Limits, Page, Table, Trace, write_page
+from lightning_tucodec.report.sources import Entry, Evaluation, Material, Run, read_sources
 
 Row = dict[str, Any]
 
 QUALITIES: dict[Quality, str] = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM"}
-_AXES = {"psnr": "PSNR (RGB), dB", "ms_ssim_db": "MS-SSIM, dB"}
 
 _TRAINING = {
     "train/loss": "Loss",
@@ -172,8 +171,16 @@ def _model_complexity(name: str) -> tuple[float, float, float, float] | None:
 # --- Tables and charts -----------------------------------------------------------------------
 
 
-def _rd_charts(entries: Sequence[Entry]) -> list[Chart]:
+def _ceiling(evaluations: Sequence[Evaluation]) -> float | None:
+    """Mean over images of the PSNR that the conversion to 4:2:0 alone allows, where it was measured."""
+    rows = [row for evaluation in evaluations for row in evaluation.rows]
+    by_image = {r["image"]: r["ceiling_psnr"] for r in rows if r.get("ceiling_psnr") is not None}
+    return float(np.mean(list(by_image.values()))) if by_image else None
+
+
+def _rd_charts(material: Material) -> list[Chart]:
     charts = []
+    entries, ceiling = material.entries, _ceiling(material.evaluations)
     for quality, label in QUALITIES.items():
         own = [
             (index, entry) for index, entry in enumerate(entries) if quality in entry.curve.quality
@@ -197,7 +204,13 @@ def _rd_charts(entries: Sequence[Entry]) -> list[Chart]:
         note = "Solid: measured here. Dotted: published. Dashed: convex hull of what was measured."
         caption = f"Rate and {label}"
         limits = _limits(entries, quality)
-        charts.append(Chart(caption, "bits per pixel", _AXES[quality], traces, note, "rd", *limits))
+        if quality == "psnr" and ceiling is not None:
+            right = max(float(entry.curve.bpp[-1]) for _, entry in own)
+            traces.append(Trace("4:2:0 ceiling", [0, right], [ceiling] * 2, None, "dot"))
+            note += (
+                f" H.266 and whatever else works behind 4:2:0 stays below {ceiling:.1f} dB here."
+            )
+        charts.append(Chart(caption, "bits per pixel", AXES[quality], traces, note, "rd", *limits))
     return charts
 
 
@@ -417,7 +430,7 @@ def build_page(
         "configs": [table] if (table := _config_table(material.runs)) else [],
         "sources": [_source_table(material)],
     }
-    charts = [*_rd_charts(entries), *_training_charts(material.runs)]
+    charts = [*_rd_charts(material), *_training_charts(material.runs)]
     counts = {"curves": len(entries), "trainings": len(material.runs)}
     facts = [f"{number} {what}" for what, number in counts.items() if number]
     if rows:

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.registry import codec
+from lightning_tucodec.curves import family
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.evaluate import find_images
 from lightning_tucodec.images import read_image
 from lightning_tucodec.report.page import Scene, View
-from lightning_tucodec.report.rd import family
 from lightning_tucodec.report.sources import Evaluation
 
 Row = dict[str, Any]

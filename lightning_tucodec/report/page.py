@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.evaluate import finite
 from lightning_tucodec.files import atomic_write
-from lightning_tucodec.report.rd import COLOURS
+from lightning_tucodec.report.figures import COLOURS
 
 MAX_BYTES = 15_000_000
 """A report that is larger cannot be sent by mail and is slow on a phone; it is refused."""
@@ -104,7 +104,7 @@ class Page(NamedTuple):
 
 
 DARK_COLOURS = ("#5AB4F0", "#F08A4B", "#2CC69A", "#E2A0C4", "#8CD0F5", "#F2B53A", "#E7EAEE")
-"""`rd.COLOURS` for a dark page."""
+"""`figures.COLOURS` for a dark page."""
 
 SECTIONS = {
     "curves": "Rate and quality",

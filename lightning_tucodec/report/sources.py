@@ -18,12 +18,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
+from lightning_tucodec.curves import Curve, ImageCurves, decibels, read_curve, read_results
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.files import read_json_lines
-from lightning_tucodec.report.rd import Curve, ImageCurves, read_curve, read_results
+from lightning_tucodec.training.runs import validation_point
 
 Row = dict[str, Any]
 
@@ -43,13 +43,8 @@ class Run:
     metrics: Sequence[Row]
 
     def point(self) -> tuple[float, float, float | None] | None:
-        """bpp, PSNR and MS-SSIM in dB of the last validation; real files where they were written."""
-        for row in reversed(self.metrics):
-            bpp = row.get("val/real_bpp", row.get("val/bpp"))
-            if bpp is not None and row.get("val/psnr") is not None:
-                similarity = row.get("val/ms_ssim")
-                return float(bpp), float(row["val/psnr"]), _decibels(similarity)
-        return None
+        """See `validation_point`."""
+        return validation_point(self.metrics)
 
 
 @dataclass(frozen=True)
@@ -178,10 +173,10 @@ def _add_runs(material: Material, source: str, groups: dict[str, list[Run]]) -> 
         if not points:
             material.notes.append(f"{name}: no validation yet, so no point on the curves")
             continue
-        bpp, psnr, decibels = zip(*points, strict=True)
-        quality: dict[str, Sequence[float]] = {"psnr": psnr}
-        if all(value is not None for value in decibels):
-            quality["ms_ssim_db"] = decibels
+        bpp, psnr, similar = zip(*points, strict=True)
+        quality: dict[str, Any] = {"psnr": psnr}
+        if all(value is not None for value in similar):
+            quality["ms_ssim_db"] = similar
         curve = Curve.of(name, bpp, quality, f"last validation of each run of {source}")
         material.entries.append(Entry(curve))
 
@@ -246,17 +241,11 @@ def _add_published(material: Material, name: str) -> None:
     for point in table["points"]:
         by_name.setdefault(point["name"], []).append(point)
     for label, points in by_name.items():
-        quality = {"psnr": [p["psnr"] for p in points]}
+        quality: dict[str, Any] = {"psnr": [p["psnr"] for p in points]}
         if all("ms_ssim" in p for p in points):
-            quality["ms_ssim_db"] = [_decibels(p["ms_ssim"]) for p in points]
+            quality["ms_ssim_db"] = decibels([p["ms_ssim"] for p in points])
         curve = Curve.of(label, [p["bpp"] for p in points], quality, source)
         material.entries.append(Entry(curve, measured=False))
-
-
-def _decibels(similarity: float | None) -> Any:
-    if similarity is None:
-        return None
-    return float(-10 * np.log10(max(1 - similarity, 1e-12)))
 
 
 def _step(row: Row) -> float:

@@ -24,6 +24,7 @@ from lightning_fabric.plugins.environments import SLURMEnvironment
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from lightning_tucodec.curves import read_named
 from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError
 from lightning_tucodec.losses import check_crop
 from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
@@ -69,6 +70,8 @@ class RunConfig:
         group: W&B group, such as the sweep.
         job_type: W&B job type.
         tags: W&B tags.
+        baseline: curve that W&B's summary holds BD-rates against: FILE#NAME of a `results.json` of
+            `tucodec evaluate`, or the FILE of a published curve.
         threads: CPU threads; None leaves PyTorch's choice.
     """
 
@@ -82,6 +85,7 @@ class RunConfig:
     group: str | None = None
     job_type: str = "train"
     tags: list[str] | None = None
+    baseline: str | None = None
     threads: int | None = None
 
 
@@ -105,8 +109,10 @@ def check_config(config: dict[str, Any]) -> None:
     """Refuse what a resolved configuration alone shows to be impossible.
 
     Raises:
-        ConfigError: crops that the recipe's distortion cannot be measured on.
+        ConfigError: crops that the recipe's distortion cannot be measured on, or no such baseline.
     """
+    if baseline := config["run"].get("baseline"):
+        read_named(baseline)
     recipe = class_arguments(config, "model").get("recipe")
     crop = class_arguments(config, "data").get("crop")
     if recipe is not None and crop is not None:

@@ -20,10 +20,7 @@ from lightning_tucodec.training.game import Alarms, Gate, RateController, Turn
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.optimizers import follow
 from lightning_tucodec.training.plan import derive, hash_positions
-from lightning_tucodec.training.vae import CodecModule, eight_bits
-
-PANELS = 3
-"""Validation images whose course is kept as pictures."""
+from lightning_tucodec.training.vae import PICTURES, CodecModule, eight_bits
 
 _ORDER = 0x6F72646572  # separates the order of the pairs from the data plan's random bits
 
@@ -139,7 +136,7 @@ class GANCodec(CodecModule):
         self, number: int, original: NDArray[np.uint8], shown: NDArray[np.uint8]
     ) -> None:
         """Original, before the game and now, side by side."""
-        if number < PANELS:
+        if number < PICTURES:
             x = torch.from_numpy(original).permute(2, 0, 1)[None].to(self.device) / 255
             before = eight_bits(self.before(x).x_hat.clamp(0, 1))
             panels = np.concatenate([original, before, shown], axis=1)

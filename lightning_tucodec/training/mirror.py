@@ -78,7 +78,7 @@ class Mirror:
             return False
         changed = self._push_checkpoint()
         names = list(_SMALL)
-        names += [f"images/{p.name}" for p in sorted(self.folder.images.glob("*.png"))]
+        names += [f"images/{p.name}" for p in sorted(self.folder.images.glob("step-*"))]
         for name in names:
             changed |= self._push_file(name)
         if changed:

@@ -16,7 +16,8 @@ new model derives from `TrainingModule` and then
   stands under the key `tucodec` of every checkpoint.
 - draws random numbers from PyTorch's, NumPy's or Python's global generators (their states are saved for
   every rank) or, for elasticity, from a seed and `batch["index"]`, the global position of each sample.
-- keeps validation pictures at `picture_path(…)`: they show up in W&B beside the row of the same step.
+- keeps validation pictures at `picture_path(…)`, labelled with the number of the image, and what was
+  measured on every image with `keep_rows(…)`: W&B shows them as a table beside the row of the same step.
 - overrides `warm_start` if `run.init_from` makes sense for it.
 
 `ScheduledModule` adds what our own models share: the schedule of the learning rate, clipping, and validation
@@ -26,6 +27,9 @@ State that no optimiser, parameter or buffer holds goes through Lightning's `on_
 `on_load_checkpoint`; call the base class's own there.
 """
 
+import contextlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ import torch
 from torch import Tensor
 
 from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.files import atomic_write
 from lightning_tucodec.training.schedules import warmup_cosine
 
 
@@ -105,6 +110,19 @@ class TrainingModule(pl.LightningModule):
         """
         name = f"step-{self.opt_step:08d}{f'-{label}' if label else ''}.png"
         return Path(self.trainer.default_root_dir) / "images" / name
+
+    def keep_rows(self, rows: Sequence[dict[str, float]]) -> None:
+        """Write what this step's validation measured, a row an image, beside its pictures.
+
+        Args:
+            rows: each with `index`, the number of the image.
+        """
+        # A disk that is full is noticed by what matters: the metrics and the checkpoint.
+        with (
+            contextlib.suppress(OSError),
+            atomic_write(self.picture_path().with_suffix(".json"), "w") as stream,
+        ):
+            json.dump(list(rows), stream)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Our own counters and what describes the network."""
@@ -199,7 +217,10 @@ class ScheduledModule(TrainingModule):
         self._log_means("test")
 
     def _log_means(self, stage: str) -> None:
-        means = self.means(self._rows_of_all_ranks())
+        rows = self._rows_of_all_ranks()
+        if self.trainer.is_global_zero and self.trainer.loggers:
+            self.keep_rows(rows)
+        means = self.means(rows)
         self.log_dict({f"{stage}/{k}": v for k, v in means.items()}, rank_zero_only=True)
 
     def means(self, rows: list[dict[str, float]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lightning_tucodec.curves import decibels
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.files import atomic_write, read_json_lines
 from lightning_tucodec.storage import Storage
@@ -45,7 +46,7 @@ _VOLATILE_TRAINER = {
 _VOLATILE_DATA = {"shards", "val_images", "num_workers", "cache_dir", "cache_gb"}
 _VOLATILE_RUN = {
     "runs_dir", "wandb", "init_from", "checkpoint_minutes", "threads", "mirror", "group", "tags",
-    "job_type",
+    "job_type", "baseline",
 }  # fmt: skip
 
 _PACKAGES = (
@@ -176,6 +177,21 @@ def network_weights(checkpoint: dict[str, Any]) -> "dict[str, torch.Tensor]":
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a metrics file; a line cut short by a kill is left out."""
     return read_json_lines(path)
+
+
+def validation_point(rows: Sequence[dict[str, Any]]) -> tuple[float, float, float | None] | None:
+    """bpp, PSNR and MS-SSIM in dB of the last validation; real files where they were written.
+
+    Args:
+        rows: lines of `metrics.jsonl`.
+    """
+    for row in reversed(rows):
+        bpp, psnr = row.get("val/real_bpp", row.get("val/bpp")), row.get("val/psnr")
+        if bpp is not None and psnr is not None:
+            similarity = row.get("val/ms_ssim")
+            in_decibels = None if similarity is None else float(decibels(similarity))
+            return float(bpp), float(psnr), in_decibels
+    return None
 
 
 class RunFolder:

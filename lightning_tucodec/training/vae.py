@@ -29,6 +29,9 @@ from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.optimizers import muon_adam
 from lightning_tucodec.training.runs import initial_weights, load_checkpoint, network_weights
 
+PICTURES = 3
+"""Validation images that a picture is kept of, one each at every validation."""
+
 
 def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> CodecConfig:
     """A preset with some fields replaced.
@@ -160,14 +163,15 @@ class CodecModule(ScheduledModule):
             row["real_bpp"] = 8 * len(self.coder.encode(original)) / pixels
         self.validation_rows.append(row)
         if self.trainer.is_global_zero and self.trainer.loggers:
-            self.keep_picture(batch_idx, original, eight_bits(x_hat))
+            self.keep_picture(int(batch["index"][0]), original, eight_bits(x_hat))
 
     def keep_picture(
         self, number: int, original: NDArray[np.uint8], shown: NDArray[np.uint8]
     ) -> None:
-        """Original and reconstruction side by side; of the first image."""
-        if number == 0:
-            write_png(self.picture_path(), np.concatenate([original, shown], axis=1))
+        """Original and reconstruction side by side, of the first images."""
+        if number < PICTURES:
+            panels = np.concatenate([original, shown], axis=1)
+            write_png(self.picture_path(str(number) if number else ""), panels)
 
     def means(self, rows: list[dict[str, float]]) -> dict[str, float]:
         """Means over the images, and which centres were used."""

@@ -5,29 +5,49 @@ kill or a change of cluster sends what is missing and nothing twice. Charts have
 axes. Offline there is no server to ask: each attempt writes one complete offline run in the place of the
 earlier one, so there are no fragments to put in order.
 
+| at every validation | what |
+|---|---|
+| `rd/psnr`, `rd/ms_ssim` over `rd/bpp` | its point of the rate-distortion chart |
+| `pictures/…`, `images` | pictures, and a table of all images with rate and quality of each |
+| `baseline/…` | with `run.baseline`: percent of rate above the baseline's at equal quality |
+| summary `bd_rate/…` | BD-rate against `run.baseline` of all runs with this one's group and tags |
+
     python -m lightning_tucodec.training.wandb_view RUN_FOLDER     follows until standard input is closed
     tucodec wandb-sync RUN…                                        sends all of it, online
 """
 
 import argparse
+import contextlib
+import json
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lightning_tucodec.curves import Curve, Quality, bd_rate, rate_at_quality, read_named
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.companions import wait
-from lightning_tucodec.training.runs import Manifest, RunFolder, read_metrics
+from lightning_tucodec.training.runs import (
+    Manifest,
+    RunFolder,
+    read_metrics,
+    validation_point,
+)
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 POLL_SECONDS = 5.0
 ARRAY_SECONDS = 60.0
 """Sixteen tasks of an array start spread over this time, not at once."""
 
-PICTURE_LIMIT = 200
-"""Validations with pictures in one run."""
+_QUALITIES: tuple[Quality, ...] = ("psnr", "ms_ssim_db")
+"""In the order of `validation_point`."""
+
+_THUMBNAIL = 640
 
 
 def mode() -> str:
@@ -58,7 +78,8 @@ class View:
             for old in (folder.path / "wandb").glob("offline-run-*"):
                 shutil.rmtree(old, ignore_errors=True)
         self.folder = folder
-        self.images = wandb.Image
+        self.wandb = wandb
+        self.baseline = _baseline(run.get("baseline"))
         self.run = wandb.init(
             project=run["project"],
             id=identifier,
@@ -84,24 +105,124 @@ class View:
         rows = read_metrics(self.folder.metrics)
         new = rows[self.sent :]
         for number, row in enumerate(new, start=self.sent):
-            self.run.log({**row, **_rd_point(row), **self._pictures(row)}, step=number)
+            seen = {**_rd_point(row), **self._against_baseline(row), **self._pictures(row)}
+            self.run.log({**row, **seen}, step=number)
         self.sent = max(self.sent, len(rows))
+        if any("val/bpp" in row for row in new):
+            self._summarise()
         return len(new)
+
+    def _against_baseline(self, row: dict[str, Any]) -> dict[str, float]:
+        """How much more rate than the baseline's this validation needs, in percent."""
+        point = validation_point([row])
+        if self.baseline is None or point is None:
+            return {}
+        rate, *qualities = point
+        percents = {}
+        for name, value in zip(_QUALITIES, qualities, strict=True):
+            if value is not None and name in self.baseline.quality:
+                with contextlib.suppress(ConfigError):  # beyond the baseline's ends
+                    same = rate_at_quality(*self.baseline.points(name), value)
+                    percents[f"baseline/rate_percent_at_{name}"] = 100 * (rate / same - 1)
+        return percents
+
+    def _summarise(self) -> None:
+        """BD-rates of the curve that this run is a point of, or why there are none."""
+        if self.baseline is None:
+            return
+        points = sibling_points(self.folder)
+        summary: dict[str, Any] = {"baseline": self.baseline.name, "bd_rate/runs": len(points)}
+        for index, name in enumerate(_QUALITIES, start=1):
+            known = [point for point in points if point[index] is not None]
+            bpp, values = [point[0] for point in known], [point[index] for point in known]
+            try:
+                curve = Curve.of("this group", bpp, {name: values})
+                summary[f"bd_rate/{name}"] = bd_rate(self.baseline, curve, name).percent
+            except ConfigError as error:
+                summary[f"bd_rate/{name}"] = f"none yet: {error}"
+        self.run.summary.update(summary)
 
     def _pictures(self, row: dict[str, Any]) -> dict[str, Any]:
         if not any(name.startswith("val/") for name in row):
             return {}
         pattern = f"step-{int(row['opt_step']):08d}*.png"
-        return {
-            f"pictures/{path.stem.partition('-')[2].partition('-')[2] or 'validation'}": self.images(
-                str(path)
-            )
-            for path in sorted(self.folder.images.glob(pattern))
+        found = {_label(path): path for path in sorted(self.folder.images.glob(pattern))}
+        shown = {
+            f"pictures/{label or 'validation'}": self.wandb.Image(str(path))
+            for label, path in found.items()
         }
+        return {**shown, **self._table(int(row["opt_step"]), found)}
+
+    def _table(self, step: int, pictures: dict[str, Path]) -> dict[str, Any]:
+        """All validation images of a step: rate, quality, and a small picture of those that have one."""
+        try:
+            path = self.folder.images / f"step-{step:08d}.json"
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}  # a model that keeps none, or a run of an earlier version
+        names = [
+            name for name in dict.fromkeys(key for row in rows for key in row) if name != "index"
+        ]
+        table = self.wandb.Table(columns=["opt_step", "image", "picture", *names])
+        for row in rows:
+            number = int(row["index"])
+            picture = pictures.get(str(number)) or (pictures.get("") if number == 0 else None)
+            small = None if picture is None else self.wandb.Image(_small(picture), file_type="jpg")
+            table.add_data(step, number, small, *(row.get(name) for name in names))
+        return {"images": table}
 
     def close(self) -> None:
         """Send the rest and end."""
+        self._summarise()
         self.run.finish()
+
+
+def _label(path: Path) -> str:
+    """What tells pictures of one step apart, as `TrainingModule.picture_path` got it."""
+    return path.stem.split("-", 2)[2] if path.stem.count("-") > 1 else ""
+
+
+def _small(path: Path) -> "PIL.Image.Image":
+    """A picture for a table."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        return image.convert("RGB")
+
+
+def _baseline(specification: str | None) -> Curve | None:
+    """The curve that a config names; a view on another machine may do without."""
+    if specification is None:
+        return None
+    try:
+        return read_named(specification)
+    except ConfigError as error:
+        print(f"tucodec: no BD-rates: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def sibling_points(folder: RunFolder) -> list[tuple[float, float, float | None]]:
+    """Last validations of all runs beside this one with its group and tags; its own alone without group.
+
+    A sweep's runs have its name as their group and their stage among the tags, so that these are the
+    points of one curve.
+    """
+    own = _place(folder.path)
+    folders = [folder.path]
+    if own[0] is not None:
+        folders = [p for p in sorted(folder.path.parent.iterdir()) if _place(p) == own]
+    points = (validation_point(read_metrics(RunFolder(path).metrics)) for path in folders)
+    return [point for point in points if point is not None]
+
+
+def _place(path: Path) -> tuple[str | None, tuple[str, ...]]:
+    """Group and tags of a run."""
+    try:
+        run = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))["run"]
+        return run.get("group"), tuple(sorted(run.get("tags") or ()))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None, ()
 
 
 def _rd_point(row: dict[str, Any]) -> dict[str, float]:

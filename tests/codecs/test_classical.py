@@ -93,7 +93,7 @@ def test_a_stream_that_is_cut_or_foreign_is_refused(text: str) -> None:
         ("jpeg:q=high", "q=high is not a number"),
         ("jpeg:q", "q is not KEY=VALUE"),
         ("jpeg:q=3,q=4", "q is given twice"),
-        ("jpeg:quality=3", "no option quality; there are chroma, progressive, q"),
+        ("jpeg:quality=3", "no option quality; there are chroma, optimize, progressive, q"),
         ("hevc:qp=30,chroma=422", "chroma=422 is none of 420, 444"),
         ("nonsense", "no codec or model is named nonsense"),
         ("nonsense:q=3", "no codec or model is named nonsense"),

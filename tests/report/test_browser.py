@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lightning_tucodec.curves import Curve
 from lightning_tucodec.report.compare import build_page
 from lightning_tucodec.report.gallery import picture
 from lightning_tucodec.report.page import Scene, View, write_page
-from lightning_tucodec.report.rd import Curve
 from lightning_tucodec.report.sources import Entry, Material, Run
 from tests.support import photo
 

@@ -12,6 +12,7 @@ from PIL import Image
 from lightning_tucodec import cli
 from lightning_tucodec.codecs import models
 from lightning_tucodec.codecs.registry import codec
+from lightning_tucodec.curves import Curve
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.evaluate import evaluate, summarise, write_results
 from lightning_tucodec.report import page, sources
@@ -25,7 +26,6 @@ from lightning_tucodec.report.compare import (
 )
 from lightning_tucodec.report.gallery import bit_map, matched, picture, scenes
 from lightning_tucodec.report.page import Page, Table
-from lightning_tucodec.report.rd import Curve
 from lightning_tucodec.report.sources import Run, published, read_run, read_sources
 from tests.support import photo
 

@@ -97,10 +97,13 @@ def test_a_run_leaves_config_metrics_checkpoint_and_pictures(
     assert last["images_seen"] == 24
     assert 0 < last["val/real_bpp"] < 1.2 * last["val/bpp"] + 1
     assert last["val/centres_used"] + last["val/centres_dead"] == micro["centres"]
+    kept = ("-1.png", ".json", ".png")  # two images, and what was measured on each
     assert [p.name for p in sorted((folder / "images").iterdir())] == [
-        "step-00000003.png",
-        "step-00000006.png",
+        f"step-0000000{step}{kind}" for step in (3, 6) for kind in kept
     ]
+    images = json.loads((folder / "images" / "step-00000006.json").read_text())
+    assert [row["index"] for row in images] == [0, 1]
+    assert sum(row["psnr"] for row in images) / 2 == pytest.approx(last["val/psnr"])
     assert state(folder)["tucodec"]["opt_step"] == 6
 
 

@@ -329,7 +329,7 @@ def test_pictures_show_original_before_and_now(
     game = module(gate_lower=0.0, gate_upper=2.0, ema=0.5)
     options = {"val_check_interval": 2, "check_val_every_n_epoch": None, "logger": logger}
     trainer(tmp_path, 4, Count(), **options).fit(game, data(shard_folder, val_folder))
-    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    names = sorted(path.name for path in (tmp_path / "images").glob("*.png"))
     assert names == [f"step-{step:08d}-{number}.png" for step in (2, 4) for number in (0, 1)]
     from lightning_tucodec.images import read_image
 

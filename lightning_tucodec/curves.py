@@ -1,4 +1,4 @@
-"""Rate-distortion curves: reading, comparing and drawing them."""
+"""Rate-distortion curves: reading and comparing them."""
 
 import json
 import math
@@ -19,9 +19,10 @@ MIN_OVERLAP = 0.3
 """Least share of the quality range, from the lower start to the higher end of two curves, that both
 must cover; below, a BD-rate says more about the extrapolation than about the codecs."""
 
-_AXIS = {"psnr": "PSNR (RGB), dB", "ms_ssim_db": "MS-SSIM, dB"}
-# Okabe and Ito's colours, told apart by readers with any colour vision; the yellow is left out.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+
+def decibels(ms_ssim: ArrayLike) -> Floats:
+    """MS-SSIM on a logarithmic scale, −10·log10(1 − MS-SSIM); 120 dB at most."""
+    return -10 * np.log10(np.maximum(1 - np.asarray(ms_ssim, np.float64), 1e-12))
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def read_curve(path: str | Path) -> Curve:
         if "ms-ssim-db-rgb" in results:
             quality["ms_ssim_db"] = np.asarray(results["ms-ssim-db-rgb"], np.float64)
         elif "ms-ssim-rgb" in results:
-            quality["ms_ssim_db"] = -10 * np.log10(1 - np.asarray(results["ms-ssim-rgb"]))
+            quality["ms_ssim_db"] = decibels(results["ms-ssim-rgb"])
         if any(len(values) != len(bpp) for values in quality.values()) or not quality:
             raise ValueError("no quality, or not one value a rate")
         return Curve.of(content["name"], bpp, quality, content.get("description", ""))
@@ -114,16 +115,16 @@ class ImageCurves:
         """The mean over images (or over a selection with repeats), as most papers draw it."""
         part = slice(None) if indices is None else indices
         bpp, psnr, ms_ssim = (v[part].mean(0) for v in (self.bpp, self.psnr, self.ms_ssim))
-        decibels = -10 * np.log10(np.maximum(1 - ms_ssim, 1e-12))
         source = "mean over images; MS-SSIM in dB of the mean"
-        return Curve.of(self.name, bpp, {"psnr": psnr, "ms_ssim_db": decibels}, source)
+        return Curve.of(self.name, bpp, {"psnr": psnr, "ms_ssim_db": decibels(ms_ssim)}, source)
 
 
 def read_results(path: str | Path) -> list[ImageCurves]:
     """The curves in a `results.json` of `tucodec evaluate`.
 
     Points belong to one curve when their specifications differ in the first option only, which sets
-    the rate (`vvc:qp=37,preset=slow`), or, for learned models, in a number at the end of the name.
+    the rate (`vvc:qp=37,preset=slow`), or, for learned models, in a number at the end of the name and in
+    `lmbda` (`tiny-mse:effort=3,lmbda=40`).
 
     Raises:
         ConfigError: the file is not such a result, or an image lacks a point.
@@ -154,13 +155,42 @@ def read_results(path: str | Path) -> list[ImageCurves]:
         raise ConfigError(f"{path}: not a whole result of tucodec evaluate ({error!r})") from None
 
 
+def read_named(specification: str) -> Curve:
+    """One curve out of a file, as `run.baseline` names it.
+
+    Args:
+        specification: FILE of a published curve in CompressAI's format, or FILE#NAME of a `results.json`
+            of `tucodec evaluate`, NAME being that of a codec without what sets its rate (`jpeg`).
+
+    Raises:
+        ConfigError: the file is neither, or has no such curve.
+    """
+    file, _, name = specification.partition("#")
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: not JSON ({error})") from None
+    if not isinstance(content, dict) or "rows" not in content:
+        return read_curve(file)
+    curves = {images.name: images.mean() for images in read_results(file)}
+    if name not in curves:
+        raise ConfigError(f"{specification}: name one of its curves, as in {file}#{next(iter(curves))} "
+                          f"({', '.join(curves)})")  # fmt: skip
+    return curves[name]
+
+
 def family(codec: str) -> str:
-    """A specification without what sets the rate."""
-    name, colon, options = codec.partition(":")
-    if not colon:
-        return re.sub(r"[-_]?\d+$", "", name) or name
-    _, _, rest = options.partition(",")
-    return f"{name}:{rest}" if rest else name
+    """A specification without what sets the rate, see `read_results`."""
+    name, _, rest = codec.partition(":")
+    options = rest.split(",") if rest else []
+    if options and not options[0].startswith("effort="):
+        options = options[1:]
+    else:  # a learned model
+        name = re.sub(r"[-_]?\d+$", "", name) or name
+        options = [option for option in options if not option.startswith("lmbda=")]
+    return ":".join([name, *filter(None, [",".join(options)])])
 
 
 class BDRate(NamedTuple):
@@ -351,136 +381,3 @@ def rate_at_quality(rate: ArrayLike, quality: ArrayLike, target: float) -> float
         span = f"{values[0]:.2f} … {values[-1]:.2f}" if len(values) else "nothing"
         raise ConfigError(f"{target:.2f} dB is outside the curve, which covers {span}")
     return float(math.exp(PchipInterpolator(values, np.log(rates))(target)))
-
-
-def rd_figure(
-    curves: Sequence[Curve],
-    path: str | Path,
-    quality: Quality = "psnr",
-    title: str = "",
-    bpp_range: tuple[float, float] | None = None,
-) -> tuple[Path, Path]:
-    """Draw curves with their names at their ends, and write PNG and SVG.
-
-    Args:
-        curves: in the order of importance; the first is drawn on top and strongest.
-        path: of either file; the suffix is replaced.
-        quality: the vertical axis.
-        title: a line above the figure.
-        bpp_range: cuts the horizontal axis.
-
-    Returns:
-        The paths of the PNG and the SVG.
-    """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tucodec", "font.size": 9}):
-        figure = Figure(figsize=(6.4, 4.2), dpi=200, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        ends = []
-        for index, curve in enumerate(curves):
-            rates, values = curve.points(quality)
-            if bpp_range is not None:
-                inside = (rates >= bpp_range[0]) & (rates <= bpp_range[1])
-                rates, values = rates[inside], values[inside]
-            if not len(rates):
-                continue
-            colour = COLOURS[index % len(COLOURS)]
-            width, marker = (2.0, 4) if index == 0 else (1.3, 3)
-            axes.plot(
-                *(rates, values, "o-"),
-                color=colour,
-                linewidth=width,
-                markersize=marker,
-                zorder=3 + len(curves) - index,
-            )
-            ends.append((rates[-1], values[-1], curve.name, colour))
-        axes.set_xlabel("bits per pixel")
-        axes.set_ylabel(_AXIS[quality])
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.grid(color="0.9", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        _label_ends(axes, ends)
-        base = Path(path)
-        base.parent.mkdir(parents=True, exist_ok=True)
-        png, svg = base.with_suffix(".png"), base.with_suffix(".svg")
-        figure.savefig(png, metadata={"Software": None})
-        figure.savefig(svg, metadata={"Date": None})
-    return png, svg
-
-
-def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names to the right of the curves' last points, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    spacing = 0.045 * (high - low)
-    below = -math.inf
-    for rate, value, name, colour in sorted(ends, key=lambda end: end[1]):
-        below = max(value, below + spacing)
-        axes.annotate(
-            name,
-            (rate, value),
-            xytext=(1.01, below),
-            textcoords=axes.get_yaxis_transform(),
-            color=colour,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5},
-        )
-
-
-class Panel(NamedTuple):
-    """One picture of a comparison: uint8 H×W×3 with what stands above it."""
-
-    title: str
-    detail: str
-    image: NDArray[np.uint8]
-
-
-def comparison_figure(
-    panels: Sequence[Panel],
-    path: str | Path,
-    columns: int = 3,
-    crop: tuple[int, int, int, int] | None = None,
-) -> Path:
-    """Pictures of one size side by side, pixel for pixel, as one PNG.
-
-    Args:
-        panels: the original first, then reconstructions; `detail` usually names bpp and dB.
-        path: of the PNG.
-        columns: pictures a row.
-        crop: left, top, width, height of the part to show; everything when None.
-
-    Raises:
-        ConfigError: the pictures differ in size.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    if len({panel.image.shape for panel in panels}) != 1:
-        raise ConfigError("the pictures of a comparison must have one size")
-    images = [panel.image for panel in panels]
-    if crop is not None:
-        left, top, wide, tall = crop
-        images = [image[top : top + tall, left : left + wide] for image in images]
-    height, width = images[0].shape[:2]
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    gap, caption, dpi = 12, 46, 100
-    full = columns * (width + gap) + gap, rows * (height + caption + gap)
-    figure = Figure(figsize=(full[0] / dpi, full[1] / dpi), dpi=dpi, facecolor="white")
-    FigureCanvasAgg(figure)
-    for index, (panel, image) in enumerate(zip(panels, images, strict=True)):
-        x = gap + index % columns * (width + gap)
-        y = full[1] - (index // columns + 1) * (height + caption + gap) + gap
-        box = (x / full[0], y / full[1], width / full[0], height / full[1])
-        axes = figure.add_axes(box)
-        axes.imshow(image, interpolation="nearest", aspect="auto")
-        axes.set_axis_off()
-        figure.text(x / full[0], (y + height + 24) / full[1], panel.title, size=10, weight="bold")
-        figure.text(x / full[0], (y + height + 7) / full[1], panel.detail, size=8.5, color="0.3")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
-    return Path(path)

@@ -6,19 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.report.rd import (
+from lightning_tucodec.curves import (
     Curve,
     ImageCurves,
-    Panel,
+    bd_quality,
     bd_rate,
     bd_rate_interval,
-    comparison_figure,
     rate_at_quality,
-    rd_figure,
     read_curve,
     read_results,
 )
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.report.figures import Panel, comparison_figure, rd_figure
 
 BPP = np.array([0.1, 0.2, 0.4, 0.8, 1.6])
 PSNR = np.array([26.0, 29.0, 32.0, 35.0, 38.0])
@@ -47,6 +46,19 @@ def test_bd_rate_is_the_packages_own(method: str) -> None:
     )
     assert ours.percent == pytest.approx(float(expected), abs=1e-9)
     assert ours.method == method
+    gain = bd_quality(
+        Curve.of("a", rate_a, {"psnr": psnr_a}),
+        Curve.of("t", rate_t, {"psnr": psnr_t}),
+        method=method,  # type: ignore[arg-type]
+    )
+    published = bjontegaard.bd_psnr(rate_a, psnr_a, rate_t, psnr_t, method=method)
+    assert gain == pytest.approx(float(published), abs=1e-9)
+    if method == "cubic":  # Bjøntegaard's own definition (VCEG-M33): polynomials of log-rate
+        logs = [np.polyfit(p, np.log(r), 3) for r, p in ((rate_a, psnr_a), (rate_t, psnr_t))]
+        low, high = max(psnr_a[-1], psnr_t[-1]), min(psnr_a[0], psnr_t[0])
+        areas = [np.diff(np.polyval(np.polyint(log), [low, high]))[0] for log in logs]
+        mean = (areas[1] - areas[0]) / (high - low)
+        assert ours.percent == pytest.approx(100 * (np.exp(mean) - 1), abs=1e-6)
 
 
 def test_bd_rate_is_refused_over_little_overlap_and_few_points() -> None:
@@ -128,17 +140,20 @@ def simulated(images: int, seed: int) -> tuple[ImageCurves, ImageCurves]:
 def test_the_bootstrap_interval_covers_the_truth() -> None:
     anchor, test = simulated(20_000, 999)
     truth = bd_rate(anchor.mean(), test.mean()).percent
-    covered = 0
+    covered = {0.95: 0, 0.5: 0}
     for seed in range(40):
-        interval = bd_rate_interval(*simulated(24, seed), samples=150, seed=seed)
-        assert interval.low <= interval.estimate.percent <= interval.high
-        covered += interval.low <= truth <= interval.high
-    assert covered >= 34
+        for level in covered:
+            interval = bd_rate_interval(*simulated(24, seed), samples=100, level=level, seed=seed)
+            covered[level] += interval.low <= truth <= interval.high
     assert interval.images == 24
+    # Neither too narrow nor too wide: 38 and 20 are nominal, the limits about three standard deviations.
+    assert covered[0.95] >= 34
+    assert 10 <= covered[0.5] <= 30
 
 
 def test_results_become_one_curve_a_family(tmp_path: Path) -> None:
     codecs = ["jpeg:q=10", "jpeg:q=50", "vvc:qp=40,preset=slow", "vvc:qp=40", "tiny-1", "tiny-2"]
+    codecs += ["tiny-1:effort=3", "tiny-1:effort=3,lmbda=40"]
     rows = [
         {"image": image, "codec": codec, "bpp": 0.1 * i + j, "psnr": 30 + i, "ms_ssim": 0.9}
         for j, image in enumerate(("a", "b"))
@@ -147,7 +162,7 @@ def test_results_become_one_curve_a_family(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text(json.dumps({"rows": rows}))
     curves = {curve.name: curve for curve in read_results(path)}
-    assert list(curves) == ["jpeg", "vvc:preset=slow", "vvc", "tiny"]
+    assert list(curves) == ["jpeg", "vvc:preset=slow", "vvc", "tiny", "tiny:effort=3"]
     assert curves["jpeg"].mean().bpp == pytest.approx([0.5, 0.6])
     assert curves["tiny"].mean(np.array([1, 1])).points("psnr")[0] == pytest.approx([1.4, 1.5])
     assert curves["vvc"].mean().quality["ms_ssim_db"] == pytest.approx([10.0])

@@ -1,0 +1,150 @@
+"""Figures for papers: rate-distortion curves, and pictures side by side."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_tucodec.curves import Curve, Quality
+from lightning_tucodec.errors import ConfigError
+
+AXES: dict[Quality, str] = {"psnr": "PSNR (RGB), dB", "ms_ssim_db": "MS-SSIM, dB"}
+"""What the axis of a quality says."""
+# Okabe and Ito's colours, told apart by readers with any colour vision; the yellow is left out.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+
+
+def rd_figure(
+    curves: Sequence[Curve],
+    path: str | Path,
+    quality: Quality = "psnr",
+    title: str = "",
+    bpp_range: tuple[float, float] | None = None,
+) -> tuple[Path, Path]:
+    """Draw curves with their names at their ends, and write PNG and SVG.
+
+    Args:
+        curves: in the order of importance; the first is drawn on top and strongest.
+        path: of either file; the suffix is replaced.
+        quality: the vertical axis.
+        title: a line above the figure.
+        bpp_range: cuts the horizontal axis.
+
+    Returns:
+        The paths of the PNG and the SVG.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tucodec", "font.size": 9}):
+        figure = Figure(figsize=(6.4, 4.2), dpi=200, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        ends = []
+        for index, curve in enumerate(curves):
+            rates, values = curve.points(quality)
+            if bpp_range is not None:
+                inside = (rates >= bpp_range[0]) & (rates <= bpp_range[1])
+                rates, values = rates[inside], values[inside]
+            if not len(rates):
+                continue
+            colour = COLOURS[index % len(COLOURS)]
+            width, marker = (2.0, 4) if index == 0 else (1.3, 3)
+            axes.plot(
+                *(rates, values, "o-"),
+                color=colour,
+                linewidth=width,
+                markersize=marker,
+                zorder=3 + len(curves) - index,
+            )
+            ends.append((rates[-1], values[-1], curve.name, colour))
+        axes.set_xlabel("bits per pixel")
+        axes.set_ylabel(AXES[quality])
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        _label_ends(axes, ends)
+        base = Path(path)
+        base.parent.mkdir(parents=True, exist_ok=True)
+        png, svg = base.with_suffix(".png"), base.with_suffix(".svg")
+        figure.savefig(png, metadata={"Software": None})
+        figure.savefig(svg, metadata={"Date": None})
+    return png, svg
+
+
+def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names to the right of the curves' last points, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    spacing = 0.045 * (high - low)
+    below = -math.inf
+    for rate, value, name, colour in sorted(ends, key=lambda end: end[1]):
+        below = max(value, below + spacing)
+        axes.annotate(
+            name,
+            (rate, value),
+            xytext=(1.01, below),
+            textcoords=axes.get_yaxis_transform(),
+            color=colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5},
+        )
+
+
+class Panel(NamedTuple):
+    """One picture of a comparison: uint8 H×W×3 with what stands above it."""
+
+    title: str
+    detail: str
+    image: NDArray[np.uint8]
+
+
+def comparison_figure(
+    panels: Sequence[Panel],
+    path: str | Path,
+    columns: int = 3,
+    crop: tuple[int, int, int, int] | None = None,
+) -> Path:
+    """Pictures of one size side by side, pixel for pixel, as one PNG.
+
+    Args:
+        panels: the original first, then reconstructions; `detail` usually names bpp and dB.
+        path: of the PNG.
+        columns: pictures a row.
+        crop: left, top, width, height of the part to show; everything when None.
+
+    Raises:
+        ConfigError: the pictures differ in size.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if len({panel.image.shape for panel in panels}) != 1:
+        raise ConfigError("the pictures of a comparison must have one size")
+    images = [panel.image for panel in panels]
+    if crop is not None:
+        left, top, wide, tall = crop
+        images = [image[top : top + tall, left : left + wide] for image in images]
+    height, width = images[0].shape[:2]
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    gap, caption, dpi = 12, 46, 100
+    full = columns * (width + gap) + gap, rows * (height + caption + gap)
+    figure = Figure(figsize=(full[0] / dpi, full[1] / dpi), dpi=dpi, facecolor="white")
+    FigureCanvasAgg(figure)
+    for index, (panel, image) in enumerate(zip(panels, images, strict=True)):
+        x = gap + index % columns * (width + gap)
+        y = full[1] - (index // columns + 1) * (height + caption + gap) + gap
+        box = (x / full[0], y / full[1], width / full[0], height / full[1])
+        axes = figure.add_axes(box)
+        axes.imshow(image, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+        figure.text(x / full[0], (y + height + 24) / full[1], panel.title, size=10, weight="bold")
+        figure.text(x / full[0], (y + height + 7) / full[1], panel.detail, size=8.5, color="0.3")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    return Path(path)
