@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.colour import conversion_ceiling
 from lightning_tucodec.codecs.video import VideoCodec
-from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.errors import ConfigError, ExternalToolError, TucodecError
 from lightning_tucodec.files import atomic_write
 from lightning_tucodec.images import image_files, read_image
 from lightning_tucodec.perceptual import DEFINITIONS as PERCEPTUAL
@@ -317,13 +318,26 @@ def summarise(rows: Sequence[Row], codecs: Sequence[ImageCodec]) -> list[Row]:
 
 
 def write_results(
-    output: Path, rows: Sequence[Row], sets: Sequence[Row], codecs: Sequence[ImageCodec]
+    output: Path,
+    rows: Sequence[Row],
+    sets: Sequence[Row],
+    codecs: Sequence[ImageCodec],
+    specifications: Sequence[str] = (),
 ) -> None:
     """Everything as JSON to `output`; rows and sets as CSV beside it, in `.csv` and `.sets.csv`.
 
     Each line of the CSV files says with what it was coded, and a set's line how it was averaged.
+
+    Args:
+        output: ends in .json.
+        rows: of `evaluate`.
+        sets: of `summarise`.
+        codecs: those measured.
+        specifications: how each was asked for, which finds a model that was given as a file again.
     """
     described = {codec.name: codec.describe() for codec in codecs}
+    for codec, text in zip(codecs, specifications, strict=bool(specifications)):
+        described[codec.name]["specification"] = text
     content = {
         "format": FORMAT,
         "definitions": DEFINITIONS | {k: v for k, v in PERCEPTUAL.items() if k in sets[0]},
@@ -412,7 +426,7 @@ def run(
         pairs = zip(sets, specifications, codecs, strict=True)
         for entry, text, coder in tqdm(pairs, "memory", len(sets), disable=None):
             entry["peak_memory"] = _known_peak_memory(text, coder, largest, journal)
-    write_results(output, rows, sets, codecs)
+    write_results(output, rows, sets, codecs, specifications)
     return sets
 
 
@@ -423,7 +437,12 @@ def peak_memory(specification: str, image: Path) -> int:
         TucodecError: the codec cannot.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_own_peak_memory, specification, image).result()
+        try:
+            return pool.submit(_own_peak_memory, specification, image).result()
+        except BrokenProcessPool:
+            raise ExternalToolError(
+                f"{image}, {specification}: the process that measured the memory was killed"
+            ) from None
 
 
 def _own_peak_memory(specification: str, image: Path) -> int:

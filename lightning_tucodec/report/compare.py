@@ -330,7 +330,7 @@ def _cost_tables(material: Material) -> list[Table]:
     rows: list[list[Any]] = []
     for evaluation in material.evaluations:
         for entry in evaluation.sets:
-            counts = _model_complexity(entry["codec"])
+            counts = _model_complexity(evaluation.specification(entry["codec"]))
             seconds = [entry[k] / entry["images"] for k in ("encode_seconds", "decode_seconds")]
             memory = entry.get("peak_memory")
             version = evaluation.codecs.get(entry["codec"], {}).get("version", "")

@@ -61,7 +61,9 @@ def scenes(
     chosen = {name: matched([r for r in rows if r["image"] == name], bpp) for name in names}
     pictures = sum(1 + 2 * len(points) for points in chosen.values())
     share = BUDGET // pictures
-    coders: dict[str, ImageCodec] = {}
+    used = dict.fromkeys(row["codec"] for points in chosen.values() for row in points)
+    asked = {name: e.specification(name) for e in evaluations for name in e.codecs}
+    coders = {name: codec(asked.get(name, name)) for name in used}
     found = []
     for name in tqdm(names, "gallery", disable=None):
         image = read_image(files[name])
@@ -88,7 +90,7 @@ def _scene(
     name: str,
     image: NDArray[np.uint8],
     points: Sequence[Row],
-    coders: dict[str, ImageCodec],
+    coders: Mapping[str, ImageCodec],
     share: int,
     kept: Path | None,
 ) -> Scene:
@@ -97,7 +99,7 @@ def _scene(
     views = [View("original", f"{width}×{height}, 24 bpp · {how}", uri, width, height)]
     maps = []
     for row in points:
-        coder = coders.get(row["codec"]) or coders.setdefault(row["codec"], codec(row["codec"]))
+        coder = coders[row["codec"]]
         shown = _decoded(coder, image, row, kept)
         if shown.shape != image.shape:
             raise ConfigError(

@@ -80,6 +80,10 @@ class Evaluation:
     codecs: Row
     definitions: Row
 
+    def specification(self, codec: str) -> str:
+        """What builds a codec of this evaluation again; for a model that was given as a file, the file."""
+        return str(self.codecs.get(codec, {}).get("specification", codec))
+
 
 @dataclass
 class Material:

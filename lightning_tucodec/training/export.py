@@ -71,7 +71,7 @@ def _card(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         gaps = [later - earlier for earlier, later in pairwise(times)]
         card["training_hours"] = round(sum(gap for gap in gaps if gap < 600) / 3600, 2)
         card["trained_on"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
-        losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    if losses := [row["train/loss"] for row in rows if "train/loss" in row]:
         card["training_loss"] = {
             "first": round(losses[0], 4),
             "last_ten_mean": round(sum(losses[-10:]) / len(losses[-10:]), 4),
