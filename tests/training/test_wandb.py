@@ -1,8 +1,11 @@
 """W&B as a view of a run: replayed in order, by a client that may fail in every way."""
 
+import base64
 import contextlib
+import io
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -13,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hits import at_step, kill_at_step, start, wait
+from PIL import Image
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.training import fit, wandb_view
@@ -123,8 +128,12 @@ def offline_rows(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_replay_has_every_line_in_order_on_our_own_axes(words: list[str], tmp_path: Path) -> None:
     """Read back from the `.wandb` file; a second replay takes the place of the first."""
-    assert main(words) == 0
+    baseline = {"bpp": [0.01, 0.1, 1, 10, 100], "psnr-rgb": [1, 11, 21, 31, 41]}
+    published = tmp_path / "published.json"
+    published.write_text(json.dumps({"name": "JPEG", "results": baseline}))
+    assert main([*words, "--run.baseline", str(published)]) == 0
     (folder,) = runs(tmp_path)
+    others_of_its_curve(folder)
     for _ in range(2):
         assert wait(start(["wandb-sync", "--offline", str(folder)])) == 0
     records = offline_records(folder)
@@ -139,6 +148,52 @@ def test_a_replay_has_every_line_in_order_on_our_own_axes(words: list[str], tmp_
     assert axes["*"] == "opt_step"
     assert axes["rd/*"] == "rd/bpp"
     check_rows(folder, offline_rows(folder))
+    (row,) = [row for row in read_metrics(folder / "metrics.jsonl") if "val/bpp" in row]
+    (items,) = [items for items in offline_rows(folder) if "val/bpp" in items]
+    same = 10 ** ((row["val/psnr"] - 21) / 10)
+    percent = 100 * (row["val/real_bpp"] / same - 1)
+    assert items["baseline/rate_percent_at_psnr"] == pytest.approx(percent)
+    images = json.loads((folder / "images" / f"step-{row['opt_step']:08d}.json").read_text())
+    assert [image["index"] for image in images] == [0, 1]
+    (files,) = folder.glob("wandb/offline-run-*/files")
+    table = (files / items["images.path"]).read_text()
+    assert all(f"<td>{image['psnr']:.4f}<td>{image['ms_ssim']:.4f}" in table for image in images)
+    pictures = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)">', table)
+    for data, (width, height) in zip(pictures, ((202, 75), (128, 50)), strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            assert picture.size == (width, height)
+    summary = {
+        item.key: json.loads(item.value_json)
+        for record in records
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    }
+    assert summary["baseline"] == "JPEG"
+    # Half the rate throughout; the run itself costs more than the first for less, and does not count.
+    assert summary["bd_rate/runs"] == 5
+    assert summary["bd_rate/psnr"] == pytest.approx(-50)
+    assert "no ms_ssim_db" in summary["bd_rate/ms_ssim_db"]
+
+
+def others_of_its_curve(folder: Path) -> None:
+    """Four runs of the same group and tags, and one of another stage."""
+    for number, stage in enumerate(["mse"] * 4 + ["ssim"]):
+        other = folder.parent / f"other-{number}"
+        other.mkdir()
+        (other / "config.yaml").write_text(
+            yaml.safe_dump({"run": {"group": "lambdas", "tags": ["first", stage]}})
+        )
+        line = {"opt_step": 4, "val/bpp": 10 ** (number - 0.8) / 2, "val/psnr": 13.0 + 10 * number}
+        (other / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def test_a_run_without_its_baseline_does_not_start(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--run.baseline", str(tmp_path / "none.json#jpeg")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "none.json: No such file" in line
+    assert not (tmp_path / "runs").exists()
 
 
 def test_sync_sends_what_the_server_lacks(
