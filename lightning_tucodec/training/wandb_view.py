@@ -135,7 +135,8 @@ class View:
         summary: dict[str, Any] = {"baseline": self.baseline.name, "bd_rate/runs": len(points)}
         for index, name in enumerate(_QUALITIES, start=1):
             known = [point for point in points if point[index] is not None]
-            bpp, values = [point[0] for point in known], [point[index] for point in known]
+            bpp = [point[0] for point in known]
+            values: list[Any] = [point[index] for point in known]
             try:
                 curve = Curve.of("this group", bpp, {name: values})
                 summary[f"bd_rate/{name}"] = bd_rate(self.baseline, curve, name).percent
