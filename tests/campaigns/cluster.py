@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ RESULTS = REPOSITORY / "docs" / "campaigns.json"
 STEPS = 240
 PATIENCE = 2400.0
 """Seconds to wait for anything; a machine that others use may be ten times slower than a quiet one."""
+
+
+_ENVIRONMENT = threading.Lock()
 
 
 def missing_programs() -> str:
@@ -154,15 +158,16 @@ class Box:
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """`os.environ` with other values for a while."""
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(values)
-    try:
-        yield
-    finally:
+    """`os.environ` with other values for a while, for one thread after the other."""
+    with _ENVIRONMENT:
+        before = dict(os.environ)
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(values)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 # --- Data and sweeps -------------------------------------------------------------------------
