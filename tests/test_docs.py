@@ -44,7 +44,7 @@ _ELSEWHERE = {
 _NAMES = {
     "PHOTOS": "photos", "TEST_PHOTOS": "photos", "IMAGES": "photos", "KODAK": "photos",
     "VALIDATION_PHOTOS": "validation", "photos/": "photos", "kodak/": "validation",
-    "tiny-ssim-3": "tiny-mse", "shards/": "shards/page",
+    "shards/": "shards/page",
     "s3://b/shards": "shards/train", "s3://b/runs": "mirror",
     "out/ssim": "submission", "out/psnr": "submission", "out/40db": "transparent",
     "sweeps/tucodecssim-…": "sweeps/tiny_ssim-…",
@@ -55,8 +55,8 @@ _NAMES = {
 _FIT = "--trainer.max_steps 2 --trainer.val_check_interval 2 --data.batch_size 2 --run.threads 1"
 _SMALL = {
     "allocate": "--max-bpp 6 --workers 1",
-    "bench codec": "--models tiny-mse --bpp 0.5 --size 64 64 --repeats 1 --peers",
-    "bench entropy": "--models tiny-mse --bpp 0.5 --size 64 64 --repeats 1 --peers",
+    "bench codec": "--models tiny-mse-2 --bpp 0.5 --size 64 64 --repeats 1 --peers",
+    "bench entropy": "--models tiny-mse-2 --bpp 0.5 --size 64 64 --repeats 1 --peers",
     "bench h266": "--preset faster --qp 22 30 38 46 --bpp 1 --workers 1",
     "compare": "--samples 10 --pictures 1",
     "evaluate": "--workers 1",
