@@ -206,6 +206,8 @@ class GANCodec(CodecModule):
         if turn.codec:
             (pull,) = grad(self.loss.total(terms.distortion, none), x_hat)
             (push,) = grad(adversarial, x_hat, retain_graph=turn.discriminator)
+            # Not the colours' means: MS-SSIM hardly defends them, so they would go where the adversary likes.
+            push = push - push.mean((2, 3), keepdim=True)
             weight = self.weight
             if weight is None:
                 push = push * (self.share * pull.norm() / push.norm().clamp_min(1e-20))
