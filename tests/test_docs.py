@@ -33,7 +33,6 @@ SHELL = ("", "sh", "bash", "console")
 
 _ELSEWHERE = {
     r"make (demo|test)": "minutes; continuous integration runs both",
-    r"python -m tests\.": "hours, or changes what is golden",
     r"apt-get|slurm/localcluster/|source |squeue": "a Slurm: tests/cluster",
     r"sbatch ": "a Slurm: tests/cluster",
     r"tucodec bench codec --large": "24 megapixels, minutes",
