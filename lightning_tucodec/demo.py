@@ -19,7 +19,7 @@ import yaml
 
 from lightning_tucodec.codecs import models, registry
 from lightning_tucodec.codecs.base import ImageCodec
-from lightning_tucodec.codecs.tuc import TucModel
+from lightning_tucodec.codecs.cli import DEFAULT_MODEL
 from lightning_tucodec.curves import Curve
 from lightning_tucodec.errors import ExternalToolError
 from lightning_tucodec.images import read_image
@@ -241,10 +241,8 @@ def run(out: Path) -> list[Path]:
     )  # fmt: skip
     held_out = photos(HELD_OUT_PHOTOS)
     learned: dict[str, list[Row]] = {}
-    for path in [*train(out, shards), *sorted(models.SHIPPED.glob(f"*{models.SUFFIX}"))]:
-        model = models.load_any(path)
-        if not isinstance(model, TucModel):
-            continue  # a post-filter codes nothing by itself
+    for path in [*train(out, shards), models.find(DEFAULT_MODEL)]:
+        model = models.load(path)
         label = f"{model.name} ({model.card['opt_step']:,} steps)"
         learned[label] = code_files(out, str(path), held_out)
     classical = evaluate_classical(held_out)
