@@ -86,6 +86,10 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
+    # The endpoint is no part of the key of fsspec's cache, and moto's buckets outlive its server.
+    s3fs.S3FileSystem.clear_instance_cache()
     s3fs.S3FileSystem(skip_instance_cache=True).mkdir("mirror")
     yield "s3://mirror/runs"
+    s3fs.S3FileSystem(skip_instance_cache=True).rm("mirror", recursive=True)
+    s3fs.S3FileSystem.clear_instance_cache()
     server.stop()

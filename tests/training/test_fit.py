@@ -381,6 +381,7 @@ def test_recipes_build_and_run_two_steps(
     """With the network made small and everything else as it stands in the file."""
     values = yaml.safe_load(path.read_text())
     values["run"].update(runs_dir=str(tmp_path / "runs"), threads=None, wandb=False)
+    values["run"].pop("init_from", None)  # weights of the whole network
     model = values["model"].get("init_args", values["model"])
     model.update(preset="tiny", codec={**micro, **model.get("codec", {})})
     if "discriminator" in model:

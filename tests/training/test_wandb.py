@@ -37,7 +37,7 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CONFIG", "CACHE", "DATA"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "w"))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    for name in ("API_KEY", "BASE_URL", "MODE"):
+    for name in ("API_KEY", "BASE_URL", "MODE", "SERVICE"):  # SERVICE: an earlier test's client
         monkeypatch.delenv(f"WANDB_{name}", raising=False)
     monkeypatch.setattr(TrainingModule, "count_step", TrainingModule.count_step)
 
