@@ -211,6 +211,19 @@ class BDRate(NamedTuple):
     method: str
 
 
+def _sides(anchor: Curve, test: Curve, quality: Quality, what: str) -> list[tuple[Floats, Floats]]:
+    """Rates and qualities of both curves' rising points, of which `what` needs four.
+
+    Raises:
+        ConfigError: fewer.
+    """
+    sides = [curve.points(quality) for curve in (anchor, test)]
+    for curve, (rates, _) in zip((anchor, test), sides, strict=True):
+        if len(rates) < 4:
+            raise ConfigError(f"{curve.name}: {what} needs 4 rising points, not {len(rates)}")
+    return sides
+
+
 def bd_rate(
     anchor: Curve,
     test: Curve,
@@ -225,10 +238,7 @@ def bd_rate(
     """
     import bjontegaard
 
-    sides = [curve.points(quality) for curve in (anchor, test)]
-    for curve, (rates, _) in zip((anchor, test), sides, strict=True):
-        if len(rates) < 4:
-            raise ConfigError(f"{curve.name}: BD-rate needs 4 rising points, not {len(rates)}")
+    sides = _sides(anchor, test, quality, "BD-rate")
     low = max(values[0] for _, values in sides)
     high = min(values[-1] for _, values in sides)
     span = max(values[-1] for _, values in sides) - min(values[0] for _, values in sides)
@@ -262,10 +272,7 @@ def bd_quality(
     """
     import bjontegaard
 
-    sides = [curve.points(quality) for curve in (anchor, test)]
-    for curve, (rates, _) in zip((anchor, test), sides, strict=True):
-        if len(rates) < 4:
-            raise ConfigError(f"{curve.name}: BD-quality needs 4 rising points, not {len(rates)}")
+    sides = _sides(anchor, test, quality, "BD-quality")
     logs = [np.log(rates) for rates, _ in sides]
     shared = min(log[-1] for log in logs) - max(log[0] for log in logs)
     overlap = max(0.0, shared) / (max(log[-1] for log in logs) - min(log[0] for log in logs))

@@ -66,9 +66,8 @@ def code(setting: Setting, image: NDArray[np.uint8], max_bytes: int | None = Non
     if isinstance(setting, H266):
         picture = setting.code(image, max_bytes)
         return Coding(setting, picture.data, picture.shown)
-    model = setting.model if isinstance(setting, RefinedModel) else setting
     coded = setting.code(image)
-    shown = model.synthesise(coded.latents.y, image.shape[1], image.shape[0])
+    shown = _model(setting).synthesise(coded.latents.y, image.shape[1], image.shape[0])
     return Coding(setting, coded.data, shown)
 
 
@@ -130,8 +129,10 @@ def _missed(target: Target, name: str, measured: float) -> ConfigError:
     return ConfigError(f"{target}: even {name} {takes} {measured:.4g}{unit}")
 
 
+def _model(setting: TucModel | RefinedModel) -> TucModel:
+    """Whose decoder reads the setting's files."""
+    return setting.model if isinstance(setting, RefinedModel) else setting
+
+
 def _is_ssim(setting: Setting) -> bool:
-    if isinstance(setting, H266):
-        return False
-    model = setting.model if isinstance(setting, RefinedModel) else setting
-    return model.card.get("recipe") == "ssim"
+    return not isinstance(setting, H266) and _model(setting).card.get("recipe") == "ssim"
