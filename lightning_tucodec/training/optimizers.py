@@ -85,7 +85,7 @@ def muon_adam(network: nn.Module, parts: Iterable[str], lr: float, least: int = 
     """MuonAdam over a network.
 
     Args:
-        network: whose parameters are trained.
+        network: whose parameters are trained, all but the frozen ones.
         parts: names of the children whose convolutions are matrices to Muon, as in ("g_a", "g_s").
         lr: learning rate.
         least: a weight with fewer rows or columns (depthwise, RGB) is left to Adam.
@@ -94,6 +94,8 @@ def muon_adam(network: nn.Module, parts: Iterable[str], lr: float, least: int = 
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         fits = parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) >= least
         (matrices if fits and name.startswith(prefixes) else others).append(parameter)
     return MuonAdam(matrices, others, lr)

@@ -78,6 +78,8 @@ class CodecModule(ScheduledModule):
         decay_start: fraction of `max_steps` at which the cosine begins.
         clip_norm: gradients are scaled down to this norm.
         seed: of the quantisers' noise.
+        frozen: parts that keep the weights they start with, as in ["g_a", "g_s"].
+        init_parts: parts that `run.init_from` gives weights to; None: all.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class CodecModule(ScheduledModule):
         decay_start: float = 0.5,
         clip_norm: float = 1.0,
         seed: int = 0,
+        frozen: list[str] | None = None,
+        init_parts: list[str] | None = None,
     ) -> None:
         super().__init__(lr, final_lr, warmup_steps, decay_start, clip_norm)
         self.recipe = recipe
@@ -101,6 +105,15 @@ class CodecModule(ScheduledModule):
             self.network = TucodecVAE(resolve_codec(preset, codec))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"no network has this shape ({error}): {codec}") from None
+        parts = dict(self.network.named_children())
+        for name in (*(frozen or ()), *(init_parts or ())):
+            if name not in parts:
+                raise ConfigError(f"{name!r} is no part of the network; choose of {list(parts)}")
+        for name in frozen or ():
+            parts[name].requires_grad_(False)
+        if not any(p.requires_grad for p in self.network.parameters()):
+            raise ConfigError("model.frozen: nothing is left to train")
+        self.init_parts = init_parts
         self.preset = preset
         self.optimizer = optimizer
         self.seed = seed
@@ -111,7 +124,8 @@ class CodecModule(ScheduledModule):
         """One optimiser for everything: the prior of z needs no auxiliary loss."""
         if self.optimizer == "muon":
             return muon_adam(self.network, ("g_a", "g_s", "h_a", "h_s"), self.lr)
-        return torch.optim.Adam(self.network.parameters(), lr=self.lr, fused=True)
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        return torch.optim.Adam(trained, lr=self.lr, fused=True)
 
     def on_fit_start(self) -> None:
         """Check what can be known before any time is spent."""
@@ -200,7 +214,7 @@ class CodecModule(ScheduledModule):
         }
 
     def warm_start(self, source: str) -> None:
-        """Start with the weights of a checkpoint or of an exported model; nothing else is taken over.
+        """Start `init_parts` with the weights of a checkpoint or of an exported model; nothing else is taken.
 
         The quantiser may be of another kind: learned centres start on the integers that rounding and
         noise use. An exported model has half-precision transforms and entropy networks in fixed point.
@@ -214,7 +228,13 @@ class CodecModule(ScheduledModule):
             weights = ModelFile.load(path).network().state_dict()
         else:
             weights = network_weights(load_checkpoint(path))
-        own = {name: tuple(value.shape) for name, value in self.network.state_dict().items()}
+        if self.init_parts is not None:
+            weights = {k: v for k, v in weights.items() if k.partition(".")[0] in self.init_parts}
+        own = {
+            name: tuple(value.shape)
+            for name, value in self.network.state_dict().items()
+            if self.init_parts is None or name.partition(".")[0] in self.init_parts
+        }
         theirs = {name: tuple(value.shape) for name, value in weights.items()}
         differing = [
             name for name, _ in own.items() ^ theirs.items() if not name.startswith("quantizer.")

@@ -14,7 +14,7 @@ import yaml
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ModelFileError
-from lightning_tucodec.training.runs import RunFolder, run_id
+from lightning_tucodec.training.runs import RunFolder, load_checkpoint, network_weights, run_id
 from lightning_tucodec.training.tracking import read_metrics
 from lightning_tucodec.training.vae import VAE
 
@@ -294,6 +294,35 @@ def test_warm_start_crosses_kinds_of_quantiser_and_refuses_other_networks(
     values["model"]["codec"] = {**micro, "hyper.channels": 12}
     assert main(["fit", "--config", write(tmp_path, values)]) == 1
     assert "another network" in capsys.readouterr().err
+
+
+def test_frozen_parts_keep_what_init_parts_gave_them(
+    tmp_path: Path, shard_folder: Path, micro: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", write(tmp_path, config(tmp_path, shard_folder, micro, 2))]) == 0
+    checkpoint = runs(tmp_path)[0] / "checkpoints" / "last.ckpt"
+    start = network_weights(load_checkpoint(checkpoint))
+    values = config(tmp_path, shard_folder, {**micro, "hyper.channels": 12}, 2)
+    values["run"].update(name="frozen", init_from=str(checkpoint))
+    values["model"].update(frozen=["g_a", "g_s"], init_parts=["g_a", "g_s", "context"])
+    for optimizer in ("adam", "muon"):
+        values["model"]["optimizer"] = optimizer
+        assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    folders = [folder for folder in runs(tmp_path) if folder.name.startswith("frozen-")]
+    assert len(folders) == 2
+    for folder in folders:
+        end = network_weights(load_checkpoint(folder / "checkpoints" / "last.ckpt"))
+        same = {name.partition(".")[0] for name in start if torch.equal(start[name], end[name])}
+        assert {"g_a", "g_s"} <= same
+        assert not same & {"h_s", "entropy_parameters"}
+        moved = {name for name in start if name.startswith("context.")}
+        assert all((start[name] - end[name]).abs().max() < 0.05 for name in moved)
+    for wrong, words in (
+        ({"frozen": ["g_b"]}, "'g_b' is no part of the network"),
+        ({"frozen": list(dict(VAE().network.named_children()))}, "nothing is left to train"),
+    ):
+        assert main(["fit", "--config", write(tmp_path, {**values, "model": wrong})]) == 1
+        assert words in capsys.readouterr().err
 
 
 def test_identity_ignores_where_and_knows_what(tmp_path: Path, shard_folder: Path) -> None:
