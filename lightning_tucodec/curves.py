@@ -388,3 +388,16 @@ def rate_at_quality(rate: ArrayLike, quality: ArrayLike, target: float) -> float
         span = f"{values[0]:.2f} … {values[-1]:.2f}" if len(values) else "nothing"
         raise ConfigError(f"{target:.2f} dB is outside the curve, which covers {span}")
     return float(math.exp(PchipInterpolator(values, np.log(rates))(target)))
+
+
+def quality_at_rate(curve: Curve, bpp: float, quality: Quality = "psnr") -> float | None:
+    """The quality of a curve at a rate, in dB; None outside of it.
+
+    Interpolates over the logarithm of the rate by PCHIP, which never overshoots.
+    """
+    from scipy.interpolate import PchipInterpolator
+
+    rates, values = curve.points(quality)
+    if len(rates) < 2 or not rates[0] <= bpp <= rates[-1]:
+        return None
+    return float(PchipInterpolator(np.log(rates), values)(math.log(bpp)))

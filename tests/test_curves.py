@@ -12,12 +12,21 @@ from lightning_tucodec.curves import (
     bd_quality,
     bd_rate,
     bd_rate_interval,
+    quality_at_rate,
     rate_at_quality,
     read_curve,
     read_results,
 )
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.report.figures import Panel, comparison_figure, rd_figure
+from lightning_tucodec.report.figures import (
+    DASHES,
+    MARKERS,
+    Panel,
+    comparison_figure,
+    rd_figure,
+    style,
+)
+from lightning_tucodec.report.page import DASH_ARRAYS, MARKER_PATHS
 
 BPP = np.array([0.1, 0.2, 0.4, 0.8, 1.6])
 PSNR = np.array([26.0, 29.0, 32.0, 35.0, 38.0])
@@ -99,6 +108,15 @@ def test_rate_at_quality() -> None:
         rate_at_quality(BPP, PSNR, 40.0)
 
 
+def test_quality_at_rate() -> None:
+    ours = curve("ours")
+    assert quality_at_rate(ours, 0.4) == pytest.approx(32.0)
+    between = quality_at_rate(ours, 0.4 * 2**0.5)
+    assert between == pytest.approx(33.5)
+    assert quality_at_rate(ours, 0.01) is None
+    assert quality_at_rate(ours, 100.0) is None
+
+
 def test_rd_figure_is_deterministic_and_labelled(tmp_path: Path) -> None:
     curves = [curve("ours", 0.8), curve("theirs")]
     png, svg = rd_figure(curves, tmp_path / "a.png", title="Kodak", bpp_range=(0, 1))
@@ -107,6 +125,18 @@ def test_rd_figure_is_deterministic_and_labelled(tmp_path: Path) -> None:
     assert all(label in svg.read_text() for label in ("ours", "theirs", "Kodak", "bits per pixel"))
     with Image.open(png) as drawn:
         assert drawn.size == (1280, 840)
+
+
+def test_sixteen_curves_can_be_told_apart() -> None:
+    for measured in (True, False):
+        styles = [style(index, measured) for index in range(16)]
+        for index, one in enumerate(styles):
+            for other in styles[:index]:
+                parts = (one.colour, one.marker, one.dash), (other.colour, other.marker, other.dash)
+                differing = sum(a != b for a, b in zip(*parts, strict=True))
+                assert differing >= (2 if measured else 1)
+    assert set(MARKERS) == set(MARKER_PATHS)
+    assert set(DASHES) == set(DASH_ARRAYS)
 
 
 def test_comparison_shows_the_pictures_pixel_for_pixel(tmp_path: Path) -> None:

@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 
 from lightning_tucodec.curves import (
+    Curve,
     Quality,
     bd_quality,
     bd_rate,
     bd_rate_interval,
     convex_hull,
+    quality_at_rate,
 )
 from lightning_tucodec.errors import ConfigError, TucodecError
-from lightning_tucodec.report.figures import AXES, rd_figure
-from lightning_tucodec.report.page import Chart, Dash, Limits, Page, Table, Trace, write_page
+from lightning_tucodec.report.figures import AXES, Style, rd_figure, style
+from lightning_tucodec.report.page import Chart, Limits, Page, Table, Trace, write_page
 from lightning_tucodec.report.sources import Entry, Evaluation, Material, Run, read_sources
 
 Row = dict[str, Any]
@@ -41,20 +43,31 @@ _TRAINING = {
 }
 """Metrics that are drawn over optimiser steps."""
 
+HULL = Style(None, None, None, "dash")
+CEILING = Style(None, None, None, "dot")
+
 _POINTS = 400
 """A training curve is thinned out to about so many points."""
 
 
-def bd_rows(entries: Sequence[Entry], anchor: str, samples: int = 500) -> list[Row]:
+RATES = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+"""Where curves are compared at equal rate, in bpp."""
+
+
+def bd_rows(
+    entries: Sequence[Entry], anchor: str, samples: int = 500, rates: Sequence[float] = RATES
+) -> list[Row]:
     """Every curve against the anchor.
 
     Args:
         entries: all curves, the anchor's among them.
         anchor: its name.
         samples: of the bootstrap over images.
+        rates: in bpp.
 
     Returns:
-        A row a curve and quality: `codec`, `quality`, then `percent` (BD-rate), `low` and `high` (95 %
+        A row a curve and quality: `codec`, `quality`, `at` (a pair a rate: bpp, and the difference in dB or
+        None where one of the curves does not reach), then `percent` (BD-rate), `low` and `high` (95 %
         interval; None without rows of images), `decibels` (BD-quality, or None), `range`, `overlap`,
         `method`, `images`, or `refused`, why there is none.
     """
@@ -67,12 +80,19 @@ def bd_rows(entries: Sequence[Entry], anchor: str, samples: int = 500) -> list[R
             if quality not in entry.curve.quality or quality not in reference.curve.quality:
                 continue
             row: Row = {"codec": entry.curve.name, "quality": quality}
+            row["at"] = [[r, _gain(reference.curve, entry.curve, quality, r)] for r in rates]
             try:
                 row.update(_bd(reference, entry, quality, samples))
             except ConfigError as error:
                 row["refused"] = str(error)
             rows.append(row)
     return rows
+
+
+def _gain(anchor: Curve, test: Curve, quality: Quality, bpp: float) -> float | None:
+    """Quality of a curve above the anchor's at one rate, in dB."""
+    values = [quality_at_rate(curve, bpp, quality) for curve in (test, anchor)]
+    return None if values[0] is None or values[1] is None else values[0] - values[1]
 
 
 def _bd(anchor: Entry, test: Entry, quality: Quality, samples: int) -> Row:
@@ -154,17 +174,18 @@ def _model(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _model_complexity(name: str) -> tuple[float, float, float, float] | None:
     """The same of a learned model that `tucodec` knows by this name; None for other codecs."""
-    from lightning_tucodec.codecs import models
-    from lightning_tucodec.codecs.registry import CLASSES
+    from lightning_tucodec.codecs.refine import RefinedModel
+    from lightning_tucodec.codecs.registry import CLASSES, codec
     from lightning_tucodec.nn.codec import TucodecVAE
     from lightning_tucodec.nn.complexity import of_network
 
     if name.partition(":")[0] in CLASSES:
         return None
     try:
-        network = getattr(models.load(name), "network", None)
+        coder = codec(name)
     except TucodecError:
         return None
+    network = getattr(coder.model if isinstance(coder, RefinedModel) else coder, "network", None)
     return of_network("", network)[1:] if isinstance(network, TucodecVAE) else None
 
 
@@ -190,8 +211,8 @@ def _rd_charts(material: Material) -> list[Chart]:
         traces = []
         for index, entry in own:
             bpp, values = entry.curve.bpp, entry.curve.quality[quality]
-            dash: Dash = "solid" if entry.measured else "dot"
-            traces.append(Trace(entry.curve.name, bpp.tolist(), values.tolist(), index, dash))
+            look = style(index, entry.measured)
+            traces.append(Trace(entry.curve.name, bpp.tolist(), values.tolist(), look))
         measured = [entry.curve for _, entry in own if entry.measured]
         if sum(len(curve.bpp) for curve in measured) > 2:
             bpp, values = (
@@ -200,13 +221,13 @@ def _rd_charts(material: Material) -> list[Chart]:
             )
             finite = np.isfinite(values)
             x, y = convex_hull(bpp[finite], values[finite])
-            traces.append(Trace("convex hull", x.tolist(), y.tolist(), None, "dash"))
-        note = "Solid: measured here. Dotted: published. Dashed: convex hull of what was measured."
+            traces.append(Trace("convex hull", x.tolist(), y.tolist(), HULL))
+        note = "Dotted: published. Gray dashes: convex hull of what was measured here."
         caption = f"Rate and {label}"
         limits = _limits(entries, quality)
         if quality == "psnr" and ceiling is not None:
             right = max(float(entry.curve.bpp[-1]) for _, entry in own)
-            traces.append(Trace("4:2:0 ceiling", [0, right], [ceiling] * 2, None, "dot"))
+            traces.append(Trace("4:2:0 ceiling", [0, right], [ceiling] * 2, CEILING))
             note += (
                 f" H.266 and whatever else works behind 4:2:0 stays below {ceiling:.1f} dB here."
             )
@@ -289,6 +310,17 @@ def _bd_table(rows: Sequence[Row], anchor: str) -> Table:
     return Table(f"BD-rate against {anchor}", [*columns, "overlap"], cells, note)
 
 
+def _rate_table(rows: Sequence[Row], anchor: str) -> Table:
+    cells: list[list[Any]] = []
+    for row in rows:
+        gains = [None if gain is None else (gain, _signed(gain, 2)) for _, gain in row["at"]]
+        cells.append([row["codec"], QUALITIES[row["quality"]], *gains])
+    columns = ["codec", "quality", *(f"{bpp:g} bpp" for bpp, _ in rows[0]["at"])]
+    note = f"Quality minus that of {anchor}, in dB; interpolated over the logarithm of the rate by PCHIP. "
+    note += "Empty where one of the two curves does not reach."
+    return _without_empty(Table(f"Quality against {anchor} at equal rate", columns, cells, note))
+
+
 def _signed(value: float, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
@@ -313,7 +345,7 @@ def _training_charts(runs: Sequence[Run]) -> list[Chart]:
                 # The last point always stays.
                 kept = pairs[:: -max(1, len(pairs) // _POINTS)][::-1]
                 steps, values = zip(*kept, strict=True)
-                traces.append(Trace(run.name, list(steps), list(values), index, "solid"))
+                traces.append(Trace(run.name, list(steps), list(values), style(index)))
         if traces:
             charts.append(Chart(label, "optimiser steps", label, traces, "", "training"))
     return charts
@@ -411,7 +443,11 @@ def _source_table(material: Material) -> Table:
 
 
 def build_page(
-    material: Material, anchor: str | None, title: str, samples: int = 500
+    material: Material,
+    anchor: str | None,
+    title: str,
+    samples: int = 500,
+    rates: Sequence[float] = RATES,
 ) -> tuple[Page, list[Row]]:
     """The page without pictures, and the BD rows.
 
@@ -422,9 +458,9 @@ def build_page(
         raise ConfigError("nothing to compare")
     entries = material.entries
     name = choose_anchor(entries, anchor)
-    rows = bd_rows(entries, name, samples) if name is not None else []
+    rows = bd_rows(entries, name, samples, rates) if name is not None else []
     tables = {
-        "bd": [_bd_table(rows, name)] if name is not None and rows else [],
+        "bd": [_bd_table(rows, name), _rate_table(rows, name)] if name is not None and rows else [],
         "points": [_point_table(entries)] if entries else [],
         "cost": _cost_tables(material),
         "configs": [table] if (table := _config_table(material.runs)) else [],
@@ -453,6 +489,12 @@ def bd_text(rows: Sequence[Row], anchor: str | None) -> str:
         if row["low"] is not None:
             interval = f"  [{row['low']:+.1f}, {row['high']:+.1f}]"
         lines.append(f"{head}{row['percent']:+7.1f} %{interval}")
+    rates = [bpp for bpp, _ in rows[0]["at"]]
+    lines += ["", f"dB above {anchor} at equal rate, bpp"]
+    lines.append(" " * (width + 9) + "".join(f"{bpp:8g}" for bpp in rates))
+    for row in rows:
+        gains = "".join("       –" if gain is None else f"{gain:+8.2f}" for _, gain in row["at"])
+        lines.append(f"{row['codec']:{width}}  {QUALITIES[row['quality']]:7}{gains}")
     return "\n".join(lines)
 
 
@@ -464,7 +506,9 @@ def run_compare(arguments: argparse.Namespace) -> int:
     if out.suffix != ".html":
         raise ConfigError(f"{out}: the name of the report must end in .html")
     material = read_sources(arguments.sources)
-    page, rows = build_page(material, arguments.anchor, arguments.title, arguments.samples)
+    page, rows = build_page(
+        material, arguments.anchor, arguments.title, arguments.samples, arguments.at or RATES
+    )
     if arguments.images:
         pictures = scenes(
             material.evaluations,
@@ -477,12 +521,17 @@ def run_compare(arguments: argparse.Namespace) -> int:
     write_page(out, page)
     written = [out]
     for quality, label in QUALITIES.items():
-        curves = [e.curve for e in material.entries if quality in e.curve.quality]
-        if curves:
+        drawn = [
+            (entry.curve, style(index, entry.measured))
+            for index, entry in enumerate(material.entries)
+            if quality in entry.curve.quality
+        ]
+        if drawn:
+            curves, styles = zip(*drawn, strict=True)
             name = out.with_name(f"{out.stem}-{label.lower()}")
             limits = _limits(material.entries, quality)[0]
             path = name.with_name(name.name + ".png")
-            written += rd_figure(curves, path, quality, bpp_range=limits)
+            written += rd_figure(curves, path, quality, bpp_range=limits, styles=styles)
     anchor = choose_anchor(material.entries, arguments.anchor)
     print(json.dumps(rows) if arguments.json else bd_text(rows, anchor))
     print("wrote", ", ".join(map(str, written)), file=sys.stderr)

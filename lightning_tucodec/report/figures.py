@@ -1,9 +1,9 @@
 """Figures for papers: rate-distortion curves, and pictures side by side."""
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,47 @@ AXES: dict[Quality, str] = {"psnr": "PSNR (RGB), dB", "ms_ssim_db": "MS-SSIM, dB
 """What the axis of a quality says."""
 # Okabe and Ito's colours, told apart by readers with any colour vision; the yellow is left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DARK_COLOURS = ("#5AB4F0", "#F08A4B", "#2CC69A", "#E2A0C4", "#8CD0F5", "#F2B53A", "#E7EAEE")
+"""`COLOURS` for a dark page."""
+# By plotly's names, with matplotlib's.
+MARKERS = {
+    "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "X", "triangle-down": "v",
+    "cross": "P", "star": "*",
+}  # fmt: skip
+DASHES: dict[str, Any] = {
+    "solid": "-", "longdash": (0, (7, 2)), "dashdot": "-.", "dash": "--", "dot": ":",
+}  # fmt: skip
+Dash = Literal["solid", "longdash", "dashdot", "dash", "dot"]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a line is drawn, the same in every kind of figure.
+
+    Attributes:
+        colour: on a light page; None is the gray of auxiliary lines.
+        dark: on a dark page.
+        marker: a key of `MARKERS`, or None.
+        dash: a key of `DASHES`.
+    """
+
+    colour: str | None
+    dark: str | None
+    marker: str | None
+    dash: Dash
+
+
+def style(index: int, measured: bool = True) -> Style:
+    """The style of the curve with this number.
+
+    Seven colours and eight markers have no common period, so that 56 curves differ in one of them; of any two
+    among 21 measured ones, two of colour, marker and dash differ. Published curves are dotted.
+    """
+    colour = index % len(COLOURS)
+    rounds: tuple[Dash, ...] = ("solid", "longdash", "dashdot")
+    dash = rounds[index // len(COLOURS) % len(rounds)] if measured else "dot"
+    marker = list(MARKERS)[index % len(MARKERS)]
+    return Style(COLOURS[colour], DARK_COLOURS[colour], marker, dash)
 
 
 def rd_figure(
@@ -23,15 +64,17 @@ def rd_figure(
     quality: Quality = "psnr",
     title: str = "",
     bpp_range: tuple[float, float] | None = None,
+    styles: Sequence[Style] | None = None,
 ) -> tuple[Path, Path]:
-    """Draw curves with their names at their ends, and write PNG and SVG.
+    """Draw curves, and write PNG and SVG.
 
     Args:
-        curves: in the order of importance; the first is drawn on top and strongest.
+        curves: the first is drawn on top.
         path: of either file; the suffix is replaced.
         quality: the vertical axis.
         title: a line above the figure.
         bpp_range: cuts the horizontal axis.
+        styles: one a curve; `style` of its place when None.
 
     Returns:
         The paths of the PNG and the SVG.
@@ -44,7 +87,6 @@ def rd_figure(
         figure = Figure(figsize=(6.4, 4.2), dpi=200, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        ends = []
         for index, curve in enumerate(curves):
             rates, values = curve.points(quality)
             if bpp_range is not None:
@@ -52,47 +94,33 @@ def rd_figure(
                 rates, values = rates[inside], values[inside]
             if not len(rates):
                 continue
-            colour = COLOURS[index % len(COLOURS)]
-            width, marker = (2.0, 4) if index == 0 else (1.3, 3)
+            look = styles[index] if styles is not None else style(index)
             axes.plot(
-                *(rates, values, "o-"),
-                color=colour,
-                linewidth=width,
-                markersize=marker,
+                *(rates, values),
+                label=curve.name,
+                color=look.colour or "0.5",
+                linestyle=DASHES[look.dash],
+                marker=MARKERS[look.marker] if look.marker else "",
+                linewidth=1.4,
+                markersize=7 if look.marker == "star" else 4.5,
+                markeredgewidth=0,
                 zorder=3 + len(curves) - index,
             )
-            ends.append((rates[-1], values[-1], curve.name, colour))
         axes.set_xlabel("bits per pixel")
         axes.set_ylabel(AXES[quality])
         axes.set_title(title, loc="left", fontsize=10)
         axes.grid(color="0.9", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        _label_ends(axes, ends)
+        if axes.lines:
+            axes.legend(
+                loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=3.2
+            )
         base = Path(path)
         base.parent.mkdir(parents=True, exist_ok=True)
         png, svg = base.with_suffix(".png"), base.with_suffix(".svg")
         figure.savefig(png, metadata={"Software": None})
         figure.savefig(svg, metadata={"Date": None})
     return png, svg
-
-
-def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names to the right of the curves' last points, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    spacing = 0.045 * (high - low)
-    below = -math.inf
-    for rate, value, name, colour in sorted(ends, key=lambda end: end[1]):
-        below = max(value, below + spacing)
-        axes.annotate(
-            name,
-            (rate, value),
-            xytext=(1.01, below),
-            textcoords=axes.get_yaxis_transform(),
-            color=colour,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5},
-        )
 
 
 class Panel(NamedTuple):

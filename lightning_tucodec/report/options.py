@@ -14,6 +14,9 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--out", required=True, metavar="REPORT.html")
     parser.add_argument("--anchor", metavar="NAME", help="the curve that BD-rates refer to")
+    parser.add_argument(
+        "--at", nargs="+", type=float, metavar="BPP", help="rates at which qualities are compared"
+    )
     parser.add_argument("--title", default="Comparison of image codecs")
     parser.add_argument(
         "--images",

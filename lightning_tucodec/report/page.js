@@ -9,37 +9,66 @@ const variable = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 const narrow = matchMedia("(max-width: 40rem)"), dark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => root.dataset.theme ? root.dataset.theme === "dark" : dark.matches;
 
-function drawCharts() {
+const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;"); // plotly reads a little HTML in names
+let rates = "linear"; // or log
+const hidden = { rd: new Set(), training: new Set() }; // names of lines, by part of the page
+
+function drawCharts(part) {
   const text = variable("--text"), soft = variable("--soft"), grid = variable("--grid"), card = variable("--card");
-  const palette = data.palette[isDark() ? "dark" : "light"];
   for (const div of document.querySelectorAll(".plot")) {
     const chart = data.charts[div.dataset.chart];
+    if (part && chart.part !== part) continue;
     const traces = chart.traces.map((trace) => {
-      const points = trace.colour !== null && (chart.part === "rd" || trace.x.length < 3);
-      const own = trace.colour === null ? soft : palette[trace.colour % palette.length];
+      const own = trace.style[isDark() ? "dark" : "colour"] ?? soft;
       return {
-        name: trace.name, x: trace.x, y: trace.y, type: "scatter", mode: points ? "lines+markers" : "lines",
-        line: { color: own, width: trace.colour === null ? 1.2 : 2, dash: trace.dash },
-        // A second round through the palette is told apart by its markers.
-        marker: { color: own, size: 7, symbol: ["circle", "diamond", "square", "x"][Math.floor((trace.colour ?? 0) / palette.length) % 4] },
+        name: escaped(trace.name), x: trace.x, y: trace.y, type: "scatter", visible: !hidden[chart.part].has(trace.name),
+        mode: trace.style.marker && (chart.part === "rd" || trace.x.length < 3) ? "lines+markers" : "lines",
+        line: { color: own, width: trace.style.colour ? 2 : 1.2, dash: trace.style.dash },
+        marker: { color: own, size: trace.style.marker === "star" ? 11 : 8, symbol: trace.style.marker ?? "circle" },
         hovertemplate: `%{y:.4~f}<br>%{x:.4~f} ${chart.part === "rd" ? "bpp" : "steps"}<extra>%{fullData.name}</extra>`,
-        hoverinfo: trace.colour === null ? "skip" : undefined,
+        hoverinfo: trace.style.colour ? undefined : "skip",
       };
     });
+    // Rates of zero, as the ceiling has, are not on a logarithmic axis.
+    const isLog = chart.part === "rd" && rates === "log", least = Math.min(...traces.flatMap((trace) => trace.x).filter((x) => x > 0));
+    if (isLog) for (const trace of traces) trace.x = trace.x.map((x) => Math.max(x, least / 2));
+    const logs = isLog && { type: "log", range: [least * 0.9, chart.x_range?.[1] ?? Math.max(...traces.flatMap((trace) => trace.x)) * 1.1].map(Math.log10), dtick: "D2" };
     const axis = (title, range) => ({
       range: range ?? undefined, title: { text: title, standoff: 8 }, gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, tickfont: { color: soft },
     });
     const layout = {
-      paper_bgcolor: card, plot_bgcolor: card, font: { family: "system-ui, sans-serif", size: 12, color: text },
-      margin: { l: 50, r: 8, t: 8, b: 40 }, xaxis: axis(chart.x_label, chart.x_range), yaxis: axis(chart.part === "rd" ? chart.y_label : "", chart.y_range),
-      hovermode: "closest", dragmode: narrow.matches ? false : "zoom", showlegend: chart.traces.length > 1,
-      legend: chart.part === "rd" && !narrow.matches && chart.traces.length < 12
-        ? { x: 1, y: 0, xanchor: "right", yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", font: { size: 11 } }
-        : { orientation: "h", y: -0.2, font: { size: 11 } },
+      paper_bgcolor: card, plot_bgcolor: card, font: { family: "system-ui, sans-serif", size: 12, color: text }, uirevision: rates,
+      margin: { l: 50, r: 8, t: 8, b: 40 }, xaxis: { ...axis(chart.x_label, chart.x_range), ...logs }, yaxis: axis(chart.part === "rd" ? chart.y_label : "", chart.y_range),
+      hovermode: "closest", dragmode: narrow.matches ? false : "zoom", showlegend: false,
       hoverlabel: { bgcolor: card, bordercolor: grid, font: { color: text } },
     };
     Plotly.react(div, traces, layout, { displayModeBar: false, responsive: true });
   }
+}
+
+for (const button of document.querySelectorAll("[data-rates]")) button.addEventListener("click", () => {
+  rates = button.dataset.rates;
+  for (const other of document.querySelectorAll("[data-rates]")) other.setAttribute("aria-pressed", other === button);
+  drawCharts("rd");
+});
+
+// Legends: a line that is hidden in one chart is hidden in all of its part.
+for (const part of Object.keys(hidden)) {
+  const buttons = [...document.querySelectorAll(`.charts.${part} .legend button`)];
+  const lines = buttons.filter((button) => button.dataset.name !== undefined), all = buttons.filter((button) => !lines.includes(button));
+  const update = () => {
+    for (const button of lines) button.setAttribute("aria-pressed", !hidden[part].has(button.dataset.name));
+    for (const button of all) button.textContent = hidden[part].size ? "Show all" : "Hide all";
+    drawCharts(part);
+  };
+  for (const button of lines) button.addEventListener("click", () => {
+    if (!hidden[part].delete(button.dataset.name)) hidden[part].add(button.dataset.name);
+    update();
+  });
+  for (const button of all) button.addEventListener("click", () => {
+    hidden[part] = new Set(hidden[part].size ? [] : lines.map((line) => line.dataset.name));
+    update();
+  });
 }
 
 // --- Light and dark -------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ A content security policy in the page itself forbids every connection.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any, Literal, NamedTuple
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.evaluate import finite
 from lightning_tucodec.files import atomic_write
-from lightning_tucodec.report.figures import COLOURS
+from lightning_tucodec.report.figures import Style
 
 MAX_BYTES = 15_000_000
 """A report that is larger cannot be sent by mail and is slow on a phone; it is refused."""
 
-Dash = Literal["solid", "dot", "dash"]
 Limits = tuple[float, float] | None
 
 
@@ -31,15 +29,13 @@ class Trace:
         name: in the legend.
         x: one value a point.
         y: one value a point.
-        colour: index into the palette; None is gray, without markers.
-        dash: of the line.
+        style: how it is drawn.
     """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: int | None
-    dash: Dash
+    style: Style
 
 
 class Chart(NamedTuple):
@@ -103,8 +99,20 @@ class Page(NamedTuple):
     summary: str = ""
 
 
-DARK_COLOURS = ("#5AB4F0", "#F08A4B", "#2CC69A", "#E2A0C4", "#8CD0F5", "#F2B53A", "#E7EAEE")
-"""`figures.COLOURS` for a dark page."""
+MARKER_PATHS = {
+    "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0",
+    "square": "M-3.5-3.5h7v7h-7z",
+    "diamond": "M0-5 5 0 0 5-5 0z",
+    "triangle-up": "M0-4.6 4.6 3.4h-9.2z",
+    "x": "M0-2 2.5-4.5 4.5-2.5 2 0 4.5 2.5 2.5 4.5 0 2-2.5 4.5-4.5 2.5-2 0-4.5-2.5-2.5-4.5z",
+    "triangle-down": "M0 4.6 4.6-3.4h-9.2z",
+    "cross": "M-1.5-4.5h3v3h3v3h-3v3h-3v-3h-3v-3h3z",
+    "star": "M0-5.5 1.5-1.8 5.2-1.7 2.3.8 3.2 4.4 0 2.4-3.2 4.4-2.3.8-5.2-1.7-1.5-1.8z",
+}
+"""plotly's markers around (0, 0), for the legends, which stand outside of it: its own do not wrap."""
+
+DASH_ARRAYS = {"solid": "", "longdash": "9 4", "dashdot": "7 3 2 3", "dash": "5 4", "dot": "2 3"}
+"""Of lines two pixels wide."""
 
 SECTIONS = {
     "curves": "Rate and quality",
@@ -135,9 +143,8 @@ def render(page: Page) -> str:
         **{part: bool(page.tables.get(part)) for part in ("bd", "cost", "configs", "sources")},
     }
     data = {
-        "palette": {"light": COLOURS, "dark": DARK_COLOURS},
         "charts": [
-            {**chart._asdict(), "traces": [_plotly_safe(trace) for trace in chart.traces]}
+            {**chart._asdict(), "traces": [asdict(trace) for trace in chart.traces]}
             for chart in page.charts
         ],
         "scenes": [
@@ -153,12 +160,9 @@ def render(page: Page) -> str:
         style=style,
         script=script,
         plotly=get_plotlyjs(),
+        markers=MARKER_PATHS,
+        dashes=DASH_ARRAYS,
     )
-
-
-def _plotly_safe(trace: Trace) -> dict[str, Any]:
-    """plotly reads a little HTML in names; ours are text."""
-    return {**asdict(trace), "name": escape(trace.name, quote=False)}
 
 
 def write_page(path: Path, page: Page) -> None:

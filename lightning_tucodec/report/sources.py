@@ -13,7 +13,7 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,9 @@ def _add_file(material: Material, path: Path) -> None:
     if not isinstance(content, dict) or not {"rows", "results"} & set(content):
         raise ConfigError(f"{path}: neither a result of tucodec evaluate nor a published curve")
     if "results" in content:
-        material.entries.append(Entry(read_curve(path), measured=False))
+        curve = read_curve(path)
+        source = ", ".join(filter(None, [str(path), curve.source]))
+        material.entries.append(Entry(replace(curve, source=source), measured=False))
         return
     for images in read_results(path):
         mean = images.mean()

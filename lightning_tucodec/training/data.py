@@ -113,7 +113,8 @@ class RankBatches:
         if start not in self._drawn:
             worker = get_worker_info()
             step = self.batch_size * (1 if worker is None else worker.num_workers)
-            starts = start + step * np.arange(max(1, _DRAWN_SAMPLES // len(self._share)))
+            most = min(_DRAWN_SAMPLES, self.plan.samples)  # every pass costs numpy calls of its own
+            starts = start + step * np.arange(max(1, most // len(self._share)))
             positions = starts[:, None] + self._share
             samples = self.plan.indices(positions.ravel()).reshape(positions.shape)
             noise = hash_positions(self._key, positions)

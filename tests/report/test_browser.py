@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_tucodec.curves import Curve
+from lightning_tucodec.curves import Curve, ImageCurves
 from lightning_tucodec.report.compare import build_page
 from lightning_tucodec.report.gallery import picture
 from lightning_tucodec.report.page import Scene, View, write_page
-from lightning_tucodec.report.sources import Entry, Material, Run
+from lightning_tucodec.report.sources import Entry, Evaluation, Material, Run
 from tests.support import photo
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
     reason="Debian's packages chromium and chromium-driver are not installed",
 )
 
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -42,13 +42,41 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page with every part: curves, BD-rates, training, costs, and two images in three views."""
+    """A page with every part of a real one.
+
+    Sixteen curves, BD-rates with and without intervals and a refused one, training curves, costs,
+    configurations, sources, and two images in three views.
+    """
     material = Material()
-    for index, name in enumerate(("tiny", "vvc", "jpeg", "webp")):
-        bpp = np.array([0.1, 0.2, 0.4, 0.8]) * (1 + 0.2 * index)
+    codecs = [f"codec-{i}:preset=medium" for i in range(10)]
+    names = ["tiny", "vvc", *codecs, "VTM <3 & more", "BPG 8b 444 x265 ycbcr", "elic2022"]
+    for index, name in enumerate(names):
+        bpp = np.array([0.1, 0.2, 0.4, 0.8]) * (1 + 0.1 * index)
         quality = {"psnr": [27.0, 30, 33, 36], "ms_ssim_db": [10.0, 12, 14, 16]}
         curve = Curve.of(name, bpp, quality, "made up")
-        material.entries.append(Entry(curve, measured=index < 2))
+        psnr, similar = np.array(quality["psnr"]), 1 - 10 ** (-np.array(quality["ms_ssim_db"]) / 10)
+        images = [np.stack([v, v * 1.01]) for v in (bpp, psnr, similar)]
+        by_image = ImageCurves(name, ["cat.png", "cup.png"], *images)
+        measured = index < 12
+        material.entries.append(Entry(curve, by_image if measured else None, measured))
+    few = Curve.of("one point", [0.3], {"psnr": [31.0], "ms_ssim_db": [13.0]}, "made up")
+    material.entries.append(Entry(few))
+    sets = [
+        {"codec": f"{n}:q={q}", "images": 2, "encode_seconds": q, "decode_seconds": 0.1}
+        for n in codecs
+        for q in (10, 20, 30, 40)
+    ]
+    word = {
+        "version": "libaom-av1 3.15.1 in ffmpeg 9.0.2-17",
+        "colour": "RGB -> Y'CbCr BT.709 full range, 10 bit, 4:2:0 centre-sited",
+        "options": {"q": 10, "optimize": True},
+    }
+    said = {entry["codec"]: word for entry in sets}
+    rows = [{"image": "cat.png", "codec": sets[0]["codec"], "ceiling_psnr": 40.0}]
+    rules = {
+        "psnr": "RGB, 8 bit, pooled: squared error summed over all values of all images (CLIC)"
+    }
+    material.evaluations.append(Evaluation(Path("results.json"), sets, rows, said, rules))
     for index in range(2):
         steps = range(1, 200)
         metrics = [{"opt_step": s, "time": s, "train/loss": 1 + 9 / s + index} for s in steps]
@@ -62,7 +90,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         views = [("original", image), ("negative", 255 - image), ("red", red)]
         shown = [View(n, "0.15 bpp", picture(i, 1 << 20)[0], 192, 128) for n, i in views]
         pictures.append(Scene(name, 192, 128, shown))
-    page, _ = build_page(material, "vvc", "Learned and classical codecs, compared")
+    page, _ = build_page(material, "vvc", "Learned and classical codecs, compared", 20)
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_page(path, page._replace(scenes=pictures))
     return path
@@ -241,15 +269,49 @@ def test_no_barriers_and_nothing_fetched(browser: Any, report: Path, size: str, 
 
 def test_tables_sort(browser: Any, report: Path) -> None:
     load(browser, report, "desktop")
-    column = "[...document.querySelectorAll('#bd tbody tr')].map((r) => r.cells[2].dataset.value)"
+    table = "document.querySelector('#bd tbody').rows"
+    column = f"[...{table}].map((row) => row.cells[2].dataset.value)"
     button = element(browser, "#bd th:nth-child(3) button")
     for direction, factor in (("ascending", 1), ("descending", -1)):
         button.send_keys("\ue007")
         head = element(browser, "#bd th:nth-child(3)")
         assert head.get_attribute("aria-sort") == direction
-        values = [factor * float(v) for v in browser.execute_script(f"return {column}")]
-        assert len(values) == 6
+        values = [factor * float(v) for v in browser.execute_script(f"return {column}") if v]
+        assert len(values) == 28
         assert values == sorted(values)
+
+
+def test_legends_choose_lines(browser: Any, report: Path) -> None:
+    load(browser, report, "phone")
+    # Every line has a name below its chart, nothing to scroll, all inside of the window.
+    names = browser.execute_script(
+        "return [...document.querySelector('#curves .legend').children].map((b) => {"
+        "const box = b.getBoundingClientRect(); return [b.innerText.trim(), box.left, box.right]; })"
+    )
+    shown = [name for name, *_ in names]
+    assert {"VTM <3 & more", "4:2:0 ceiling", "convex hull", "Hide all"} <= set(shown)
+    assert all(left >= 0 and right <= SIZES["phone"][0] for _, left, right in names)
+    plots = "[...document.querySelectorAll('#curves .plot')]"
+    count = f"return {plots}.map((plot) => plot.querySelectorAll('.trace').length)"
+    before = browser.execute_script(count)
+    assert before == [len(shown) - 1, len(shown) - 2]
+    button = element(browser, "#curves .legend [data-name='VTM <3 & more']")
+    button.send_keys("\ue007")
+    # Both charts hide it.
+    assert browser.execute_script(count) == [n - 1 for n in before]
+    pressed = "return document.querySelectorAll('#curves .legend [aria-pressed=false]').length"
+    assert browser.execute_script(pressed) == 2
+    every = element(browser, "#curves .legend .all")
+    assert every.text == "Show all"
+    every.send_keys("\ue007")
+    assert browser.execute_script(count) == before
+    every.send_keys("\ue007")
+    assert browser.execute_script(count) == [0, 0]
+    every.send_keys("\ue007")
+    element(browser, "[data-rates=log]").send_keys("\ue007")
+    kinds = f"return {plots}.map((plot) => plot.layout.xaxis.type)"
+    assert browser.execute_script(kinds) == ["log", "log"]
+    assert browser.execute_script(count) == before
 
 
 def test_charts_answer_the_pointer(browser: Any, report: Path) -> None:
