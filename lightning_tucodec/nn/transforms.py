@@ -54,6 +54,8 @@ class TransformConfig:
         non_local: a windowed non-local block inside each RNAB.
         upsampling: how g_s enlarges.
         block: kind of the residual blocks. "depthwise" makes g_a's other convolutions 1×1.
+        gain: y is what g_a's layers give times this, and g_s divides by it. At high rates y spans hundreds
+            of centres; without a gain some layer's weights would have to be as large.
     """
 
     widths: tuple[int, int, int, int] = (192, 192, 192, 192)
@@ -70,6 +72,7 @@ class TransformConfig:
     non_local: bool = False
     upsampling: Upsampling = "transposed"
     block: Block = "residual"
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse stages and taps that do not exist."""
@@ -80,6 +83,8 @@ class TransformConfig:
             raise ValueError(f"widths {self.widths}: only 1/2, or 1/2 and 1/4, may be left out")
         if self.attention_quarter and not w4:
             raise ValueError("attention_quarter needs a stage at 1/4 resolution")
+        if not self.gain > 0:
+            raise ValueError(f"gain {self.gain}: must be positive")
 
     @property
     def fold(self) -> int:
@@ -138,7 +143,8 @@ class AnalysisTransform(nn.Module):
         self.to_latent = conv1x1(fused, config.latent_channels)
         with torch.no_grad():
             # A photograph's y should span a few centres from the first step on.
-            self.to_latent.weight.mul_(_LATENT_GAIN)
+            self.to_latent.weight.mul_(_LATENT_GAIN / config.gain)
+        self.gain = config.gain
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform; raises ValueError when a side is not a multiple of 16."""
@@ -155,7 +161,7 @@ class AnalysisTransform(nn.Module):
                 x = self.attention_quarter(x)
         x = self.attention_latent(x)
         features = [x, *(branch(tap) for branch, tap in zip(self.branches, taps, strict=False))]
-        return self.to_latent(torch.cat(features, dim=1) if len(features) > 1 else x)
+        return self.gain * self.to_latent(torch.cat(features, dim=1) if len(features) > 1 else x)
 
 
 class SynthesisTransform(nn.Module):
@@ -207,7 +213,8 @@ class SynthesisTransform(nn.Module):
                 last.weight.mul_(0.1)  # the first reconstructions are gray, not noise
             layers += [last, PixelShuffle(fold)]
         self.layers = nn.Sequential(*layers)
+        self.gain = config.gain
 
     def forward(self, y_hat: Tensor) -> Tensor:
         """Synthesise the image."""
-        return self.layers(y_hat) + 0.5
+        return self.layers(y_hat / self.gain) + 0.5

@@ -89,6 +89,13 @@ class RankBatches:
             pixels = self.reader.pixels(sample)[y : y + self.crop, x : x + self.crop]
             image[:] = pixels[:, ::-1] if flip else pixels
 
+    def first(self, count: int) -> torch.Tensor:
+        """The first `count` crops of the plan, whatever the world size: float32 N×3×crop×crop in [0, 1]."""
+        whole = RankBatches(self.reader, self.plan, count, self.crop, self.flip)
+        pixels = np.empty(whole.shape, np.uint8)
+        whole.read(0, pixels)
+        return _planes(pixels)
+
     def tensors(self, pixels: NDArray[np.uint8]) -> Batch:
         """What `read` has written, as a batch that shares no memory with it."""
         return {"image": _planes(pixels)}

@@ -23,11 +23,14 @@ from lightning_tucodec.nn.codec import (
     config_from_dict,
     config_to_dict,
 )
+from lightning_tucodec.nn.klt import start_as_klt
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.optimizers import muon_adam
 from lightning_tucodec.training.runs import initial_weights, load_checkpoint, network_weights
+
+KLT_CROPS = 256
 
 PICTURES = 3
 """Validation images that a picture is kept of, one each at every validation."""
@@ -80,6 +83,7 @@ class CodecModule(ScheduledModule):
         seed: of the quantisers' noise.
         frozen: parts that keep the weights they start with, as in ["g_a", "g_s"].
         init_parts: parts that `run.init_from` gives weights to; None: all.
+        klt_start: start without `run.init_from` from `start_as_klt` of the first training crops.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class CodecModule(ScheduledModule):
         seed: int = 0,
         frozen: list[str] | None = None,
         init_parts: list[str] | None = None,
+        klt_start: bool = False,
     ) -> None:
         super().__init__(lr, final_lr, warmup_steps, decay_start, clip_norm)
         self.recipe = recipe
@@ -114,6 +119,7 @@ class CodecModule(ScheduledModule):
         if not any(p.requires_grad for p in self.network.parameters()):
             raise ConfigError("model.frozen: nothing is left to train")
         self.init_parts = init_parts
+        self.klt_start = klt_start
         self.preset = preset
         self.optimizer = optimizer
         self.seed = seed
@@ -132,8 +138,14 @@ class CodecModule(ScheduledModule):
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(datamodule, PatchDataModule):
             return
-        crop = datamodule.train_dataloader().batches.crop
-        check_crop(self.recipe, crop)
+        batches = datamodule.train_dataloader().batches
+        check_crop(self.recipe, batches.crop)
+        if self.klt_start and self.opt_step == 0:
+            crops = batches.first(KLT_CROPS).to(self.device)
+            try:
+                start_as_klt(self.network, crops)
+            except ValueError as error:
+                raise ConfigError(f"model.klt_start: {error}") from None
 
     @property
     def shown(self) -> TucodecVAE:
@@ -223,6 +235,7 @@ class CodecModule(ScheduledModule):
             ConfigError: it is damaged or another network.
             ModelFileError: the same of an exported model.
         """
+        self.klt_start = False
         path = initial_weights(source)
         if path.suffix == SUFFIX:
             weights = ModelFile.load(path).network().state_dict()
