@@ -17,8 +17,8 @@ BD_POINTS = 4
 
 
 def settings(efforts: Sequence[int], seconds: Sequence[float]) -> list[Refinement]:
-    """The efforts as they are, then the highest one within each time."""
-    return [*map(Refinement, efforts), *(Refinement(9, seconds=limit) for limit in seconds)]
+    """The efforts above 0, then the highest one within each time."""
+    return [*(Refinement(effort) for effort in efforts if effort), *(Refinement(9, seconds=limit) for limit in seconds)]
 
 
 def run(
@@ -33,7 +33,7 @@ def run(
     Args:
         images: files and folders.
         names: models, all of one recipe; four or more give a BD-rate.
-        efforts: settings by effort.
+        efforts: settings by effort; 0 is measured in any case.
         seconds: settings by time an image.
         rows_file: see `evaluate`.
 
