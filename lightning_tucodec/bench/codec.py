@@ -20,8 +20,6 @@ from PIL import Image
 
 from lightning_tucodec.bench.subjects import PEERS, Peer, Subject, picture, sampled, trained
 from lightning_tucodec.bench.timing import in_turns, machine, rows_of
-from lightning_tucodec.codecs.tuc import strip_bounds
-from lightning_tucodec.coding import wavefront
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.images import read_image, write_png
 from lightning_tucodec.nn.codec import PRESETS
@@ -150,15 +148,10 @@ def _actions(subject: Subject, folder: Path) -> Actions:
     }
 
 
-def entropy_encode(subject: Subject) -> list[bytes]:
-    """The strips' streams of a subject's latents: networks and coder, nothing else."""
-    y, z = subject.latents
-    bounds = strip_bounds(*y.shape[:2])
-    entropy = subject.model.entropy_model
-    return [
-        wavefront.encode(entropy, one, y[top:bottom])
-        for (top, bottom), one in zip(bounds, z, strict=True)
-    ]
+def entropy_encode(subject: Subject) -> bytes:
+    """The file of a subject's latents: networks and coder, nothing else."""
+    height, width = subject.pixels.shape[:2]
+    return subject.model.write(subject.latents, width, height)
 
 
 def entropy_decode(subject: Subject) -> None:

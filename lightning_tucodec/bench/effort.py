@@ -18,7 +18,10 @@ BD_POINTS = 4
 
 def settings(efforts: Sequence[int], seconds: Sequence[float]) -> list[Refinement]:
     """The efforts above 0, then the highest one within each time."""
-    return [*(Refinement(effort) for effort in efforts if effort), *(Refinement(9, seconds=limit) for limit in seconds)]
+    return [
+        *(Refinement(effort) for effort in efforts if effort),
+        *(Refinement(9, seconds=limit) for limit in seconds),
+    ]
 
 
 def run(

@@ -46,12 +46,41 @@ def test_strips_restart_and_cover_the_image(
 ) -> None:
     monkeypatch.setattr(room, "STRIP_POSITIONS", 40)
     assert strip_bounds(13, 7) == [(0, 4), (4, 8), (8, 12), (12, 13)]
+    monkeypatch.setattr(room, "STRIP_POSITIONS", 8192)
+    assert [len(strip_bounds(*size)) for size in ((32, 48), (64, 48), (64, 49), (64, 96))] == [
+        1,
+        1,
+        2,
+        2,
+    ]
+    assert strip_bounds(66, 96) == [(0, 36), (36, 66)]
+    monkeypatch.setattr(room, "STRIP_POSITIONS", 40)
     pixels = photo("chelsea.png", 101, 180)
     coded = model.code(pixels)
     assert len(coded.latents.z) == 3
     np.testing.assert_array_equal(
         model.decode(coded.data), model.synthesise(coded.latents.y, 101, 180)
     )
+
+
+def test_strips_side_by_side_are_the_same_strips(
+    model: TucModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "STRIP_POSITIONS", 40)
+    latents = model.analyse(photo("chelsea.png", 101, 300))
+    data = model.write(latents, 101, 300)
+    strips = strips_of(data)
+    assert len(strips) == 5
+    broken = pack(dataclasses.replace(unpack(data), strips=(*strips[:2], b"", strips[3][:5], b"")))
+    lost = model.read(unpack(broken), salvage=True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert model.write(latents, 101, 300) == data
+    np.testing.assert_array_equal(model.read(unpack(data))[0], latents.y)
+    also_lost = model.read(unpack(broken), salvage=True)
+    assert lost[1] == also_lost[1] == [2, 3, 4]
+    np.testing.assert_array_equal(lost[0], also_lost[0])
+    with pytest.raises(tuc.CorruptStreamError):
+        model.read(unpack(broken))
 
 
 def test_large_images_are_coded_in_tiles_without_seams(
