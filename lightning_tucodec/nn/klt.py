@@ -53,7 +53,6 @@ def start_as_klt(network: TucodecVAE, x: Tensor) -> None:
     analysis, synthesis = (list(_silence_blocks(part)) for part in (network.g_a, network.g_s))
     values = x - 0.5
     for layer, inverse in zip_longest(analysis, reversed(synthesis)):
-        nn.init.zeros_(layer.bias)
         if inverse is None:  # as many latent channels as g_s is wide: g_s has no such layer
             nn.init.dirac_(layer.weight)
             break
@@ -62,7 +61,6 @@ def start_as_klt(network: TucodecVAE, x: Tensor) -> None:
         axes = torch.linalg.eigh(rows @ rows.T)[1].flip(1).T.float()[: layer.out_channels]
         # A layer wider than its input keeps random rows; they count for nothing at first.
         layer.weight[: len(axes)] = axes[..., None, None]
-        nn.init.zeros_(inverse.bias)
         nn.init.zeros_(inverse.weight)
         inverse.weight[:, : len(axes)] = axes.T[..., None, None]
         values = layer(values)
@@ -74,12 +72,15 @@ def start_as_klt(network: TucodecVAE, x: Tensor) -> None:
 
 
 def _silence_blocks(module: nn.Module) -> Iterator[nn.Conv2d]:
-    """Make the residual blocks the identity, and give the convolutions that stand outside of them."""
+    """Make the residual blocks the identity; the convolutions outside of them, their biases at zero."""
     for child in module.children():
-        if isinstance(child, DepthwiseBlock):
-            nn.init.zeros_(child.project.weight)
-            nn.init.zeros_(child.project.bias)
-        elif isinstance(child, nn.Conv2d):
-            yield child
+        layer = child.project if isinstance(child, DepthwiseBlock) else child
+        if not isinstance(layer, nn.Conv2d):
+            yield from _silence_blocks(layer)
+            continue
+        assert layer.bias is not None
+        nn.init.zeros_(layer.bias)
+        if layer is child:
+            yield layer
         else:
-            yield from _silence_blocks(child)
+            nn.init.zeros_(layer.weight)
