@@ -29,7 +29,11 @@ Job = tuple[Path, Path]
 
 DEFAULT_MODEL = "tiny-mse-2"
 
-FAMILIES: dict["Quantity", str] = {"bpp": "tiny-mse", "psnr": "tiny-mse", "ms_ssim": "tiny-ssim"}
+FAMILIES: dict["Quantity", tuple[str, ...]] = {
+    "bpp": ("tiny-mse", "tiny-transparent"),
+    "psnr": ("tiny-mse", "tiny-transparent"),
+    "ms_ssim": ("tiny-ssim", "tiny-transparent"),
+}
 """Among which models each target chooses by default."""
 
 H266_MODELS = ("vvc", "vvc+postfilter")
@@ -202,7 +206,8 @@ def _settings(arguments: argparse.Namespace, target: "Target | None") -> "list[S
     assert target is not None
     if arguments.preset is not None:
         raise ConfigError(f"--preset is an option of --model {' and '.join(H266_MODELS)}")
-    members = family(name or FAMILIES[target.quantity])
+    names = FAMILIES[target.quantity] if name is None else (name,)
+    members = [member for name in names for member in family(name)]
     if not members:
         raise ConfigError(
             f"{target} chooses among the models of a family; --model {name} is none (see `tucodec models`)"

@@ -1,8 +1,8 @@
 """Where models are found: shipped with the package, in the model folder, or by path."""
 
+import contextlib
 import os
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,18 @@ def _load(path: Path, modified_ns: int, device: str) -> TucModel | FilterModel:
     return TucModel(file, device)
 
 
-def _cached(path: Path, device: str = "cpu") -> TucModel | FilterModel:
-    """One load a file and version of it."""
+@cache
+def _id(path: Path, modified_ns: int) -> bytes:
+    """Of the file alone: to build a model takes ten times as long."""
+    return ModelFile.load(path).id
+
+
+def _version(path: Path) -> tuple[Path, int]:
+    """What tells a file and its content apart from others."""
     try:
-        modified = path.stat().st_mtime_ns
+        return path.resolve(), path.stat().st_mtime_ns
     except OSError as error:
         raise ModelFileError(f"{path}: {error.strerror}") from None
-    return _load(path.resolve(), modified, device)
 
 
 def load(name: str | Path, device: str = "cpu") -> TucModel:
@@ -68,7 +73,7 @@ def load(name: str | Path, device: str = "cpu") -> TucModel:
 
 def load_any(name: str | Path, device: str = "cpu") -> TucModel | FilterModel:
     """A model of any kind, otherwise as `load`."""
-    return _cached(find(name), device)
+    return _load(*_version(find(name)), device)
 
 
 def load_filter(name: str | Path) -> FilterModel:
@@ -110,24 +115,16 @@ def family(name: str) -> list[str]:
     return [] if name in names else [found[number] for number in sorted(found)]
 
 
-def _loadable(device: str = "cpu") -> Iterator[TucModel | FilterModel]:
-    for path in model_files():
-        try:
-            yield _cached(path, device)
-        except ModelFileError:
-            continue  # `tucodec models` names it; a damaged neighbour must not stop a decode
-
-
 def load_by_id(identity: bytes, device: str = "cpu") -> TucModel:
     """The model that wrote a stream.
 
     Raises:
         UnknownModelError: no known model has this id.
     """
-    for model in _loadable(device):
-        if model.id == identity and isinstance(model, TucModel):
-            return model
-    raise _unknown(identity)
+    model = _load_by_id(identity, device)
+    if not isinstance(model, TucModel):
+        raise _unknown(identity)
+    return model
 
 
 def load_filter_by_id(identity: bytes) -> FilterModel:
@@ -136,9 +133,19 @@ def load_filter_by_id(identity: bytes) -> FilterModel:
     Raises:
         UnknownModelError: no known post-filter has this id.
     """
-    for model in _loadable():
-        if model.id == identity and isinstance(model, FilterModel):
-            return model
+    model = _load_by_id(identity, "cpu")
+    if not isinstance(model, FilterModel):
+        raise _unknown(identity)
+    return model
+
+
+def _load_by_id(identity: bytes, device: str) -> TucModel | FilterModel:
+    for path in model_files():
+        # `tucodec models` names a damaged file; here a damaged neighbour must not stop a decode.
+        with contextlib.suppress(ModelFileError):
+            version = _version(path)
+            if _id(*version) == identity:
+                return _load(*version, device)
     raise _unknown(identity)
 
 
@@ -151,7 +158,12 @@ def _unknown(identity: bytes) -> UnknownModelError:
 
 def models() -> dict[str, dict[str, Any]]:
     """Model cards by name, of what is shipped and what lies in the model folder."""
-    return {model.name: {"id": model.id.hex(), **model.card} for model in _loadable()}
+    found = {}
+    for path in model_files():
+        with contextlib.suppress(ModelFileError):
+            file = ModelFile.load(path)
+            found[file.name] = {"id": file.id.hex(), **file.card}
+    return found
 
 
 def untrained(preset: str, seed: int = 0) -> TucModel:
