@@ -11,9 +11,8 @@ AREA ?= streams
 demo: $(VENV)/installed
 	$(BIN)/tucodec demo --out demo
 
-# Two at a time: the tests on the cluster of Slurm mostly wait.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -19,14 +19,6 @@ settings.load_profile("deterministic")
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file share a worker, and all that share the cluster."""
-    for item in items:
-        folder = item.path.parent
-        shared = folder if folder.name == "cluster" else item.path
-        item.add_marker(pytest.mark.xdist_group(str(shared)))
-
-
 @pytest.fixture(scope="session")
 def cat() -> NDArray[np.uint8]:
     """75×101 pixels, both sides odd."""
