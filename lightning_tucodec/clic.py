@@ -57,6 +57,10 @@ class Entry:
     minimised: Quantity
 
 
+PIXELS = 1e-5
+"""A learned decoder's pixels may differ by a grey level on another machine or number of threads: so much may
+qualities differ from the manifest's. Limits hold for what is measured."""
+
 VALIDATION_IMAGES = 102
 VALIDATION_MEGAPIXELS = 251.86
 VALIDATION_BUDGET = 4_722_341
@@ -129,7 +133,8 @@ def verify(folder: Path, originals: Sequence[str]) -> tuple[dict[str, Any], list
         wrong.append(f"the decoder has {totals['decoder_bytes']} bytes, over {MAX_DECODER_BYTES}")
     for key in ("bytes", "bpp", "psnr", "ms_ssim"):
         told = manifest["totals"][key]
-        if not math.isclose(totals[key], math.inf if told is None else told, rel_tol=1e-6):
+        allowed = PIXELS if key in ("psnr", "ms_ssim") else 1e-9
+        if not math.isclose(totals[key], math.inf if told is None else told, rel_tol=allowed):
             wrong.append(f"in total {key} is {totals[key]}, not {told}")
     return totals, wrong
 
@@ -211,10 +216,12 @@ def _decode_elsewhere(folder: Path, out: Path) -> Iterator[dict[str, Any]]:
 def _wrong_values(label: str, entry: dict[str, Any], row: Row) -> list[str]:
     wrong = [
         f"{label}: {key} is {row[key]}, not {entry[key]}"
-        for key in ("bytes", "width", "height", "sse")
+        for key in ("bytes", "width", "height")
         if row[key] != entry[key]
     ]
-    if abs(row["ms_ssim"] - entry["ms_ssim"]) > 1e-6:
+    if not math.isclose(row["sse"], entry["sse"], rel_tol=PIXELS):
+        wrong.append(f"{label}: sse is {row['sse']}, not {entry['sse']}")
+    if abs(row["ms_ssim"] - entry["ms_ssim"]) > PIXELS:
         wrong.append(f"{label}: MS-SSIM is {row['ms_ssim']:.6f}, not {entry['ms_ssim']:.6f}")
     return wrong
 
