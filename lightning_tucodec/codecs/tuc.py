@@ -96,13 +96,14 @@ def strip_bounds(height: int, width: int) -> list[tuple[int, int]]:
     return [(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
-def each_strip(work: Callable[[int], Strip], count: int) -> list[Strip]:
+def _each_strip(work: Callable[[int], Strip], count: int) -> list[Strip]:
     """What `work` returns for every strip, in order; on PyTorch's number of threads, and exact on any."""
-    threads = min(count, torch.get_num_threads())
-    if threads == 1:
-        return [work(number) for number in range(count)]
     own = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(own,)) as pool:
+    if min(count, own) == 1:
+        return [work(number) for number in range(count)]
+    with ThreadPoolExecutor(
+        min(count, own), initializer=torch.set_num_threads, initargs=(own,)
+    ) as pool:
         return list(pool.map(work, range(count)))
 
 
@@ -310,7 +311,7 @@ class TucModel:
             rows = slice(*bounds[number])
             return wavefront.encode(self.entropy_model, latents.z[number], latents.y[rows])
 
-        strips = tuple(each_strip(strip, len(bounds)))
+        strips = tuple(_each_strip(strip, len(bounds)))
         return pack(Container(CodecKind.LEARNED, self.id, width, height, strips))
 
     def compress(self, image: ImageLike, effort: int = 0) -> bytes:
@@ -374,7 +375,7 @@ class TucModel:
                 neutral = int(np.abs(self.entropy_model.laplace.centres).argmin())
                 return np.full((bottom - top, width, channels), neutral, np.int32)
 
-        rows = each_strip(symbols, len(bounds))
+        rows = _each_strip(symbols, len(bounds))
         if len(damaged) == len(bounds):
             raise CorruptStreamError("nothing can be salvaged: every strip is damaged")
         return np.concatenate(rows), sorted(damaged)

@@ -31,6 +31,7 @@ from lightning_tucodec.training.optimizers import muon_adam
 from lightning_tucodec.training.runs import initial_weights, load_checkpoint, network_weights
 
 KLT_CROPS = 256
+"""Training crops that `klt_start` looks at."""
 
 PICTURES = 3
 """Validation images that a picture is kept of, one each at every validation."""
@@ -235,19 +236,14 @@ class CodecModule(ScheduledModule):
             ConfigError: it is damaged or another network.
             ModelFileError: the same of an exported model.
         """
-        self.klt_start = False
+        self.klt_start = False  # these weights are the start
         path = initial_weights(source)
         if path.suffix == SUFFIX:
             weights = ModelFile.load(path).network().state_dict()
         else:
             weights = network_weights(load_checkpoint(path))
-        if self.init_parts is not None:
-            weights = {k: v for k, v in weights.items() if k.partition(".")[0] in self.init_parts}
-        own = {
-            name: tuple(value.shape)
-            for name, value in self.network.state_dict().items()
-            if self.init_parts is None or name.partition(".")[0] in self.init_parts
-        }
+        weights = self._taken(weights)
+        own = {k: tuple(v.shape) for k, v in self._taken(self.network.state_dict()).items()}
         theirs = {name: tuple(value.shape) for name, value in weights.items()}
         differing = [
             name for name, _ in own.items() ^ theirs.items() if not name.startswith("quantizer.")
@@ -256,6 +252,11 @@ class CodecModule(ScheduledModule):
             raise ConfigError(f"{path}: another network (differs in {min(differing)}, …)")
         fitting = {name: value for name, value in weights.items() if own.get(name) == value.shape}
         self.network.load_state_dict(fitting, strict=False)
+
+    def _taken(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a network's weights those of `init_parts`."""
+        parts = self.init_parts
+        return {k: v for k, v in state.items() if parts is None or k.partition(".")[0] in parts}
 
 
 class VAE(CodecModule):

@@ -1,19 +1,15 @@
 """The KLT start: an orthogonal projection close to the best one, and its place in a run."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
-from lightning_tucodec.cli import main
 from lightning_tucodec.nn.blocks import PixelUnshuffle
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.klt import REACH, start_as_klt
-from lightning_tucodec.training.tracking import read_metrics
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO, PHOTOS, photo
 
@@ -59,45 +55,3 @@ def test_other_networks_are_refused() -> None:
     for wrong in ({"transform.gdn": True}, {"transform.block": "residual"}):
         with pytest.raises(ValueError, match="KLT start needs"):
             start_as_klt(network(48, **wrong), crops())
-
-
-def test_a_run_starts_from_it_unless_it_starts_from_weights(
-    tmp_path: Path, shard_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    micro = {
-        **MICRO,
-        "quantizer": "noise",
-        "transform.widths": [0, 0, 32, 24],
-        "transform.gain": 4.0,
-    }
-    values: dict[str, Any] = {
-        "seed_everything": 0,
-        "run": {"name": "klt", "runs_dir": str(tmp_path / "runs")},
-        "model": {"codec": micro, "klt_start": True, "lr": 1e-5, "warmup_steps": 1},
-        "data": {"shards": str(shard_folder), "batch_size": 4, "crop": 32},
-        "trainer": {
-            "accelerator": "cpu", "devices": 1, "max_steps": 1, "max_epochs": -1,
-            "log_every_n_steps": 1, "num_sanity_val_steps": 0, "enable_model_summary": False,
-        },
-    }  # fmt: skip
-
-    def first_psnr(name: str) -> float:
-        values["run"]["name"] = name
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(values))
-        assert main(["fit", "--config", str(path)]) == 0
-        (folder,) = (tmp_path / "runs").glob(f"{name}-*")
-        return float(read_metrics(folder / "metrics.jsonl")[0]["train/psnr"])
-
-    started = first_psnr("klt")
-    values["model"]["klt_start"] = False
-    assert first_psnr("random") < started - 3
-    values["model"]["klt_start"] = True
-    values["run"]["init_from"] = str(next((tmp_path / "runs").glob("random-*")))
-    assert first_psnr("warm") < started - 3
-    del values["run"]["init_from"]
-    values["model"]["codec"] = {**micro, "transform.gdn": True}
-    values["run"]["name"] = "wrong"
-    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(values))
-    assert main(["fit", "--config", str(tmp_path / "wrong.yaml")]) == 1
-    assert "model.klt_start: a KLT start needs" in capsys.readouterr().err

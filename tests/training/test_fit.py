@@ -325,6 +325,36 @@ def test_frozen_parts_keep_what_init_parts_gave_them(
         assert words in capsys.readouterr().err
 
 
+def test_a_klt_start_is_for_runs_that_do_not_start_from_weights(
+    tmp_path: Path, shard_folder: Path, micro: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = {
+        **micro,
+        "quantizer": "noise",
+        "transform.widths": [0, 0, 32, 24],
+        "transform.gain": 4.0,
+    }
+    values = config(tmp_path, shard_folder, wide, steps=1, lr=1e-5, klt_start=True)
+
+    def first_psnr(name: str) -> float:
+        values["run"]["name"] = name
+        assert main(["fit", "--config", write(tmp_path, values)]) == 0
+        (folder,) = (folder for folder in runs(tmp_path) if folder.name.startswith(f"{name}-"))
+        return float(read_metrics(folder / "metrics.jsonl")[0]["train/psnr"])
+
+    started = first_psnr("klt")
+    values["model"]["klt_start"] = False
+    assert first_psnr("random") < started - 3
+    values["model"]["klt_start"] = True
+    values["run"]["init_from"] = str(next((tmp_path / "runs").glob("random-*")))
+    assert first_psnr("warm") < started - 3
+    del values["run"]["init_from"]
+    values["model"]["codec"] = {**wide, "transform.gdn": True}
+    values["run"]["name"] = "wrong"
+    assert main(["fit", "--config", write(tmp_path, values)]) == 1
+    assert "model.klt_start: a KLT start needs" in capsys.readouterr().err
+
+
 def test_identity_ignores_where_and_knows_what(tmp_path: Path, shard_folder: Path) -> None:
     values = config(tmp_path, shard_folder, {})
     base = run_id(values)
