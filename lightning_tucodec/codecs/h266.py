@@ -6,6 +6,7 @@ container:
 
     bytes   field
     1       QP in the low six bits, colour transform (its number in `colour.TRANSFORMS`) in the high two
+    3·m     where flag 1 is set: weights of the post-filter's corrections, see `nn.postfilter`
     …       the picture, see `codecs.parameter_sets`
 
 Flag 1 of the container is the gate: the post-filter of the model id is applied. Where it would hurt an
@@ -125,12 +126,14 @@ class H266(Options):
         stream = coder.encode_planes(planes)
         decoded = coder.decode_planes(stream, height, width)
         shown = planes_to_rgb(decoded, self.colour)[:height, :width]
-        error, gate, model = sse(image, shown), 0, self.model()
+        error, gate, weights, model = sse(image, shown), 0, b"", self.model()
         if model is not None:
-            filtered = model.apply(decoded, self.qp, self.colour)[:height, :width]
+            seen = (decoded, self.qp, self.colour)
+            fitted = model.fit(*seen, pad(image, 2, coder.smallest))
+            filtered = model.apply(*seen, fitted)[:height, :width]
             if sse(image, filtered) < error:
-                shown, error, gate = filtered, sse(image, filtered), _FILTERED
-        strip = bytes([self.qp | TRANSFORMS.index(self.colour) << 6])
+                shown, error, gate, weights = filtered, sse(image, filtered), _FILTERED, fitted
+        strip = bytes([self.qp | TRANSFORMS.index(self.colour) << 6]) + weights
         strip += parameter_sets.strip(stream, *planes.y.shape)
         identity = model.id if model is not None and gate else NO_MODEL
         data = pack(Container(CodecKind.VVC, identity, width, height, (strip,), gate))
@@ -174,14 +177,19 @@ def decode_container(container: Container, model: FilterModel | None = None) -> 
     if max(width, height) > Vvc.max_side or strip[0] >> 6 >= len(TRANSFORMS):
         raise CorruptStreamError(f"impossible picture: {width}×{height}, {strip[0]}")
     qp, transform = strip[0] & 63, TRANSFORMS[strip[0] >> 6]
-    coder = Vvc(qp, colour=transform)
-    padded = [max(coder.smallest, side + side % 2) for side in (height, width)]
-    stream = parameter_sets.restore(strip[1:], *padded)
-    planes: Planes = coder.decode_planes(stream, height, width)
-    if container.flags & _FILTERED:
+    start = 1
+    if not container.flags & _FILTERED:
+        model = None
+    else:
         if model is None or model.id != container.model_id:
             from lightning_tucodec.codecs.models import load_filter_by_id
 
             model = load_filter_by_id(container.model_id)
-        return model.apply(planes, qp, transform)[:height, :width]
-    return planes_to_rgb(planes, transform)[:height, :width]
+        start += model.weight_bytes
+    coder = Vvc(qp, colour=transform)
+    padded = [max(coder.smallest, side + side % 2) for side in (height, width)]
+    stream = parameter_sets.restore(strip[start:], *padded)
+    planes: Planes = coder.decode_planes(stream, height, width)
+    if model is None:
+        return planes_to_rgb(planes, transform)[:height, :width]
+    return model.apply(planes, qp, transform, strip[1:start])[:height, :width]

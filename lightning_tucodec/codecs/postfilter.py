@@ -1,5 +1,6 @@
 """Decoded planes to RGB through a PostFilter."""
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +11,14 @@ from numpy.typing import NDArray
 from lightning_tucodec.codecs.colour import Planes, planes_to_float, to_eight_bits
 from lightning_tucodec.codecs.model_file import ModelFile
 from lightning_tucodec.errors import ModelFileError
-from lightning_tucodec.nn.postfilter import DecodedPicture, PostFilter, PostFilterConfig
+from lightning_tucodec.nn.postfilter import (
+    WEIGHT_STEPS,
+    DecodedPicture,
+    Normal,
+    PostFilter,
+    PostFilterConfig,
+    corrected,
+)
 
 _PEAK = 1023.0
 
@@ -26,16 +34,13 @@ def decoded_picture(planes: Planes, qp: float, transform: str) -> DecodedPicture
     return DecodedPicture(luma / _PEAK, chroma / _PEAK - 0.5, plain / 255.0, torch.tensor([qp]))
 
 
-@torch.inference_mode()
-def apply(network: PostFilter, planes: Planes, qp: float, transform: str) -> NDArray[np.uint8]:
-    """The filtered H×W×3 image of decoded planes.
+def _bands(network: PostFilter, picture: DecodedPicture) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of a picture and their corrections, 1×M×3×rows×W.
 
     Rows are filtered in bands that see as far beyond their ends as the network does, so that there
     are no seams and memory does not grow with the height.
     """
-    picture = decoded_picture(planes, qp, transform)
-    height, reach = planes.y.shape[0], network.reach
-    bands = []
+    height, reach = picture.luma.shape[2], network.reach
     for top in range(0, height, ROWS):
         first, end = max(0, top - reach), min(height, top + ROWS + reach)
         band = DecodedPicture(
@@ -44,7 +49,36 @@ def apply(network: PostFilter, planes: Planes, qp: float, transform: str) -> NDA
             picture.plain[:, :, first:end],
             picture.qp,
         )
-        bands.append(network(band)[0, :, top - first : top - first + ROWS])
+        rows = slice(top, min(height, top + ROWS))
+        yield rows, network(band)[:, :, :, top - first : rows.stop - first]
+
+
+@torch.inference_mode()
+def fit(
+    network: PostFilter, planes: Planes, qp: float, transform: str, image: NDArray[np.uint8]
+) -> NDArray[np.int8]:
+    """The weights that bring decoded planes closest to an image (as padded for them), M×3."""
+    picture = decoded_picture(planes, qp, transform)
+    original = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255.0)[None]
+    parts = [
+        Normal.of(corrections, original[:, :, rows] - picture.plain[:, :, rows])
+        for rows, corrections in _bands(network, picture)
+    ]
+    normal = Normal(*(torch.stack(terms).double().sum(0) for terms in zip(*parts, strict=True)))
+    return (normal.weights()[0] * WEIGHT_STEPS).to(torch.int8).numpy()
+
+
+@torch.inference_mode()
+def apply(
+    network: PostFilter, planes: Planes, qp: float, transform: str, weights: NDArray[np.int8]
+) -> NDArray[np.uint8]:
+    """The filtered H×W×3 image of decoded planes."""
+    picture = decoded_picture(planes, qp, transform)
+    factors = torch.from_numpy(weights)[None] / WEIGHT_STEPS
+    bands = [
+        corrected(picture.plain[:, :, rows], corrections, factors)[0]
+        for rows, corrections in _bands(network, picture)
+    ]
     return to_eight_bits(torch.cat(bands, 1).mul_(255.0).numpy())
 
 
@@ -88,6 +122,16 @@ class FilterModel:
             ) from None
         return network.eval().to(memory_format=torch.channels_last)
 
-    def apply(self, planes: Planes, qp: float, transform: str) -> NDArray[np.uint8]:
-        """See `apply`."""
-        return apply(self.network, planes, qp, transform)
+    @property
+    def weight_bytes(self) -> int:
+        """Length of an image's weights in a file."""
+        return 3 * self.network.config.corrections
+
+    def fit(self, planes: Planes, qp: float, transform: str, image: NDArray[np.uint8]) -> bytes:
+        """The image's weights as its file carries them; see `fit`."""
+        return fit(self.network, planes, qp, transform, image).tobytes()
+
+    def apply(self, planes: Planes, qp: float, transform: str, weights: bytes) -> NDArray[np.uint8]:
+        """See `apply`; `weights` are `weight_bytes` long."""
+        factors = np.frombuffer(weights, np.int8).reshape(-1, 3).copy()
+        return apply(self.network, planes, qp, transform, factors)

@@ -9,9 +9,14 @@ sees twice as far, and the interpolation of chroma is learned:
 ::
 
     luma ─ unshuffle ─ 4 ┐
-                         ├ 6 ─ Conv ─ PreActivationBlock × n ─ Conv ─ 12 ─ shuffle ─ 3 ─(+)─ RGB
-    chroma ─────────── 2 ┘                    │                                          │
-                             qp ─ MLP ─ scales and shifts                plain conversion┘
+                         ├ 6 ─ Conv ─ PreActivationBlock × n ─ Conv ─ 12·m ─ shuffle ─ m·3 ─(·)─(+)─ RGB
+    chroma ─────────── 2 ┘                    │                               weights of the image  │
+                             qp ─ MLP ─ scales and shifts                           plain conversion┘
+
+The network proposes m corrections, each of three planes on the `AXES`; the encoder, which knows the
+original, fits a weight to each plane by least squares, and the file carries the weights: 3·m bytes.
+Subspace projection of AV1's self-guided filter, with learned guides: Kousha et al., "Guided CNN
+Restoration with Explicitly Signaled Linear Combination", ICIP 2022.
 """
 
 import math
@@ -28,6 +33,17 @@ _SLOPE = 0.1
 
 _RESIDUAL = 1 / 16
 """What is learned is a few grey levels; at this scale the last layer's weights are like the others'."""
+
+AXES = torch.tensor(
+    [[3**-0.5, 3**-0.5, 3**-0.5], [0.0, -(2**-0.5), 2**-0.5], [2 * 6**-0.5, -(6**-0.5), -(6**-0.5)]]
+)
+"""Directions of the corrections in R, G, B: gray, B − G and 2R − G − B, each of length one."""
+
+WEIGHT_STEPS = 32
+"""Steps of a weight from 0 to 1; a byte holds −4 to 4."""
+
+_RIDGE = 1e-3
+"""How much a weight costs that differs from the default, as a share of what the correction is worth."""
 
 
 class DecodedPicture(NamedTuple):
@@ -56,20 +72,22 @@ class PostFilterConfig:
         half_resolution: work on the planes at half resolution rather than on RGB.
         conditioned: scale and shift the blocks' channels by what the QP says; otherwise the network
             serves the QP that it was trained at.
+        corrections: how many are proposed.
     """
 
     channels: int = 64
     blocks: int = 6
     half_resolution: bool = True
     conditioned: bool = True
+    corrections: int = 3
 
 
 SIZES = {
-    "paper": PostFilterConfig(half_resolution=False),
+    "paper": PostFilterConfig(half_resolution=False, corrections=1),
     "fast": PostFilterConfig(channels=40),
     "tiny": PostFilterConfig(channels=32, blocks=4),
 }
-"""446, 45 and 20 kMAC a pixel."""
+"""446, 48 and 22 kMAC a pixel."""
 
 
 class PreActivationBlock(nn.Module):
@@ -112,25 +130,28 @@ class QpModulation(nn.Module):
 
 
 class PostFilter(nn.Module):
-    """A filter for decoded pictures; an untrained one gives the plain conversion."""
+    """Proposes corrections of decoded pictures; the first of an untrained one is zero."""
 
     def __init__(self, config: PostFilterConfig) -> None:
         super().__init__()
-        if config.channels < 1 or config.blocks < 1:
-            raise ValueError(f"channels and blocks must be at least 1: {config}")
+        if min(config.channels, config.blocks, config.corrections) < 1:
+            raise ValueError(f"channels, blocks and corrections must be at least 1: {config}")
         self.config = config
-        planes, values = (6, 12) if config.half_resolution else (3, 3)
-        self.fold, self.unfold = PixelUnshuffle(2), PixelShuffle(2)
+        planes, factor = (6, 2) if config.half_resolution else (3, 1)
+        self.fold, self.unfold = PixelUnshuffle(2), PixelShuffle(factor)
         self.head = conv3x3(planes, config.channels)
         self.body = nn.ModuleList(PreActivationBlock(config.channels) for _ in range(config.blocks))
-        self.tail = conv3x3(config.channels, values)
-        nn.init.zeros_(self.tail.weight)
+        values = 3 * factor**2
+        self.tail = conv3x3(config.channels, values * config.corrections)
+        # The first is used from the start and learns from zero; a weight of the others starts at
+        # zero, so they must not.
+        nn.init.zeros_(self.tail.weight[:values])
         self.modulation = (
             QpModulation(config.channels, config.blocks) if config.conditioned else None
         )
 
     def forward(self, picture: DecodedPicture) -> Tensor:
-        """RGB, N×3×H×W, not clamped."""
+        """Corrections along the `AXES`, N×M×3×H×W."""
         half = self.config.half_resolution
         planes = torch.cat([self.fold(picture.luma - 0.5), picture.chroma], 1) if half else None
         x = picture.plain - 0.5 if planes is None else planes
@@ -142,10 +163,47 @@ class PostFilter(nn.Module):
         for block, (scale, shift) in zip(self.body, pairs, strict=True):
             x = block(x, scale, shift)
         x = self.tail(F.leaky_relu(x, _SLOPE))
-        return picture.plain + _RESIDUAL * (self.unfold(x) if half else x)
+        return _RESIDUAL * self.unfold(x).unflatten(1, (self.config.corrections, 3))
 
     @property
     def reach(self) -> int:
         """Pixels beyond which the input has no say in an output pixel; even."""
         layers = 2 + 2 * self.config.blocks
         return 2 * layers + 2 if self.config.half_resolution else math.ceil(layers / 2) * 2
+
+
+def corrected(plain: Tensor, corrections: Tensor, weights: Tensor) -> Tensor:
+    """RGB, not clamped: N×3×H×W, N×M×3×H×W and N×M×3 to N×3×H×W."""
+    planes = torch.einsum("nmc,nmchw->nchw", weights, corrections)
+    return plain + torch.einsum("ck,nchw->nkhw", AXES.to(plain), planes)
+
+
+class Normal(NamedTuple):
+    """Normal equations of the weights of one or several pictures' parts; parts add up.
+
+    Attributes:
+        gram: N×3×M×M, products of the corrections.
+        right: N×3×M, their products with the error.
+    """
+
+    gram: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, corrections: Tensor, error: Tensor) -> "Normal":
+        """From corrections N×M×3×H×W and original minus plain conversion, N×3×H×W."""
+        guides = corrections.flatten(3).transpose(1, 2)
+        target = torch.einsum("ck,nkhw->nchw", AXES.to(error), error).flatten(2)
+        gram = guides @ guides.transpose(2, 3)
+        return cls(gram, (guides @ target[..., None])[..., 0])
+
+    def weights(self) -> Tensor:
+        """The weights as a file carries them, N×M×3, multiples of 1 / WEIGHT_STEPS."""
+        count = self.right.shape[-1]
+        default = torch.zeros_like(self.right)
+        default[..., 0] = 1.0
+        worth = self.gram.diagonal(dim1=2, dim2=3).mean(2) * _RIDGE + 1e-9
+        ridge = worth[..., None, None] * torch.eye(count).to(self.gram)
+        right = self.right + worth[..., None] * default
+        solution = torch.linalg.solve(self.gram + ridge, right).transpose(1, 2)
+        return (solution * WEIGHT_STEPS).round().clamp(-128, 127) / WEIGHT_STEPS

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from lightning_tucodec.codecs.models import SUFFIX, load_filter
 from lightning_tucodec.errors import ConfigError, TucodecError
-from lightning_tucodec.nn.postfilter import SIZES, DecodedPicture, PostFilter, PostFilterConfig
+from lightning_tucodec.nn.postfilter import (
+    SIZES,
+    DecodedPicture,
+    Normal,
+    PostFilter,
+    PostFilterConfig,
+    corrected,
+)
 from lightning_tucodec.training.data import PatchDataModule, in_order
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.optimizers import follow, muon_adam
@@ -39,9 +46,10 @@ def resolve_size(size: str, overrides: dict[str, Any] | None = None) -> PostFilt
 class PostFilterModule(ScheduledModule):
     """Trains a PostFilter, and keeps an exponential moving average of its weights.
 
-    The loss of a crop is its squared error in RGB over that of the plain conversion. So it begins at
-    one, every crop counts alike whatever its texture and QP, and descent raises the mean of the
-    crops' PSNR gains, which is what is measured, rather than the PSNR of the worst ones.
+    The loss of a crop is its squared error in RGB over that of the plain conversion, with the
+    corrections weighted as an encoder would weight them for it. So it begins at one, every crop
+    counts alike whatever its texture and QP, and descent raises the mean of the crops' PSNR gains,
+    which is what is measured, rather than the PSNR of the worst ones.
 
     Args:
         size: of the network, see `nn.postfilter.SIZES`.
@@ -90,6 +98,9 @@ class PostFilterModule(ScheduledModule):
                 weights = averaged_weights(content)
             else:
                 weights = load_filter(source).network.state_dict()
+            for name, value in self.network.tail.state_dict(prefix="tail.").items():
+                # A network of fewer corrections gives the first ones.
+                weights[name] = torch.cat([weights[name], value[len(weights[name]) :]])
             self.network.load_state_dict(weights)
         except (OSError, KeyError, RuntimeError, TucodecError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -99,7 +110,7 @@ class PostFilterModule(ScheduledModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Relative squared error of one batch of crops."""
         picture = _picture(batch)
-        filtered = _errors(self.network(picture), batch["image"])
+        filtered = _errors(_shown(self.network, picture, batch["image"]), batch["image"])
         plain = _errors(picture.plain, batch["image"])
         ratio = (filtered + _FLOOR) / (plain + _FLOOR)
         loss = ratio.mean()
@@ -121,7 +132,7 @@ class PostFilterModule(ScheduledModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """PSNR of the averaged network and of the plain conversion on 8-bit patches."""
         picture = _picture(batch)
-        shown = self.averaged(picture)
+        shown = _shown(self.averaged, picture, batch["image"])
         errors = [_errors(_eight_bits(x), batch["image"]) for x in (shown, picture.plain)]
         for index, qp, filtered, plain in zip(batch["index"], picture.qp, *errors, strict=True):
             values = [-10 * math.log10(max(float(error), 1e-7)) for error in (filtered, plain)]
@@ -192,6 +203,16 @@ class PrecodedDataModule(PatchDataModule):
 
 def _picture(batch: dict[str, Tensor]) -> DecodedPicture:
     return DecodedPicture(*(batch[name] for name in DecodedPicture._fields))
+
+
+def _shown(network: PostFilter, picture: DecodedPicture, image: Tensor) -> Tensor:
+    """RGB with the weights that fit each image best.
+
+    The gradient passes the weights by: where the squared error is least, it does not depend on them.
+    """
+    corrections = network(picture)
+    weights = Normal.of(corrections.detach(), image - picture.plain).weights()
+    return corrected(picture.plain, corrections, weights)
 
 
 def _errors(x: Tensor, original: Tensor) -> Tensor:
