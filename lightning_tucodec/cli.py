@@ -289,6 +289,7 @@ def _register_bench(subparsers: Any) -> None:
             arguments.bpp,
             Path(arguments.rows),
             arguments.workers,
+            not arguments.whole,
         )
         print(json.dumps(result, indent=1) if arguments.json else h266.table_text(result))
         return 0
@@ -305,6 +306,7 @@ def _register_bench(subparsers: Any) -> None:
         "--rows", default="h266.rows.jsonl", metavar="JSONL", help="measurements, kept"
     )
     h266_command.add_argument("--workers", type=int, help="codings at a time")
+    h266_command.add_argument("--whole", action="store_true", help="leave out the parts")
     h266_command.add_argument("--json", action="store_true")
 
     def run_complexity(arguments: argparse.Namespace) -> int:

@@ -6,23 +6,36 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tucodec.codecs.h266 import H266, NO_FILTER, NO_MODEL
+from lightning_tucodec.codecs.h266 import (
+    H266,
+    NO_FILTER,
+    NO_MODEL,
+    decode_container,
+    without_filter,
+)
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.curves import ImageCurves, bd_rate, decibels
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.evaluate import evaluate, find_images
+from lightning_tucodec.images import read_image
+from lightning_tucodec.metrics import sse
 
 QPS = (32, 35, 38, 41, 44, 47)
+
+_TUC = f"{H266.codec_name}:qp={{qp}},preset={{preset}},filter={NO_FILTER}"
 
 VARIANTS = {
     "default": "vvc:qp={qp},preset={preset}",
     "chroma offset -4": "vvc:qp={qp},preset={preset},chroma_qp_offset=-4",
     "orthonormal colour": "vvc:qp={qp},preset={preset},colour=orthonormal",
-    "orthonormal, offset -2": "vvc:qp={qp},preset={preset},chroma_qp_offset=-2,colour=orthonormal",
-    "orthonormal, offset -4": "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal",
-    "orthonormal, offset -6": "vvc:qp={qp},preset={preset},chroma_qp_offset=-6,colour=orthonormal",
-    "offset searched, in a .tuc": f"{H266.codec_name}:qp={{qp}},preset={{preset}},filter={NO_FILTER}",
+    "both": "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal",
+    "both, deep tools": (
+        "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal,tools=deep"
+    ),
+    "both, in a .tuc": _TUC + ",chroma_qp_offset=-4,tools=preset,turn=0",
+    "offset and turn searched, in a .tuc": _TUC + ",tools=preset",
+    "the same, deep tools": _TUC,
 }
 """From the anchor on; the post-filters follow."""
 
@@ -35,6 +48,7 @@ def run(
     target_bpp: float,
     rows_file: Path,
     workers: int | None = None,
+    parts: bool = True,
 ) -> dict[str, Any]:
     """Measure; what `rows_file` holds is not measured again. Coded files are kept beside it.
 
@@ -47,17 +61,18 @@ def run(
         target_bpp: gains are measured at the anchor's own rates at the QP whose mean is nearest.
         rows_file: see `evaluate`.
         workers: codings at a time.
+        parts: also measure what stands between the anchor and the filters.
 
     Returns:
         `anchor_qp`, `anchor_bpp`, `images`, and `rows`, one a variant: `variant`; `gain_db`, the mean over
         images of the PSNR gain at the image's own anchor rate; `ms_ssim_db`, the same for MS-SSIM;
         `worse`, images whose PSNR gain is negative; `bd_rate_percent` and `bd_rate_ms_ssim_percent` of the
-        means over images; `filtered`, images whose gate is on at the anchor's QP; `encode_seconds` and
-        `decode_seconds` an image.
+        means over images; `filtered`, images whose gate is on at the anchor's QP, and `network_db`, what
+        the post-filter gains on those very files; `encode_seconds` and `decode_seconds` an image.
     """
     if len(qps) < 4:
         raise ConfigError("--qp: BD-rates need four QPs or more")
-    variants = dict(VARIANTS)
+    variants = {name: codec for name, codec in VARIANTS.items() if parts or name == "default"}
     for name in filters:
         variants[f"post-filter {name}"] = (
             f"{H266.codec_name}:qp={{qp}},preset={{preset}},filter={name}"
@@ -89,7 +104,7 @@ def run(
             "worse": int((gains[0] < 0).sum()),
             "bd_rate_percent": bd_rate(anchor, test).percent,
             "bd_rate_ms_ssim_percent": bd_rate(anchor, test, "ms_ssim_db").percent,
-            "filtered": _filtered(files) if variant not in VARIANTS else None,
+            **_network(paths, files, variant not in VARIANTS),
             "encode_seconds": float(np.mean([row["encode_seconds"] for row in measured])),
             "decode_seconds": float(np.mean([row["decode_seconds"] for row in measured])),
         }
@@ -121,9 +136,17 @@ def _gains(anchor: ImageCurves, test: ImageCurves, place: int) -> np.ndarray:
     return gains
 
 
-def _filtered(files: Sequence[Path]) -> int:
-    """How many of the files have a filter's id in them."""
-    return sum(unpack(path.read_bytes()).model_id != NO_MODEL for path in files)
+def _network(images: Sequence[Path], files: Sequence[Path], filtered: bool) -> dict[str, Any]:
+    """How many of the files have a filter's id in them, and its mean gain on all of them, in dB."""
+    if not filtered:
+        return {"filtered": None, "network_db": None}
+    gains, count = [], 0
+    for path, file in zip(images, files, strict=True):
+        image, data = read_image(path), file.read_bytes()
+        plain, shown = (decode_container(unpack(d)) for d in (without_filter(data), data))
+        gains.append(10 * np.log10(sse(image, plain) / sse(image, shown)))
+        count += unpack(data).model_id != NO_MODEL
+    return {"filtered": count, "network_db": float(np.mean(gains))}
 
 
 def table_text(result: dict[str, Any]) -> str:
@@ -133,11 +156,13 @@ def table_text(result: dict[str, Any]) -> str:
         f"{result['anchor_qp']} (mean {result['anchor_bpp']:.4f} bpp)",
         "",
         "| variant | PSNR gain, dB | images worse | BD-rate | MS-SSIM gain, dB | BD-rate (MS-SSIM) "
-        "| filter on | encode, s | decode, s |",
+        "| filter on, its gain | encode, s | decode, s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        filtered = "" if row["filtered"] is None else row["filtered"]
+        filtered = (
+            "" if row["filtered"] is None else f"{row['filtered']}, {row['network_db']:+.3f} dB"
+        )
         lines.append(
             f"| {row['variant']} | {row['gain_db']:+.3f} | {row['worse']} "
             f"| {row['bd_rate_percent']:+.2f} % | {row['ms_ssim_db']:+.3f} "

@@ -1,11 +1,12 @@
 """TucodecPSNR: H.266 below, a learned post-filter above, in a `.tuc` file.
 
 The H.266 below is tuned for the squared error of RGB without touching the decoder: orthonormal
-colour (`codecs.colour`), and a chroma QP offset that is searched for each image. Strip 0 of the
-container:
+colour (`codecs.colour`), chroma turned to its principal axes and a chroma QP offset, both searched for
+each image, and libvvenc's deep tools (`Vvc.tools`). Strip 0 of the container:
 
     bytes   field
     1       QP in the low six bits, colour transform (its number in `colour.TRANSFORMS`) in the high two
+    1       how far the chroma is turned, signed, see `colour.turned`
     3·m     where flag 1 is set: weights of the post-filter's corrections, see `nn.postfilter`
     …       the picture, see `codecs.parameter_sets`
 
@@ -13,6 +14,7 @@ Flag 1 of the container is the gate: the post-filter of the model id is applied.
 image it is off, and the model id is zero.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,10 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_tucodec.codecs import parameter_sets
-from lightning_tucodec.codecs.colour import TRANSFORMS, Planes, pad, planes_to_rgb, rgb_to_planes
+from lightning_tucodec.codecs.colour import (
+    TRANSFORMS,
+    Planes,
+    chroma_turn,
+    pad,
+    planes_to_rgb,
+    rgb_to_planes,
+    turned,
+)
 from lightning_tucodec.codecs.options import Options
 from lightning_tucodec.codecs.postfilter import FilterModel
-from lightning_tucodec.codecs.vvc import PRESETS, Vvc
+from lightning_tucodec.codecs.vvc import PRESETS, TOOLS, Vvc
 from lightning_tucodec.coding.container import MODEL_ID_BYTES, CodecKind, Container, pack, unpack
 from lightning_tucodec.errors import CorruptStreamError, ImageInputError
 from lightning_tucodec.metrics import sse
@@ -34,6 +44,9 @@ NO_MODEL = bytes(MODEL_ID_BYTES)
 
 OFFSETS = (-2, -4, -6)
 """Chroma QP offsets that are tried; docs/vvc.md has what they are worth."""
+
+SEARCH_PRESET = "faster"
+"""Preset that offsets and turn are tried with: the order of their costs is nearly that of slower ones."""
 
 _FILTERED = 1
 
@@ -58,10 +71,13 @@ class H266(Options):
 
     Attributes:
         qp: 0 … 63.
-        preset: see `Vvc`; every offset tried costs one encoding.
-        chroma_qp_offset: −12 … 12; None tries `OFFSETS` and takes the best.
+        preset: see `Vvc`.
+        chroma_qp_offset: −12 … 12; None tries `OFFSETS` with `SEARCH_PRESET` and takes the cheapest in
+            squared error plus λ times bits.
         colour: transform, see `codecs.colour`.
         filter: name or file of a post-filter, or `none`.
+        tools: see `Vvc`.
+        turn: −128 … 127, see `colour.turned`; None tries `colour.chroma_turn` in the same way.
         threads: see `Vvc`.
         timeout: see `Vvc`.
     """
@@ -73,6 +89,8 @@ class H266(Options):
     chroma_qp_offset: int | None = None
     colour: str = "orthonormal"
     filter: str = DEFAULT_FILTER
+    tools: str = "deep"
+    turn: int | None = None
     threads: int = field(default=1, kw_only=True, compare=False)
     timeout: float | None = field(default=None, kw_only=True, compare=False)
 
@@ -80,26 +98,44 @@ class H266(Options):
         self.check_range("qp", 0, 63)
         self.check_choice("preset", *PRESETS)
         self.check_choice("colour", *TRANSFORMS)
+        self.check_choice("tools", *TOOLS)
         if self.chroma_qp_offset is not None:
             self.check_range("chroma_qp_offset", -12, 12)
+        if self.turn is not None:
+            self.check_range("turn", -128, 127)
 
     def encode(self, image: NDArray[np.uint8]) -> bytes:
         """The `.tuc` file of an H×W×3 image; see `ImageCodec.encode`."""
         return self.code(image).data
 
-    def code(self, image: NDArray[np.uint8], max_bytes: int | None = None) -> CodedPicture:
-        """The cheapest of the ways to code an image, in squared error plus λ times bits.
+    def code(self, image: NDArray[np.uint8]) -> CodedPicture:
+        """The picture with the cheapest chroma QP offset and turn, filtered where that is cheaper still.
 
-        Args:
-            image: H×W×3.
-            max_bytes: ways that take more are used only if all do, and then the smallest.
+        Raises:
+            ImageInputError: the image is too large.
         """
+        height, width = image.shape[:2]
+        if max(height, width) > Vvc.max_side:
+            raise ImageInputError(
+                f"{width}×{height} pixels: {self.name} takes sides up to {Vvc.max_side}"
+            )
+        planes = rgb_to_planes(pad(image, 2, Vvc.smallest), transform=self.colour)
         offsets = OFFSETS if self.chroma_qp_offset is None else (self.chroma_qp_offset,)
-        ways = [self._way(image, offset) for offset in offsets]
-        fitting = [way for way in ways if max_bytes is None or len(way.data) <= max_bytes]
-        if fitting:
-            return min(fitting, key=lambda way: way.cost)
-        return min(ways, key=lambda way: len(way.data))
+        turns = sorted({0, chroma_turn(planes)}) if self.turn is None else [self.turn]
+        settings = [
+            dataclasses.replace(self, chroma_qp_offset=offset, turn=turn)
+            for offset in offsets
+            for turn in turns
+        ]
+        if len(settings) > 1:
+            quick: dict[str, Any] = {
+                "preset": SEARCH_PRESET,
+                "tools": "preset",
+                "filter": NO_FILTER,
+            }
+            costs = [dataclasses.replace(s, **quick)._code(image, planes).cost for s in settings]
+            settings = [settings[int(np.argmin(costs))]]
+        return settings[0]._code(image, planes)
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         """The H×W×3 image of a `.tuc` file; see `ImageCodec.decode`."""
@@ -109,41 +145,43 @@ class H266(Options):
         """See `ImageCodec.describe`."""
         model = self.model()
         return {
-            **self._coder(self.chroma_qp_offset or 0).describe(),
+            **self._coder().describe(),
             "codec": self.name,
             "chroma_qp_offsets": OFFSETS if self.chroma_qp_offset is None else None,
             "filter": None if model is None else f"{model.name} {model.id.hex()}",
         }
 
-    def _way(self, image: NDArray[np.uint8], offset: int) -> CodedPicture:
+    def _code(self, image: NDArray[np.uint8], planes: Planes) -> CodedPicture:
+        """With this very offset and turn."""
         height, width = image.shape[:2]
-        coder = self._coder(offset)
-        if max(height, width) > coder.max_side:
-            raise ImageInputError(
-                f"{width}×{height} pixels: {self.name} takes sides up to {coder.max_side}"
-            )
-        planes = rgb_to_planes(pad(image, 2, coder.smallest), transform=self.colour)
-        stream = coder.encode_planes(planes)
-        decoded = coder.decode_planes(stream, height, width)
-        shown = planes_to_rgb(decoded, self.colour)[:height, :width]
-        error, gate, weights, model = sse(image, shown), 0, b"", self.model()
-        if model is not None:
-            seen = (decoded, self.qp, self.colour)
-            fitted = model.fit(*seen, pad(image, 2, coder.smallest))
-            filtered = model.apply(*seen, fitted)[:height, :width]
-            if sse(image, filtered) < error:
-                shown, error, gate, weights = filtered, sse(image, filtered), _FILTERED, fitted
-        strip = bytes([self.qp | TRANSFORMS.index(self.colour) << 6]) + weights
-        strip += parameter_sets.strip(stream, *planes.y.shape)
-        identity = model.id if model is not None and gate else NO_MODEL
-        data = pack(Container(CodecKind.VVC, identity, width, height, (strip,), gate))
+        coder, turn = self._coder(), self.turn or 0
+        stream = coder.encode_planes(turned(planes, turn))
+        decoded = turned(coder.decode_planes(stream, height, width), -turn)
+        strip = bytes([self.qp | TRANSFORMS.index(self.colour) << 6, turn % 256])
+        picture = parameter_sets.strip(stream, *planes.y.shape)
         # What a bit is worth on the encoder's own curve, as measured; its λ is of this form.
         slope = 1.1 * 2 ** ((self.qp - 12) / 3)
-        return CodedPicture(data, shown, error + slope * 8 * len(data))
 
-    def _coder(self, offset: int) -> Vvc:
+        def way(
+            shown: NDArray[np.uint8], identity: bytes, weights: bytes, flags: int
+        ) -> CodedPicture:
+            parts = (strip + weights + picture,)
+            data = pack(Container(CodecKind.VVC, identity, width, height, parts, flags))
+            return CodedPicture(data, shown, sse(image, shown) + slope * 8 * len(data))
+
+        plain = way(planes_to_rgb(decoded, self.colour)[:height, :width], NO_MODEL, b"", 0)
+        model = self.model()
+        if model is None:
+            return plain
+        seen = (decoded, self.qp, self.colour)
+        weights = model.fit(*seen, pad(image, 2, coder.smallest))
+        filtered = way(model.apply(*seen, weights)[:height, :width], model.id, weights, _FILTERED)
+        return min(plain, filtered, key=lambda way: way.cost)
+
+    def _coder(self) -> Vvc:
+        offset = self.chroma_qp_offset or 0
         limits: dict[str, Any] = {"threads": self.threads, "timeout": self.timeout}
-        return Vvc(self.qp, self.preset, offset, self.colour, **limits)
+        return Vvc(self.qp, self.preset, offset, self.colour, self.tools, **limits)
 
     def model(self) -> FilterModel | None:
         """The post-filter.
@@ -159,6 +197,17 @@ class H266(Options):
         return load_filter(self.filter)
 
 
+def without_filter(data: bytes) -> bytes:
+    """The same picture with the gate closed: what a `.tuc` file of this kind would be without its post-filter."""
+    container = unpack(data)
+    (strip,) = container.strips
+    if not container.flags & _FILTERED or strip is None:
+        return data
+    weights = _filter_of(container).weight_bytes
+    strips = (strip[:2] + strip[2 + weights :],)
+    return pack(dataclasses.replace(container, model_id=NO_MODEL, strips=strips, flags=0))
+
+
 def decode_container(container: Container, model: FilterModel | None = None) -> NDArray[np.uint8]:
     """The H×W×3 image of an unpacked file of this kind.
 
@@ -171,25 +220,30 @@ def decode_container(container: Container, model: FilterModel | None = None) -> 
         UnknownModelError: the post-filter is not known.
     """
     (strip,) = container.strips if len(container.strips) == 1 else (None,)
-    if container.kind != CodecKind.VVC or not strip:
+    if container.kind != CodecKind.VVC or not strip or len(strip) < 2:
         raise CorruptStreamError("the file does not hold one H.266 picture")
     width, height = container.width, container.height
     if max(width, height) > Vvc.max_side or strip[0] >> 6 >= len(TRANSFORMS):
         raise CorruptStreamError(f"impossible picture: {width}×{height}, {strip[0]}")
     qp, transform = strip[0] & 63, TRANSFORMS[strip[0] >> 6]
-    start = 1
+    start, turn = 2, (strip[1] + 128) % 256 - 128
     if not container.flags & _FILTERED:
         model = None
     else:
         if model is None or model.id != container.model_id:
-            from lightning_tucodec.codecs.models import load_filter_by_id
-
-            model = load_filter_by_id(container.model_id)
+            model = _filter_of(container)
         start += model.weight_bytes
     coder = Vvc(qp, colour=transform)
     padded = [max(coder.smallest, side + side % 2) for side in (height, width)]
     stream = parameter_sets.restore(strip[start:], *padded)
-    planes: Planes = coder.decode_planes(stream, height, width)
+    planes = turned(coder.decode_planes(stream, height, width), -turn)
     if model is None:
         return planes_to_rgb(planes, transform)[:height, :width]
-    return model.apply(planes, qp, transform, strip[1:start])[:height, :width]
+    return model.apply(planes, qp, transform, strip[2:start])[:height, :width]
+
+
+def _filter_of(container: Container) -> FilterModel:
+    """Whose id the container has."""
+    from lightning_tucodec.codecs.models import load_filter_by_id
+
+    return load_filter_by_id(container.model_id)

@@ -1,9 +1,9 @@
 """The parameter sets of our own H.266 pictures, said in three bytes instead of seventy.
 
 libvvenc writes a sequence and a picture parameter set before the picture. For one picture of ours they
-depend on the size, which the container states anyway, on the level, the preset and the chroma QP
-offset. `strip` leaves them out where they are what `_sets` says, and `restore` puts them back, bit for
-bit. Parameter sets of any other kind (of another version of libvvenc, say) are left in.
+depend on the size, which the container states anyway, on the level, the preset, its tools and the
+chroma QP offset. `strip` leaves them out where they are what `_sets` says, and `restore` puts them
+back, bit for bit. Parameter sets of any other kind (of another version of libvvenc, say) are left in.
 
 Syntax: ITU-T H.266 (04/2022), 7.3.2.4 and 7.3.2.5; Exp-Golomb codes, 9.2; emulation prevention, 7.4.2.
 """
@@ -17,17 +17,20 @@ _SPS, _PPS = b"\x00\x79", b"\x00\x81"
 _ADAPTATION = 17  # type of the parameter set that holds filter coefficients and the luma mapping
 _VERBATIM = b"\xff"
 
-_PRESETS = {
+_TOOLS = {
     "faster": ("0b", "9a80fffd6109b2b182041382a86608ce2800000008000000098", "0000000"),
     "fast": ("0b", "13501fa2134527bce136563040827055f7a5d8ace4800000008000000098", "1011000000"),
     "medium": ("0d", "9a80fa6dd32348a4de709b2b182041382affd2ecbfce4800000008000000098", "1011000000"),
     "slow": ("0d", "26a03e88dd108d329326709b2b182041382afffbbe4fce4800000008000000098", "1011000000"),
     "slower": ("0d", "26a03e88dd108d329327709b2b182041382afffbbe4fce4800000008000000098", "1011000000"),
+    "faster, deep": ("0b", "9a80fc84264293d7109b2b182041382a86608ce2800000008000000098", "0000000"),
+    "fast, deep": ("0b", "13501f9084c8527bee136563040827055f7a5d8ace4800000008000000098", "1011000000"),
+    "medium, deep": ("0d", "9a80fa237442348a4df709b2b182041382affd2ecbfce4800000008000000098", "1011000000"),
 }  # fmt: skip
 """Of each preset: the byte with the size of coding tree units, the tools in the sequence parameter set (after
-a leading one), the end of the picture parameter set."""
+a leading one), the end of the picture parameter set. `slow` with deep tools says what `slower` says."""
 
-_NAMES = tuple(_PRESETS)
+_NAMES = tuple(_TOOLS)
 
 
 def strip(stream: bytes, height: int, width: int) -> bytes:
@@ -68,7 +71,7 @@ def restore(data: bytes, height: int, width: int) -> bytes:
 
 def _sets(number: int, level: int, offset: int, height: int, width: int) -> tuple[bytes, bytes]:
     """Sequence and picture parameter set, with headers, without start codes."""
-    tree, tools, end = _PRESETS[_NAMES[number]]
+    tree, tools, end = _TOOLS[_NAMES[number]]
     # Coded sides are multiples of eight; the rest is cut off by a window, in chroma samples.
     coded = [-(-side // 8) * 8 for side in (width, height)]
     size = "".join(map(_unsigned, coded))
@@ -77,7 +80,9 @@ def _sets(number: int, level: int, offset: int, height: int, width: int) -> tupl
     sps = f"{int(tree, 16):016b}00000010{level:08b}100000000000000010"
     sps += size + window + f"{int(tools, 16):b}"[1:]
     offsets = "11" + 2 * _signed(offset) + end
-    if offset == 0 and _NAMES[number] == "faster":  # no offsets, and no joint coding of chroma
+    if offset == 0 and _NAMES[number].startswith(
+        "faster"
+    ):  # no offsets, and no joint coding of chroma
         offsets = "100000"
     pps = "00000000000" + size + "0001001100001" + offsets
     return _SPS + _payload(sps), _PPS + _payload(pps)

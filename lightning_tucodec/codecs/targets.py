@@ -61,10 +61,10 @@ class Target:
         return f"--target-{self.quantity.replace('_', '-')} {self.value:g}"
 
 
-def code(setting: Setting, image: NDArray[np.uint8], max_bytes: int | None = None) -> Coding:
-    """Code an H×W×3 image; for `max_bytes` see `H266.code`."""
+def code(setting: Setting, image: NDArray[np.uint8]) -> Coding:
+    """Code an H×W×3 image."""
     if isinstance(setting, H266):
-        picture = setting.code(image, max_bytes)
+        picture = setting.code(image)
         return Coding(setting, picture.data, picture.shown)
     coded = setting.code(image)
     shown = _model(setting).synthesise(coded.latents.y, image.shape[1], image.shape[0])
@@ -104,12 +104,11 @@ def search(ladder: Sequence[Setting], image: NDArray[np.uint8], target: Target) 
         ConfigError: neither end of the ladder meets it.
     """
     upper_bound = target.quantity == "bpp"
-    budget = int(target.value * image.shape[0] * image.shape[1] / 8) if upper_bound else None
     found: Coding | None = None
     low, high = 0, len(ladder) - 1
     while low <= high:
         middle = (low + high) // 2
-        coding = code(ladder[middle], image, budget)
+        coding = code(ladder[middle], image)
         measured = target.measure(image, coding)
         met = target.met(measured)
         if met:

@@ -12,6 +12,7 @@ from lightning_tucodec.codecs.colour import TRANSFORMS
 from lightning_tucodec.codecs.video import VideoCodec
 
 PRESETS = ("faster", "fast", "medium", "slow", "slower")
+TOOLS = ("preset", "deep")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Vvc(VideoCodec):
         chroma_qp_offset: added to the QP of Cb and Cr, −12 … 12. RGB-PSNR at 0.15 bpp gains from
             finer chroma.
         colour: the transform, `bt709` or `orthonormal`, see `codecs.colour`.
+        tools: `preset`, or `deep`: one more split of every kind and all transforms besides the DCT, as
+            libvvenc tries them with `slower` only. What that is worth: docs/vvc.md.
     """
 
     codec_name: ClassVar[str] = "vvc"
@@ -41,12 +44,14 @@ class Vvc(VideoCodec):
     preset: str = "medium"
     chroma_qp_offset: int = 0
     colour: str = "bt709"
+    tools: str = "preset"
 
     def __post_init__(self) -> None:
         self.check_range("qp", 0, 63)
         self.check_choice("preset", *PRESETS)
         self.check_range("chroma_qp_offset", -12, 12)
         self.check_choice("colour", *TRANSFORMS)
+        self.check_choice("tools", *TOOLS)
 
     @property
     def subsampling(self) -> str:
@@ -61,7 +66,11 @@ class Vvc(VideoCodec):
     def encoder_options(self) -> list[str]:
         """ffmpeg's options for this setting."""
         options = ["-preset", self.preset, "-qp", str(self.qp), "-qpa", "0"]
+        parameters = []
         if self.chroma_qp_offset:
-            offset = self.chroma_qp_offset
-            options += ["-vvenc-params", f"CbQpOffset={offset}:CrQpOffset={offset}"]
+            parameters += [f"{plane}QpOffset={self.chroma_qp_offset}" for plane in ("Cb", "Cr")]
+        if self.tools == "deep":
+            parameters += ["MaxMTTDepthI=3", "MTS=1"]
+        if parameters:
+            options += ["-vvenc-params", ":".join(parameters)]
         return options

@@ -2,21 +2,31 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from skimage.data import astronaut
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs import parameter_sets
-from lightning_tucodec.codecs.colour import pad, planes_to_rgb, rgb_to_planes
-from lightning_tucodec.codecs.h266 import H266, NO_MODEL
+from lightning_tucodec.codecs.colour import (
+    Planes,
+    chroma_turn,
+    pad,
+    planes_to_rgb,
+    rgb_to_planes,
+    turned,
+)
+from lightning_tucodec.codecs.h266 import H266, NO_MODEL, OFFSETS, without_filter
 from lightning_tucodec.codecs.models import decompress, load, load_any, models
-from lightning_tucodec.codecs.postfilter import FilterModel, apply
+from lightning_tucodec.codecs.postfilter import FilterModel, apply, fit
 from lightning_tucodec.codecs.registry import codec
-from lightning_tucodec.codecs.vvc import PRESETS, Vvc
+from lightning_tucodec.codecs.vvc import PRESETS, TOOLS, Vvc
 from lightning_tucodec.coding.container import CodecKind, Container, pack, unpack
 from lightning_tucodec.errors import (
     CorruptStreamError,
@@ -31,12 +41,12 @@ PHOTO = np.ascontiguousarray(astronaut()[40:103, 150:241])
 FAST = "preset=faster,chroma_qp_offset=-4"
 
 
-def filter_file(folder: Path, name: str, harm: float) -> FilterModel:
-    """A filter that adds `harm` times noise to the plain conversion, in the model folder."""
+def filter_file(folder: Path, name: str, noise: float) -> FilterModel:
+    """A filter whose corrections are noise, in the model folder."""
     torch.manual_seed(0)
     network = PostFilter(PostFilterConfig(channels=8, blocks=1))
     with torch.no_grad():
-        network.tail.weight.normal_(std=harm)
+        network.tail.weight.normal_(std=noise)
     model = FilterModel.freeze(network, name, {"note": "for tests"})
     model.file.save(folder / f"{name}.safetensors")
     return model
@@ -49,10 +59,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_parameter_sets_cost_three_bytes_and_come_back(preset: str) -> None:
+@pytest.mark.parametrize("tools", TOOLS)
+def test_parameter_sets_cost_three_bytes_and_come_back(preset: str, tools: str) -> None:
     for height, width, offset in ((16, 32, 0), (22, 18, -4), (40, 26, 3)):
         image = PHOTO[20 : 20 + height, 20 : 20 + width]
-        stream = Vvc(50, preset, offset).encode_planes(rgb_to_planes(image))
+        stream = Vvc(50, preset, offset, tools=tools).encode_planes(rgb_to_planes(image))
         short = parameter_sets.strip(stream, height, width)
         assert len(stream) - len(short) > 50
         assert parameter_sets.restore(short, height, width) == stream
@@ -74,7 +85,7 @@ def test_other_parameter_sets_stay_in() -> None:
         data = parameter_sets.strip(kept, 64, 92)
         assert data == b"\xff" + kept
         assert parameter_sets.restore(data, 64, 92) == kept
-    for damaged in (b"", b"\x00\x10", b"\x05\x10\x0c123", b"\x00\x10\x19123"):
+    for damaged in (b"", b"\x00\x10", b"\x08\x10\x0c123", b"\x00\x10\x19123"):
         with pytest.raises(CorruptStreamError):
             parameter_sets.restore(damaged, 64, 92)
 
@@ -97,7 +108,7 @@ def test_orthonormal_colour_comes_back_and_weighs_all_planes_alike() -> None:
 
 
 def test_without_filter_the_file_is_smaller_than_stream_and_header(folder: Path) -> None:
-    setting = codec(f"vvc+postfilter:qp=42,{FAST},filter=none")
+    setting = codec(f"vvc+postfilter:qp=42,{FAST},filter=none,tools=preset,turn=0")
     data = setting.encode(PHOTO)
     plain = codec(f"vvc:qp=42,{FAST},colour=orthonormal")
     assert len(data) < len(plain.encode(PHOTO))
@@ -105,7 +116,7 @@ def test_without_filter_the_file_is_smaller_than_stream_and_header(folder: Path)
     container = unpack(data)
     assert (container.kind, container.flags, container.model_id) == (CodecKind.VVC, 0, NO_MODEL)
     assert np.array_equal(np.asarray(decompress(data)), setting.decode(data))
-    assert setting.name == f"vvc+postfilter:qp=42,{FAST},filter=none"
+    assert setting.name == f"vvc+postfilter:qp=42,{FAST},filter=none,tools=preset,turn=0"
     assert "filter" in setting.describe()
 
 
@@ -113,22 +124,45 @@ def test_the_gate_opens_only_for_a_filter_that_helps(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filter_file(folder, "bad", 0.5)
-    bad = H266(42, "faster", -4, filter="bad")
-    plain = H266(42, "faster", -4, filter="none")
+    bad = H266(42, "faster", -4, tools="preset", turn=0, filter="bad")
+    plain = H266(42, "faster", -4, tools="preset", turn=0, filter="none")
     assert bad.encode(PHOTO) == plain.encode(PHOTO)
 
     good = filter_file(folder, "good", 0.0)
-    monkeypatch.setattr(
-        "lightning_tucodec.codecs.postfilter.apply",
-        lambda network, planes, qp, transform: pad(PHOTO, 2, 16),
-    )
-    setting = H266(42, "faster", -4, filter="good")
+    given = bytes(range(good.weight_bytes))
+    monkeypatch.setattr(FilterModel, "fit", lambda self, planes, qp, transform, image: given)
+
+    def perfect(
+        self: FilterModel, planes: object, qp: int, transform: str, weights: bytes
+    ) -> object:
+        assert weights == given
+        return pad(PHOTO, 2, 16)
+
+    monkeypatch.setattr(FilterModel, "apply", perfect)
+    setting = H266(42, "faster", -4, tools="preset", turn=0, filter="good")
     coded = setting.code(PHOTO)
     container = unpack(coded.data)
     assert (container.flags, container.model_id) == (1, good.id)
     assert np.array_equal(coded.shown, PHOTO)
     assert np.array_equal(np.asarray(decompress(coded.data)), PHOTO)
+    assert len(coded.data) == len(plain.encode(PHOTO)) + len(given)
+    assert without_filter(coded.data) == plain.encode(PHOTO)
+    assert without_filter(plain.encode(PHOTO)) == plain.encode(PHOTO)
     assert good.name in setting.describe()["filter"]
+
+
+def test_the_weights_are_fitted_to_the_image(folder: Path) -> None:
+    filter_file(folder, "noise", 0.02)
+    setting = H266(42, "faster", -4, tools="preset", turn=0, filter="noise")
+    planes = rgb_to_planes(pad(PHOTO, 2, 16), transform="orthonormal")
+    model = setting.model()
+    assert model is not None
+    shown = planes_to_rgb(planes, "orthonormal")
+    hidden = bytes(range(30, 30 + model.weight_bytes))
+    target = model.apply(planes, 42, "orthonormal", hidden)
+    found = model.fit(planes, 42, "orthonormal", target)
+    errors = [sse(target, x) for x in (shown, model.apply(planes, 42, "orthonormal", found))]
+    assert errors[1] < errors[0] / 4
 
 
 def test_bands_leave_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,21 +171,60 @@ def test_bands_leave_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         network.tail.weight.normal_(std=0.02)
     planes = rgb_to_planes(np.tile(pad(PHOTO, 2, 16), (3, 1, 1)), transform="orthonormal")
-    whole = apply(network, planes, 40, "orthonormal")
+    image = np.tile(pad(PHOTO, 2, 16), (3, 1, 1))
+    weights = fit(network, planes, 40, "orthonormal", image)
+    whole = apply(network, planes, 40, "orthonormal", weights)
     monkeypatch.setattr("lightning_tucodec.codecs.postfilter.ROWS", 48)
-    banded = apply(network, planes, 40, "orthonormal")
+    assert np.abs(fit(network, planes, 40, "orthonormal", image).astype(int) - weights).max() <= 1
+    banded = apply(network, planes, 40, "orthonormal", weights)
     assert banded.shape == whole.shape
     assert np.abs(banded.astype(int) - whole).max() <= 1
     assert np.mean(banded != whole) < 1e-3
 
 
-def test_the_searched_offset_is_the_cheapest() -> None:
-    costs = [H266(40, "faster", o, filter="none").code(PHOTO).cost for o in (-2, -4, -6)]
-    assert H266(40, "faster", filter="none").code(PHOTO).cost == min(costs)
+def test_turned_chroma_comes_back() -> None:
+    planes = rgb_to_planes(pad(PHOTO, 2, 16), transform="orthonormal")
+    for steps in (-128, -37, 1, 64, 127):
+        back = turned(turned(planes, steps), -steps)
+        assert np.array_equal(back.y, planes.y)
+        for ours, theirs in zip(back[1:], planes[1:], strict=True):
+            assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+@given(angle=st.floats(-1.5, 1.5), ratio=st.floats(0.1, 0.8))
+def test_the_turn_finds_the_principal_axes(angle: float, ratio: float) -> None:
+    rng = np.random.default_rng(0)
+    first, second = 80 * rng.standard_normal((16, 16)), ratio * 80 * rng.standard_normal((16, 16))
+    cb = np.cos(angle) * first - np.sin(angle) * second
+    cr = np.sin(angle) * first + np.cos(angle) * second
+    chroma = [np.clip(np.rint(512 + x), 0, 1023).astype(np.uint16) for x in (cb, cr)]
+    planes = Planes(np.zeros((32, 32), np.uint16), *chroma)
+    own = turned(planes, chroma_turn(planes))
+    correlation = np.corrcoef(own.cb.ravel(), own.cr.ravel())[0, 1]
+    assert abs(correlation) < 0.1
+    assert own.cb.std() > own.cr.std()
+
+
+def test_offset_and_turn_are_the_cheapest_with_a_quick_preset() -> None:
+    own = chroma_turn(rgb_to_planes(pad(PHOTO, 2, 16), transform="orthonormal"))
+    assert own != 0
+    rest: dict[str, Any] = {"colour": "orthonormal", "filter": "none", "tools": "preset"}
+    tried = [(offset, turn) for offset in OFFSETS for turn in (0, own)]
+    costs = [H266(40, "faster", o, turn=t, **rest).code(PHOTO).cost for o, t in tried]
+    offset, turn = tried[int(np.argmin(costs))]
+    found = H266(40, "fast", offset, turn=turn, **rest).encode(PHOTO)
+    assert H266(40, "fast", **rest).encode(PHOTO) == found
+
+
+def test_deep_tools_find_a_cheaper_picture() -> None:
+    costs = [H266(40, "fast", -4, filter="none", tools=t).code(PHOTO).cost for t in TOOLS]
+    assert costs[TOOLS.index("deep")] < costs[TOOLS.index("preset")]
 
 
 def test_files_that_cannot_be(folder: Path) -> None:
-    strip = unpack(H266(42, "faster", -4, filter="none").encode(PHOTO)).strips[0]
+    strip = unpack(
+        H266(42, "faster", -4, tools="preset", turn=0, filter="none").encode(PHOTO)
+    ).strips[0]
     assert strip is not None
 
     def tuc(strips: tuple[bytes, ...], width: int = 91, flags: int = 0) -> bytes:

@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from lightning_tucodec.nn.postfilter import SIZES, DecodedPicture, PostFilter, PostFilterConfig
+from lightning_tucodec.nn.postfilter import (
+    AXES,
+    SIZES,
+    WEIGHT_STEPS,
+    DecodedPicture,
+    Normal,
+    PostFilter,
+    PostFilterConfig,
+    corrected,
+)
 
 SMALL = PostFilterConfig(channels=8, blocks=2)
 
@@ -27,7 +36,40 @@ def trained(config: PostFilterConfig) -> PostFilter:
 @pytest.mark.parametrize("size", sorted(SIZES))
 def test_an_untrained_filter_gives_the_plain_conversion(size: str) -> None:
     one = picture()
-    assert torch.equal(PostFilter(SIZES[size])(one), one.plain)
+    corrections = PostFilter(SIZES[size])(one)
+    first = torch.eye(corrections.shape[1])[None, :, :1].expand(-1, -1, 3)
+    assert torch.equal(corrected(one.plain, corrections, first), one.plain)
+
+
+def test_weights_are_those_that_fit_best() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corrections = torch.randn(2, 3, 3, 16, 24, generator=generator)
+    plain = torch.rand(2, 3, 16, 24, generator=generator)
+    weights = torch.randint(-100, 100, (2, 3, 3), generator=generator) / WEIGHT_STEPS
+    shown = corrected(plain, corrections, weights)
+    assert torch.equal(Normal.of(corrections, shown - plain).weights(), weights)
+    noise = 3 * torch.randn(shown.shape, generator=generator)
+    found = Normal.of(corrections, shown + noise - plain).weights()
+    least = (corrected(plain, corrections, found) - shown - noise).square().sum()
+    for place in ((0, 0, 0), (1, 2, 1)):
+        for step in (-0.1, 0.1):
+            moved = found.clone()
+            moved[place] += step
+            assert (corrected(plain, corrections, moved) - shown - noise).square().sum() > least
+
+
+def test_weights_that_no_byte_holds_and_corrections_that_are_nothing() -> None:
+    plain = torch.zeros(1, 3, 8, 8)
+    corrections = torch.zeros(1, 2, 3, 8, 8)
+    corrections[:, 1] = 0.1
+    error = corrected(plain, corrections, torch.full((1, 2, 3), 9.0))
+    weights = Normal.of(corrections, error).weights()
+    assert torch.equal(weights[0, 0], torch.ones(3))
+    assert torch.equal(weights[0, 1], torch.full((3,), 127 / WEIGHT_STEPS))
+
+
+def test_axes_keep_lengths() -> None:
+    assert torch.allclose(AXES @ AXES.T, torch.eye(3), atol=1e-6)
 
 
 def test_qp_matters_where_it_is_asked_for() -> None:
@@ -46,7 +88,7 @@ def test_reach_is_where_the_input_stops_to_matter(half: bool) -> None:
     luma, plain = (tensor.clone().requires_grad_() for tensor in (one.luma, one.plain))
     chroma = one.chroma.clone().requires_grad_()
     shown = network(DecodedPicture(luma, chroma, plain, one.qp))
-    shown[0, :, 0].sum().backward()
+    shown[0, :, :, 0].sum().backward()
     seen = [g.abs().sum((0, 1, 3)).nonzero().max() for g in (plain.grad,) if g is not None]
     if half:
         assert luma.grad is not None
@@ -71,5 +113,5 @@ def test_the_fast_size_is_fast() -> None:
 
 
 def test_shapes_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="channels and blocks"):
+    with pytest.raises(ValueError, match="channels, blocks and corrections"):
         PostFilter(PostFilterConfig(channels=0))
