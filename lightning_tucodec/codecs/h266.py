@@ -198,7 +198,7 @@ class H266(Options):
 
 
 def without_filter(data: bytes) -> bytes:
-    """The same picture with the gate closed: what a `.tuc` file of this kind would be without its post-filter."""
+    """The file of the same picture with the gate closed."""
     container = unpack(data)
     (strip,) = container.strips
     if not container.flags & _FILTERED or strip is None:
