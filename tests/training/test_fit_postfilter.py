@@ -1,6 +1,7 @@
 """The post-filter's recipe: trains, goes on where it stopped, exports the averaged weights."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from skimage.data import astronaut
 from data_pipelines.precode_vvc import PrecodeOptions, precode
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.h266 import H266
-from lightning_tucodec.training.postfilter import averaged_weights
+from lightning_tucodec.training.postfilter import PostFilterModule, averaged_weights
 
 RECIPE = Path(__file__).parents[2] / "experiments" / "tucodecpsnr_postfilter.yaml"
 
@@ -64,3 +65,17 @@ def test_it_learns_and_exports(
     for name, value in averaged_weights(content).items():
         exported = model.network.state_dict()[name]
         assert np.allclose(exported, value, rtol=1e-3, atol=1e-6), name
+
+
+def test_more_corrections_go_on_from_fewer(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"channels": 8, "blocks": 1}
+    one = PostFilterModule(network={**shape, "corrections": 1})
+    torch.nn.init.normal_(one.averaged.tail.weight)
+    torch.save({"state_dict": one.state_dict()}, tmp_path / "one.ckpt")
+    three = PostFilterModule(network={**shape, "corrections": 3})
+    own = three.network.tail.weight[12:].clone()
+    three.warm_start(str(tmp_path / "one.ckpt"))
+    for network in (three.network, three.averaged):
+        assert torch.equal(network.tail.weight[:12], one.averaged.tail.weight)
+        assert torch.equal(network.tail.weight[12:], own)
+        assert torch.equal(network.head.weight, one.averaged.head.weight)
