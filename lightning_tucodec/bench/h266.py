@@ -13,6 +13,7 @@ from lightning_tucodec.codecs.h266 import (
     decode_container,
     without_filter,
 )
+from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.curves import ImageCurves, bd_rate, decibels
@@ -94,6 +95,7 @@ def run(
             distance = np.abs(table[0].mean(0) - target_bpp)
             anchor_qp = sorted(qps)[int(distance.argmin())]
         place = sorted(qps).index(anchor_qp)
+        coder = coders[place]
         files = [keep / f"{row['sha256']}.bin" for row in measured[place :: len(coders)]]
         gains = _gains(curves["default"], curves[variant], place)
         anchor, test = curves["default"].mean(), curves[variant].mean()
@@ -104,7 +106,7 @@ def run(
             "worse": int((gains[0] < 0).sum()),
             "bd_rate_percent": bd_rate(anchor, test).percent,
             "bd_rate_ms_ssim_percent": bd_rate(anchor, test, "ms_ssim_db").percent,
-            **_network(paths, files, variant not in VARIANTS),
+            **_network(paths, files, coder.model() if isinstance(coder, H266) else None),
             "encode_seconds": float(np.mean([row["encode_seconds"] for row in measured])),
             "decode_seconds": float(np.mean([row["decode_seconds"] for row in measured])),
         }
@@ -136,14 +138,17 @@ def _gains(anchor: ImageCurves, test: ImageCurves, place: int) -> np.ndarray:
     return gains
 
 
-def _network(images: Sequence[Path], files: Sequence[Path], filtered: bool) -> dict[str, Any]:
+def _network(
+    images: Sequence[Path], files: Sequence[Path], model: FilterModel | None
+) -> dict[str, Any]:
     """How many of the files have a filter's id in them, and its mean gain on all of them, in dB."""
-    if not filtered:
+    if model is None:
         return {"filtered": None, "network_db": None}
     gains, count = [], 0
     for path, file in zip(images, files, strict=True):
         image, data = read_image(path), file.read_bytes()
-        plain, shown = (decode_container(unpack(d)) for d in (without_filter(data), data))
+        shown = decode_container(unpack(data), model)
+        plain = decode_container(unpack(without_filter(data, model)))
         gains.append(10 * np.log10(sse(image, plain) / sse(image, shown)))
         count += unpack(data).model_id != NO_MODEL
     return {"filtered": count, "network_db": float(np.mean(gains))}

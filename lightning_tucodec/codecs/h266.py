@@ -197,13 +197,13 @@ class H266(Options):
         return load_filter(self.filter)
 
 
-def without_filter(data: bytes) -> bytes:
-    """The file of the same picture with the gate closed."""
+def without_filter(data: bytes, model: FilterModel | None = None) -> bytes:
+    """The file of the same picture with the gate closed; for `model` see `decode_container`."""
     container = unpack(data)
     (strip,) = container.strips
     if not container.flags & _FILTERED or strip is None:
         return data
-    weights = _filter_of(container).weight_bytes
+    weights = _filter_of(container, model).weight_bytes
     strips = (strip[:2] + strip[2 + weights :],)
     return pack(dataclasses.replace(container, model_id=NO_MODEL, strips=strips, flags=0))
 
@@ -227,12 +227,11 @@ def decode_container(container: Container, model: FilterModel | None = None) -> 
         raise CorruptStreamError(f"impossible picture: {width}×{height}, {strip[0]}")
     qp, transform = strip[0] & 63, TRANSFORMS[strip[0] >> 6]
     start, turn = 2, (strip[1] + 128) % 256 - 128
-    if not container.flags & _FILTERED:
-        model = None
-    else:
-        if model is None or model.id != container.model_id:
-            model = _filter_of(container)
+    if container.flags & _FILTERED:
+        model = _filter_of(container, model)
         start += model.weight_bytes
+    else:
+        model = None
     coder = Vvc(qp, colour=transform)
     padded = [max(coder.smallest, side + side % 2) for side in (height, width)]
     stream = parameter_sets.restore(strip[start:], *padded)
@@ -242,8 +241,10 @@ def decode_container(container: Container, model: FilterModel | None = None) -> 
     return model.apply(planes, qp, transform, strip[2:start])[:height, :width]
 
 
-def _filter_of(container: Container) -> FilterModel:
-    """Whose id the container has."""
+def _filter_of(container: Container, model: FilterModel | None) -> FilterModel:
+    """The given one where the container has its id; otherwise the known one of that id."""
+    if model is not None and model.id == container.model_id:
+        return model
     from lightning_tucodec.codecs.models import load_filter_by_id
 
     return load_filter_by_id(container.model_id)

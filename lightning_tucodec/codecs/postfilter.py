@@ -50,7 +50,7 @@ def _bands(network: PostFilter, picture: DecodedPicture) -> Iterator[tuple[slice
             picture.qp,
         )
         rows = slice(top, min(height, top + ROWS))
-        yield rows, network(band)[:, :, :, top - first : rows.stop - first]
+        yield rows, network.ensemble(band)[:, :, :, top - first : rows.stop - first]
 
 
 @torch.inference_mode()

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -115,3 +117,15 @@ def test_the_fast_size_is_fast() -> None:
 def test_shapes_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="channels, blocks and corrections"):
         PostFilter(PostFilterConfig(channels=0))
+
+
+def test_the_ensemble_is_the_mean_with_the_mirror_image() -> None:
+    one = picture()
+    mirror = DecodedPicture(one.luma.flip(-1), one.chroma.flip(-1), one.plain.flip(-1), one.qp)
+    network = trained(SMALL)
+    with torch.no_grad():
+        both = (network(one) + network(mirror).flip(-1)) / 2
+        assert torch.equal(network.ensemble(one), both)
+        assert torch.allclose(network.ensemble(mirror).flip(-1), both, atol=1e-6)
+        network = trained(dataclasses.replace(SMALL, mirrored=False))
+        assert torch.equal(network.ensemble(one), network(one))
