@@ -174,8 +174,8 @@ class PostFilter(nn.Module):
         corrections = self(picture)
         if not self.config.mirrored:
             return corrections
-        *planes, qp = picture
-        mirror = DecodedPicture(*(plane.flip(-1) for plane in planes), qp)
+        luma, chroma, plain = (plane.flip(-1) for plane in picture[:3])
+        mirror = DecodedPicture(luma, chroma, plain, picture.qp)
         return (corrections + self(mirror).flip(-1)) / 2
 
     @property
