@@ -73,7 +73,7 @@ def run(
     """
     if len(qps) < 4:
         raise ConfigError("--qp: BD-rates need four QPs or more")
-    variants = {name: codec for name, codec in VARIANTS.items() if parts or name == "default"}
+    variants = dict(VARIANTS) if parts else {"default": VARIANTS["default"]}
     for name in filters:
         variants[f"post-filter {name}"] = (
             f"{H266.codec_name}:qp={{qp}},preset={{preset}},filter={name}"
@@ -96,7 +96,8 @@ def run(
             anchor_qp = sorted(qps)[int(distance.argmin())]
         place = sorted(qps).index(anchor_qp)
         coder = coders[place]
-        files = [keep / f"{row['sha256']}.bin" for row in measured[place :: len(coders)]]
+        own = measured[place :: len(coders)]
+        files = [keep / f"{row['sha256']}.bin" for row in own]
         gains = _gains(curves["default"], curves[variant], place)
         anchor, test = curves["default"].mean(), curves[variant].mean()
         rows[variant] = {
@@ -106,7 +107,7 @@ def run(
             "worse": int((gains[0] < 0).sum()),
             "bd_rate_percent": bd_rate(anchor, test).percent,
             "bd_rate_ms_ssim_percent": bd_rate(anchor, test, "ms_ssim_db").percent,
-            **_network(paths, files, coder.model() if isinstance(coder, H266) else None),
+            **_network(paths, own, files, coder.model() if isinstance(coder, H266) else None),
             "encode_seconds": float(np.mean([row["encode_seconds"] for row in measured])),
             "decode_seconds": float(np.mean([row["decode_seconds"] for row in measured])),
         }
@@ -139,17 +140,19 @@ def _gains(anchor: ImageCurves, test: ImageCurves, place: int) -> np.ndarray:
 
 
 def _network(
-    images: Sequence[Path], files: Sequence[Path], model: FilterModel | None
+    images: Sequence[Path],
+    measured: Sequence[dict[str, Any]],
+    files: Sequence[Path],
+    model: FilterModel | None,
 ) -> dict[str, Any]:
-    """How many of the files have a filter's id in them, and its mean gain on all of them, in dB."""
+    """How many of the measured files have a filter's id in them, and its mean gain on all of them, in dB."""
     if model is None:
         return {"filtered": None, "network_db": None}
     gains, count = [], 0
-    for path, file in zip(images, files, strict=True):
-        image, data = read_image(path), file.read_bytes()
-        shown = decode_container(unpack(data), model)
+    for path, row, file in zip(images, measured, files, strict=True):
+        data = file.read_bytes()
         plain = decode_container(unpack(without_filter(data, model)))
-        gains.append(10 * np.log10(sse(image, plain) / sse(image, shown)))
+        gains.append(10 * np.log10(sse(read_image(path), plain) / row["sse"]))
         count += unpack(data).model_id != NO_MODEL
     return {"filtered": count, "network_db": float(np.mean(gains))}
 

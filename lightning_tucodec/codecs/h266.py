@@ -50,6 +50,8 @@ SEARCH_PRESET = "faster"
 
 _FILTERED = 1
 
+_HEAD_BYTES = 2
+
 
 class CodedPicture(NamedTuple):
     """One way to code an image.
@@ -157,7 +159,7 @@ class H266(Options):
         coder, turn = self._coder(), self.turn or 0
         stream = coder.encode_planes(turned(planes, turn))
         decoded = turned(coder.decode_planes(stream, height, width), -turn)
-        strip = bytes([self.qp | TRANSFORMS.index(self.colour) << 6, turn % 256])
+        head = bytes([self.qp | TRANSFORMS.index(self.colour) << 6, turn % 256])
         picture = parameter_sets.strip(stream, *planes.y.shape)
         # What a bit is worth on the encoder's own curve, as measured; its λ is of this form.
         slope = 1.1 * 2 ** ((self.qp - 12) / 3)
@@ -165,14 +167,16 @@ class H266(Options):
         def way(
             shown: NDArray[np.uint8], identity: bytes, weights: bytes, flags: int
         ) -> CodedPicture:
-            parts = (strip + weights + picture,)
-            data = pack(Container(CodecKind.VVC, identity, width, height, parts, flags))
+            strips = (head + weights + picture,)
+            data = pack(Container(CodecKind.VVC, identity, width, height, strips, flags))
             return CodedPicture(data, shown, sse(image, shown) + slope * 8 * len(data))
 
         plain = way(planes_to_rgb(decoded, self.colour)[:height, :width], NO_MODEL, b"", 0)
         model = self.model()
         if model is None:
             return plain
+        # The network runs for the weights and again to apply them: kept in between, the corrections of 24
+        # megapixels would take 0.9 GB.
         seen = (decoded, self.qp, self.colour)
         weights = model.fit(*seen, pad(image, 2, coder.smallest))
         filtered = way(model.apply(*seen, weights)[:height, :width], model.id, weights, _FILTERED)
@@ -200,12 +204,10 @@ class H266(Options):
 def without_filter(data: bytes, model: FilterModel | None = None) -> bytes:
     """The file of the same picture with the gate closed; for `model` see `decode_container`."""
     container = unpack(data)
-    (strip,) = container.strips
-    if not container.flags & _FILTERED or strip is None:
-        return data
-    weights = _filter_of(container, model).weight_bytes
-    strips = (strip[:2] + strip[2 + weights :],)
-    return pack(dataclasses.replace(container, model_id=NO_MODEL, strips=strips, flags=0))
+    head, _, picture, _ = _parts(container, model)
+    return pack(
+        dataclasses.replace(container, model_id=NO_MODEL, strips=(head + picture,), flags=0)
+    )
 
 
 def decode_container(container: Container, model: FilterModel | None = None) -> NDArray[np.uint8]:
@@ -219,32 +221,34 @@ def decode_container(container: Container, model: FilterModel | None = None) -> 
         CorruptStreamError: the picture is not one of ours.
         UnknownModelError: the post-filter is not known.
     """
+    head, weights, picture, model = _parts(container, model)
+    width, height = container.width, container.height
+    qp, transform = head[0] & 63, TRANSFORMS[head[0] >> 6]
+    turn = int.from_bytes(head[1:], signed=True)
+    coder = Vvc(qp, colour=transform)
+    padded = [max(coder.smallest, side + side % 2) for side in (height, width)]
+    stream = parameter_sets.restore(picture, *padded)
+    planes = turned(coder.decode_planes(stream, height, width), -turn)
+    if model is None:
+        return planes_to_rgb(planes, transform)[:height, :width]
+    return model.apply(planes, qp, transform, weights)[:height, :width]
+
+
+def _parts(
+    container: Container, model: FilterModel | None
+) -> tuple[bytes, bytes, bytes, FilterModel | None]:
+    """Head, weights and picture of the strip, and the filter, which is None where the gate is closed."""
     (strip,) = container.strips if len(container.strips) == 1 else (None,)
-    if container.kind != CodecKind.VVC or not strip or len(strip) < 2:
+    if container.kind != CodecKind.VVC or strip is None or len(strip) < _HEAD_BYTES:
         raise CorruptStreamError("the file does not hold one H.266 picture")
     width, height = container.width, container.height
     if max(width, height) > Vvc.max_side or strip[0] >> 6 >= len(TRANSFORMS):
         raise CorruptStreamError(f"impossible picture: {width}×{height}, {strip[0]}")
-    qp, transform = strip[0] & 63, TRANSFORMS[strip[0] >> 6]
-    start, turn = 2, (strip[1] + 128) % 256 - 128
-    if container.flags & _FILTERED:
-        model = _filter_of(container, model)
-        start += model.weight_bytes
-    else:
-        model = None
-    coder = Vvc(qp, colour=transform)
-    padded = [max(coder.smallest, side + side % 2) for side in (height, width)]
-    stream = parameter_sets.restore(strip[start:], *padded)
-    planes = turned(coder.decode_planes(stream, height, width), -turn)
-    if model is None:
-        return planes_to_rgb(planes, transform)[:height, :width]
-    return model.apply(planes, qp, transform, strip[2:start])[:height, :width]
+    head, rest = strip[:_HEAD_BYTES], strip[_HEAD_BYTES:]
+    if not container.flags & _FILTERED:
+        return head, b"", rest, None
+    if model is None or model.id != container.model_id:
+        from lightning_tucodec.codecs.models import load_filter_by_id
 
-
-def _filter_of(container: Container, model: FilterModel | None) -> FilterModel:
-    """The given one where the container has its id; otherwise the known one of that id."""
-    if model is not None and model.id == container.model_id:
-        return model
-    from lightning_tucodec.codecs.models import load_filter_by_id
-
-    return load_filter_by_id(container.model_id)
+        model = load_filter_by_id(container.model_id)
+    return head, rest[: model.weight_bytes], rest[model.weight_bytes :], model

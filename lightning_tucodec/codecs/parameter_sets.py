@@ -17,7 +17,7 @@ _SPS, _PPS = b"\x00\x79", b"\x00\x81"
 _ADAPTATION = 17  # type of the parameter set that holds filter coefficients and the luma mapping
 _VERBATIM = b"\xff"
 
-_TOOLS = {
+_SETTINGS = {
     "faster": ("0b", "9a80fffd6109b2b182041382a86608ce2800000008000000098", "0000000"),
     "fast": ("0b", "13501fa2134527bce136563040827055f7a5d8ace4800000008000000098", "1011000000"),
     "medium": ("0d", "9a80fa6dd32348a4de709b2b182041382affd2ecbfce4800000008000000098", "1011000000"),
@@ -30,7 +30,7 @@ _TOOLS = {
 """Of each preset: the byte with the size of coding tree units, the tools in the sequence parameter set (after
 a leading one), the end of the picture parameter set. `slow` with deep tools says what `slower` says."""
 
-_NAMES = tuple(_TOOLS)
+_NAMES = tuple(_SETTINGS)
 
 
 def strip(stream: bytes, height: int, width: int) -> bytes:
@@ -71,7 +71,7 @@ def restore(data: bytes, height: int, width: int) -> bytes:
 
 def _sets(number: int, level: int, offset: int, height: int, width: int) -> tuple[bytes, bytes]:
     """Sequence and picture parameter set, with headers, without start codes."""
-    tree, tools, end = _TOOLS[_NAMES[number]]
+    tree, tools, end = _SETTINGS[_NAMES[number]]
     # Coded sides are multiples of eight; the rest is cut off by a window, in chroma samples.
     coded = [-(-side // 8) * 8 for side in (width, height)]
     size = "".join(map(_unsigned, coded))
@@ -80,9 +80,8 @@ def _sets(number: int, level: int, offset: int, height: int, width: int) -> tupl
     sps = f"{int(tree, 16):016b}00000010{level:08b}100000000000000010"
     sps += size + window + f"{int(tools, 16):b}"[1:]
     offsets = "11" + 2 * _signed(offset) + end
-    if offset == 0 and _NAMES[number].startswith(
-        "faster"
-    ):  # no offsets, and no joint coding of chroma
+    # No offsets, and no joint coding of chroma.
+    if offset == 0 and _NAMES[number].startswith("faster"):
         offsets = "100000"
     pps = "00000000000" + size + "0001001100001" + offsets
     return _SPS + _payload(sps), _PPS + _payload(pps)

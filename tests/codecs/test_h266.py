@@ -170,8 +170,8 @@ def test_bands_leave_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
     network = PostFilter(PostFilterConfig(channels=8, blocks=2)).eval()
     with torch.no_grad():
         network.tail.weight.normal_(std=0.02)
-    planes = rgb_to_planes(np.tile(pad(PHOTO, 2, 16), (3, 1, 1)), transform="orthonormal")
     image = np.tile(pad(PHOTO, 2, 16), (3, 1, 1))
+    planes = rgb_to_planes(image, transform="orthonormal")
     weights = fit(network, planes, 40, "orthonormal", image)
     whole = apply(network, planes, 40, "orthonormal", weights)
     monkeypatch.setattr("lightning_tucodec.codecs.postfilter.ROWS", 48)
