@@ -14,6 +14,13 @@ from lightning_tucodec.codecs.video import VideoCodec
 PRESETS = ("faster", "fast", "medium", "slow", "slower")
 TOOLS = ("preset", "deep")
 
+_DEEP = (
+    # One more split, and no shortcuts in the search for the splits.
+    *("MaxMTTDepthI=3", "ContentBasedFastQtbt=0", "QtbttExtraFast=0", "FastTTSplit=0"),
+    # All transforms and partitions of intra blocks; none at all, for graphics; clipped loop filters.
+    *("MTS=1", "ISP=1", "TransformSkip=1", "BDPCM=1", "UseNonLinearAlfLuma=1"),
+)
+
 
 @dataclass(frozen=True)
 class Vvc(VideoCodec):
@@ -26,8 +33,8 @@ class Vvc(VideoCodec):
         chroma_qp_offset: added to the QP of Cb and Cr, −12 … 12. RGB-PSNR at 0.15 bpp gains from
             finer chroma.
         colour: the transform, `bt709` or `orthonormal`, see `codecs.colour`.
-        tools: `preset`, or `deep`: one more split of every kind and all transforms besides the DCT, as
-            libvvenc tries them with `slower` only. What that is worth: docs/vvc.md.
+        tools: `preset`, or `deep`: what gains in squared error and libvvenc's presets up to `slow` leave
+            out for speed, or all of them. What that is worth: docs/vvc.md.
     """
 
     codec_name: ClassVar[str] = "vvc"
@@ -70,7 +77,7 @@ class Vvc(VideoCodec):
         if self.chroma_qp_offset:
             parameters += [f"{plane}QpOffset={self.chroma_qp_offset}" for plane in ("Cb", "Cr")]
         if self.tools == "deep":
-            parameters += ["MaxMTTDepthI=3", "MTS=1"]
+            parameters += _DEEP
         if parameters:
             options += ["-vvenc-params", ":".join(parameters)]
         return options

@@ -89,6 +89,8 @@ class PostFilterModule(ScheduledModule):
     def warm_start(self, source: str) -> None:
         """Take over the averaged weights of a checkpoint, or those of an exported filter.
 
+        A network of fewer blocks or corrections gives the first ones; new blocks start close to the identity.
+
         Raises:
             ConfigError: the source is of another network.
         """
@@ -98,9 +100,10 @@ class PostFilterModule(ScheduledModule):
                 weights = averaged_weights(content)
             else:
                 weights = load_filter(source).network.state_dict()
-            for name, value in self.network.tail.state_dict(prefix="tail.").items():
-                # A network of fewer corrections gives the first ones.
-                weights[name] = torch.cat([weights[name], value[len(weights[name]) :]])
+            for name, fresh in self.network.state_dict().items():
+                if name.startswith(("body.", "modulation.out.", "tail.")):
+                    known = weights.get(name, fresh[:0])
+                    weights[name] = torch.cat([known, fresh[len(known) :]])
             self.network.load_state_dict(weights)
         except (OSError, KeyError, RuntimeError, TucodecError) as error:
             reason = str(error).strip().splitlines()[0]

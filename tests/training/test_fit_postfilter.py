@@ -13,6 +13,7 @@ from skimage.data import astronaut
 from data_pipelines.precode_vvc import PrecodeOptions, precode
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.h266 import H266
+from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.postfilter import PostFilterModule, averaged_weights
 
 RECIPE = Path(__file__).parents[2] / "experiments" / "tucodecpsnr_postfilter.yaml"
@@ -67,15 +68,26 @@ def test_it_learns_and_exports(
         assert np.allclose(exported, value, rtol=1e-3, atol=1e-6), name
 
 
-def test_more_corrections_go_on_from_fewer(tmp_path: Path) -> None:
-    shape: dict[str, Any] = {"channels": 8, "blocks": 1}
-    one = PostFilterModule(network={**shape, "corrections": 1})
-    torch.nn.init.normal_(one.averaged.tail.weight)
-    torch.save({"state_dict": one.state_dict()}, tmp_path / "one.ckpt")
-    three = PostFilterModule(network={**shape, "corrections": 3})
-    own = three.network.tail.weight[12:].clone()
-    three.warm_start(str(tmp_path / "one.ckpt"))
-    for network in (three.network, three.averaged):
-        assert torch.equal(network.tail.weight[:12], one.averaged.tail.weight)
-        assert torch.equal(network.tail.weight[12:], own)
-        assert torch.equal(network.head.weight, one.averaged.head.weight)
+def test_a_larger_network_goes_on_from_a_smaller_one(tmp_path: Path) -> None:
+    small = PostFilterModule(network={"channels": 8, "blocks": 1, "corrections": 1})
+    for parameter in small.averaged.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.save({"state_dict": small.state_dict()}, tmp_path / "small.ckpt")
+    large = PostFilterModule(network={"channels": 8, "blocks": 2, "corrections": 3})
+    fresh = {name: value.clone() for name, value in large.network.state_dict().items()}
+    large.warm_start(str(tmp_path / "small.ckpt"))
+    known = small.averaged.state_dict()
+    for network in (large.network, large.averaged):
+        for name, value in network.state_dict().items():
+            given = known.get(name, value[:0])
+            assert torch.equal(value[: len(given)], given), name
+            assert torch.equal(value[len(given) :], fresh[name][len(given) :]), name
+
+
+def test_another_network_is_no_start(tmp_path: Path) -> None:
+    wide = PostFilterModule(network={"channels": 16, "blocks": 1})
+    torch.save({"state_dict": wide.state_dict()}, tmp_path / "wide.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "none.ckpt")
+    for name in ("wide.ckpt", "none.ckpt"):
+        with pytest.raises(ConfigError, match=name):
+            PostFilterModule(network={"channels": 8, "blocks": 1}).warm_start(str(tmp_path / name))
