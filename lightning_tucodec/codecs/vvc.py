@@ -17,8 +17,8 @@ TOOLS = ("preset", "deep")
 _DEEP = (
     # One more split, and no shortcuts in the search for the splits.
     *("MaxMTTDepthI=3", "ContentBasedFastQtbt=0", "QtbttExtraFast=0", "FastTTSplit=0"),
-    # All transforms and partitions of intra blocks; none at all, for graphics; clipped loop filters.
-    *("MTS=1", "ISP=1", "TransformSkip=1", "BDPCM=1", "UseNonLinearAlfLuma=1"),
+    # All transforms and partitions of intra blocks; no transform at all, for glitter and graphics.
+    *("MTS=1", "ISP=1", "TransformSkip=1", "BDPCM=1"),
 )
 
 

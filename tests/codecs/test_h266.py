@@ -85,7 +85,7 @@ def test_other_parameter_sets_stay_in() -> None:
         data = parameter_sets.strip(kept, 64, 92)
         assert data == b"\xff" + kept
         assert parameter_sets.restore(data, 64, 92) == kept
-    for damaged in (b"", b"\x00\x10", b"\x08\x10\x0c123", b"\x00\x10\x19123"):
+    for damaged in (b"", b"\x00\x10", b"\x0a\x10\x0c123", b"\x00\x10\x19123"):
         with pytest.raises(CorruptStreamError):
             parameter_sets.restore(damaged, 64, 92)
 
