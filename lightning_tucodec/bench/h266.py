@@ -31,6 +31,9 @@ VARIANTS = {
     "chroma offset -4": "vvc:qp={qp},preset={preset},chroma_qp_offset=-4",
     "orthonormal colour": "vvc:qp={qp},preset={preset},colour=orthonormal",
     "both": "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal",
+    "both, wide tools": (
+        "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal,tools=wide"
+    ),
     "both, deep tools": (
         "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal,tools=deep"
     ),

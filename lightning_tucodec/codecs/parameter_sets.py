@@ -23,15 +23,19 @@ _SETTINGS = {
     "medium": ("0d", "9a80fa6dd32348a4de709b2b182041382affd2ecbfce4800000008000000098", "1011000000"),
     "slow": ("0d", "26a03e88dd108d329326709b2b182041382afffbbe4fce4800000008000000098", "1011000000"),
     "slower": ("0d", "26a03e88dd108d329327709b2b182041382afffbbe4fce4800000008000000098", "1011000000"),
-    "faster, split deeper": ("0b", "9a80fc84264293d7109b2b182041382a86608ce2800000008000000098", "0000000"),
-    "fast, split deeper": ("0b", "13501f9084c8527bee136563040827055f7a5d8ace4800000008000000098", "1011000000"),
+    "faster, splits": ("0b", "9a80fc84264293d7109b2b182041382a86608ce2800000008000000098", "0000000"),
+    "fast, splits": ("0b", "13501f9084c8527bee136563040827055f7a5d8ace4800000008000000098", "1011000000"),
     "medium, deep": ("0d", "9a80fa237442348a4df709b2b182041382affd2ecbfce4800000008000000098", "1011000000"),
     "faster, deep": ("0b", "9a80fc84264293d7109b2b182041382a8660cce2800000008000000098", "0000000"),
     "fast, deep": ("0b", "13501f9084c8527bee136563040827055f7a5d8ece4800000008000000098", "1011000000"),
+    "faster, wide": ("0b", "9a80fffd7109b2b182041382a8660cce2800000008000000098", "0000000"),
+    "fast, wide": ("0b", "13501fa2134527bee136563040827055f7a5d8ece4800000008000000098", "1011000000"),
+    "medium, wide": ("0d", "9a80fa6dd32348a4df709b2b182041382affd2ecbfce4800000008000000098", "1011000000"),
 }  # fmt: skip
 """Of each preset: the byte with the size of coding tree units, the tools in the sequence parameter set (after
-a leading one), the end of the picture parameter set. `slow` and `slower` with deep tools say what `slower` says.
-Streams hold the place in this table: new lines go to its end."""
+a leading one), the end of the picture parameter set. With more tools `slow` and `slower` say what `slower`
+says. `splits` is what deep tools once were: streams hold the place in this table; new lines go to its end.
+"""
 
 _NAMES = tuple(_SETTINGS)
 

@@ -12,14 +12,13 @@ from lightning_tucodec.codecs.colour import TRANSFORMS
 from lightning_tucodec.codecs.video import VideoCodec
 
 PRESETS = ("faster", "fast", "medium", "slow", "slower")
-TOOLS = ("preset", "deep")
+_WIDE = ("MTS=1", "ISP=1", "TransformSkip=1", "BDPCM=1")
+"""All transforms and partitions of intra blocks; no transform at all, for glitter and graphics."""
 
-_DEEP = (
-    # One more split, and no shortcuts in the search for the splits.
-    *("MaxMTTDepthI=3", "ContentBasedFastQtbt=0", "QtbttExtraFast=0", "FastTTSplit=0"),
-    # All transforms and partitions of intra blocks; no transform at all, for glitter and graphics.
-    *("MTS=1", "ISP=1", "TransformSkip=1", "BDPCM=1"),
-)
+_DEEP = ("MaxMTTDepthI=3", "ContentBasedFastQtbt=0", "QtbttExtraFast=0", "FastTTSplit=0")
+"""One more split, and no shortcuts in the search for the splits."""
+
+TOOLS: dict[str, tuple[str, ...]] = {"preset": (), "wide": _WIDE, "deep": _DEEP + _WIDE}
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Vvc(VideoCodec):
         chroma_qp_offset: added to the QP of Cb and Cr, −12 … 12. RGB-PSNR at 0.15 bpp gains from
             finer chroma.
         colour: the transform, `bt709` or `orthonormal`, see `codecs.colour`.
-        tools: `preset`, or `deep`: what gains in squared error and libvvenc's presets up to `slow` leave
-            out for speed, or all of them. What that is worth: docs/vvc.md.
+        tools: `preset`, or more than that: `wide` adds what can be done to a block, for twice the time,
+            `deep` also ways to split it. What they are worth: docs/vvc.md.
     """
 
     codec_name: ClassVar[str] = "vvc"
@@ -76,8 +75,7 @@ class Vvc(VideoCodec):
         parameters = []
         if self.chroma_qp_offset:
             parameters += [f"{plane}QpOffset={self.chroma_qp_offset}" for plane in ("Cb", "Cr")]
-        if self.tools == "deep":
-            parameters += _DEEP
+        parameters += TOOLS[self.tools]
         if parameters:
             options += ["-vvenc-params", ":".join(parameters)]
         return options

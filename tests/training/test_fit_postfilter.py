@@ -1,7 +1,6 @@
 """The post-filter's recipe: trains, goes on where it stopped, exports the averaged weights."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
