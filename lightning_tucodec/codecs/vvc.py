@@ -12,6 +12,7 @@ from lightning_tucodec.codecs.colour import TRANSFORMS
 from lightning_tucodec.codecs.video import VideoCodec
 
 PRESETS = ("faster", "fast", "medium", "slow", "slower")
+
 _WIDE = ("MTS=1", "ISP=1", "TransformSkip=1", "BDPCM=1")
 """All transforms and partitions of intra blocks; no transform at all, for glitter and graphics."""
 
