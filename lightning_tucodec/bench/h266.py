@@ -37,6 +37,9 @@ VARIANTS = {
     "both, deep tools": (
         "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal,tools=deep"
     ),
+    "both, thorough": (
+        "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal,tools=thorough"
+    ),
     "both, in a .tuc": _TUC + ",chroma_qp_offset=-4,tools=preset,turn=0",
     "offset and turn searched, in a .tuc": _TUC + ",tools=preset",
     "the same, deep tools": _TUC,

@@ -34,7 +34,8 @@ _SETTINGS = {
 }  # fmt: skip
 """Of each preset: the byte with the size of coding tree units, the tools in the sequence parameter set (after
 a leading one), the end of the picture parameter set. With more tools `slow` and `slower` say what `slower`
-says. `splits` is what deep tools once were: streams hold the place in this table; new lines go to its end.
+says; `thorough` says what `deep` says. `splits` is what deep tools once were: streams hold the place in this
+table; new lines go to its end.
 """
 
 _NAMES = tuple(_SETTINGS)

@@ -16,10 +16,18 @@ PRESETS = ("faster", "fast", "medium", "slow", "slower")
 _WIDE = ("MTS=1", "ISP=1", "TransformSkip=1", "BDPCM=1")
 """All transforms and partitions of intra blocks; no transform at all, for glitter and graphics."""
 
-_DEEP = ("MaxMTTDepthI=3", "ContentBasedFastQtbt=0", "QtbttExtraFast=0", "FastTTSplit=0")
-"""One more split, and no shortcuts in the search for the splits."""
+_DEEP = (*_WIDE, "MaxMTTDepthI=3")
+"""One more split as well."""
 
-TOOLS: dict[str, tuple[str, ...]] = {"preset": (), "wide": _WIDE, "deep": _DEEP + _WIDE}
+_THOROUGH = (*_DEEP, "ContentBasedFastQtbt=0", "QtbttExtraFast=0", "FastTTSplit=0")
+"""And no shortcuts in the search for the splits."""
+
+TOOLS: dict[str, tuple[str, ...]] = {
+    "preset": (),
+    "wide": _WIDE,
+    "deep": _DEEP,
+    "thorough": _THOROUGH,
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,8 @@ class Vvc(VideoCodec):
             finer chroma.
         colour: the transform, `bt709` or `orthonormal`, see `codecs.colour`.
         tools: `preset`, or more than that: `wide` adds what can be done to a block, for twice the time,
-            `deep` also ways to split it. What they are worth: docs/vvc.md.
+            `deep` also a split, for thrice, `thorough` also looks longer, for six times. What they are
+            worth: docs/vvc.md.
     """
 
     codec_name: ClassVar[str] = "vvc"
