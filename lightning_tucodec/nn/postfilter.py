@@ -105,11 +105,17 @@ class PreActivationBlock(nn.Module):
             self.conv2.weight.mul_(0.1)
 
     def forward(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        """Shape and resolution stay; scale and shift are N×C×1×1, or None for 1 and 0."""
+        """Shape and resolution stay; scale and shift are N×C×1×1, or None for 1 and 0.
+
+        Without gradients, in the memory that is there, x too: fresh memory costs as much as the sums.
+        """
         inner = self.conv1(F.leaky_relu(x, _SLOPE))
+        in_place = not torch.is_grad_enabled()
         if scale is not None and shift is not None:
-            inner = torch.addcmul(shift, inner, scale)
-        return x + self.conv2(F.leaky_relu(inner, _SLOPE))
+            out = inner if in_place else None
+            inner = torch.addcmul(shift, inner, scale, out=out)
+        inner = self.conv2(F.leaky_relu(inner, _SLOPE, inplace=in_place))
+        return x.add_(inner) if in_place else x + inner
 
 
 class QpModulation(nn.Module):
