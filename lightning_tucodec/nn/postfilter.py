@@ -105,17 +105,12 @@ class PreActivationBlock(nn.Module):
             self.conv2.weight.mul_(0.1)
 
     def forward(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        """Shape and resolution stay; scale and shift are N×C×1×1, or None for 1 and 0.
-
-        Without gradients, in the memory that is there, x too: fresh memory costs as much as the sums.
-        """
+        """Shape and resolution stay; scale and shift are N×C×1×1, or None for 1 and 0."""
         inner = self.conv1(F.leaky_relu(x, _SLOPE))
-        in_place = not torch.is_grad_enabled()
         if scale is not None and shift is not None:
-            out = inner if in_place else None
-            inner = torch.addcmul(shift, inner, scale, out=out)
-        inner = self.conv2(F.leaky_relu(inner, _SLOPE, inplace=in_place))
-        return x.add_(inner) if in_place else x + inner
+            inner = torch.addcmul(shift, inner, scale)
+        # In place where no gradient needs what was there: fresh memory costs a decoder as much as the sums.
+        return self.conv2(F.leaky_relu(inner, _SLOPE, inplace=True)).add_(x)
 
 
 class QpModulation(nn.Module):
