@@ -26,20 +26,16 @@ QPS = (32, 35, 38, 41, 44, 47)
 
 _TUC = f"{H266.codec_name}:qp={{qp}},preset={{preset}},filter={NO_FILTER}"
 
+_BOTH = "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal"
+
 VARIANTS = {
     "default": "vvc:qp={qp},preset={preset}",
     "chroma offset -4": "vvc:qp={qp},preset={preset},chroma_qp_offset=-4",
     "orthonormal colour": "vvc:qp={qp},preset={preset},colour=orthonormal",
-    "both": "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal",
-    "both, wide tools": (
-        "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal,tools=wide"
-    ),
-    "both, deep tools": (
-        "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal,tools=deep"
-    ),
-    "both, thorough": (
-        "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal,tools=thorough"
-    ),
+    "both": _BOTH,
+    "both, wide tools": _BOTH + ",tools=wide",
+    "both, deep tools": _BOTH + ",tools=deep",
+    "both, thorough": _BOTH + ",tools=thorough",
     "both, in a .tuc": _TUC + ",chroma_qp_offset=-4,tools=preset,turn=0",
     "offset and turn searched, in a .tuc": _TUC + ",tools=preset",
     "the same, deep tools": _TUC,

@@ -42,8 +42,8 @@ class Vvc(VideoCodec):
             finer chroma.
         colour: the transform, `bt709` or `orthonormal`, see `codecs.colour`.
         tools: `preset`, or more than that: `wide` adds what can be done to a block, for twice the time,
-            `deep` also a split, for thrice, `thorough` also looks longer, for six times. What they are
-            worth: docs/vvc.md.
+            `deep` also splits once more, for thrice, `thorough` also searches without shortcuts, for six
+            times. What they are worth: docs/vvc.md.
     """
 
     codec_name: ClassVar[str] = "vvc"
