@@ -106,8 +106,15 @@ def _register_export(subparsers: Any) -> None:
         return run_export(arguments)
 
     parser = _command(subparsers, "export", run, "a run's weights and integer tables to one file")
-    parser.add_argument("run_folder", metavar="RUN", help="a run folder or a checkpoint file")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or a checkpoint file")
     parser.add_argument("-o", "--out", required=True, metavar="MODEL.safetensors")
+    parser.add_argument(
+        "--average",
+        nargs="+",
+        type=float,
+        metavar="SHARE",
+        help="of each of several runs in an average of their weights; equal ones when left out",
+    )
     parser.add_argument("--name", help="the model's name; the file's stem when left out")
     parser.add_argument("--card", metavar="YAML", help="file with more entries of the card")
 

@@ -1,14 +1,16 @@
-"""`tucodec export`: a run's newest checkpoint to one model file with its card."""
+"""`tucodec export`: a run's newest checkpoint, or an average of several, to one model file with its card."""
 
 import argparse
 import platform
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from lightning_tucodec.codecs.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.models import SUFFIX
@@ -16,45 +18,73 @@ from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
 from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
-from lightning_tucodec.training.postfilter import averaged_weights
 from lightning_tucodec.training.runs import RunFolder, network_weights
 from lightning_tucodec.training.tracking import read_metrics
 
 
-def export(run: Path, name: str, extra: dict[str, Any]) -> ModelFile:
-    """Freeze a run's newest checkpoint (or a checkpoint file).
+def export(
+    runs: Sequence[Path], name: str, extra: dict[str, Any], shares: Sequence[float] | None = None
+) -> ModelFile:
+    """Freeze a run's newest checkpoint (or a checkpoint file), or an average of several runs' weights.
+
+    Averages of runs that went on from one another, or from one start, often do better than each of them:
+    Wortsman et al., "Model soups", ICML 2022.
 
     The card says how the model came about: recipe, λ and its convention, steps, images seen, hours
-    of training, the source of its photos as the shard index has it, the last validation.
+    of training, the source of its photos as the shard index has it, the last validation. Of several
+    runs it is that of the last, with the shares of all.
 
     Args:
-        run: a run folder, or a `.ckpt` file in its `checkpoints` folder.
+        runs: run folders, or `.ckpt` files in their `checkpoints` folders.
         name: the model's name.
         extra: more entries of the card.
+        shares: of the runs in the average, with sum 1; equal ones when None.
 
     Raises:
-        ConfigError: there is no checkpoint.
+        ConfigError: there is no checkpoint; the runs' networks or the number of shares differ.
     """
+    shares = [1 / len(runs)] * len(runs) if shares is None else shares
+    if len(shares) != len(runs) or abs(sum(shares) - 1) > 1e-6:
+        given = " ".join(map(str, shares))
+        raise ConfigError(f"--average {given}: {len(runs)} numbers with sum 1 are needed")
+    checkpoints = [_checkpoint(run) for run in runs]
+    state = checkpoints[-1]["tucodec"]
+    kind = "postfilter" if "postfilter" in state else "codec"
+    weights: dict[str, Tensor] = {}
+    for run, share, content in zip(runs, shares, checkpoints, strict=True):
+        if content["tucodec"].get(kind) != state[kind]:
+            raise ConfigError(f"{run}: its network differs from that of {runs[-1]}")
+        for key, value in network_weights(content).items():
+            if value.is_floating_point() and len(runs) > 1:
+                value = weights.get(key, 0) + share * value
+            weights[key] = value
+    folder = runs[-1] if runs[-1].is_dir() else runs[-1].parent.parent
+    card = _card(folder, state)
+    if len(runs) > 1:
+        card["average"] = {str(run): share for run, share in zip(runs, shares, strict=True)}
+    if kind == "postfilter":
+        filter_network = PostFilter(PostFilterConfig(**state[kind]))
+        filter_network.load_state_dict(weights)
+        return FilterModel.freeze(
+            filter_network, name, {"recipe": "postfilter", **card, **extra}
+        ).file
+    network = TucodecVAE(config_from_dict(state[kind]))
+    network.load_state_dict(weights)
+    return freeze(network.eval(), name, {**card, **extra})
+
+
+def _checkpoint(run: Path) -> dict[str, Any]:
+    """The newest one of a run folder, or a file's."""
     if run.is_dir():
         found = RunFolder(run).latest()
         if found is None:
             raise ConfigError(f"{run}: no checkpoint to export; is it a run folder?")
-        folder, content = run, found[1]
-    else:
-        try:
-            content = torch.load(run, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise ConfigError(f"{run}: {error.strerror}") from None
-        folder = run.parent.parent
-    state = content["tucodec"]
-    if "postfilter" in state:
-        filter_network = PostFilter(PostFilterConfig(**state["postfilter"]))
-        filter_network.load_state_dict(averaged_weights(content))
-        card = {"recipe": "postfilter", **_card(folder, state), **extra}
-        return FilterModel.freeze(filter_network, name, card).file
-    network = TucodecVAE(config_from_dict(state["codec"]))
-    network.load_state_dict(network_weights(content))
-    return freeze(network.eval(), name, {**_card(folder, state), **extra})
+        return found[1]
+    try:
+        content: dict[str, Any] = torch.load(run, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"{run}: {error.strerror}") from None
+    return content
 
 
 def _card(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +131,8 @@ def run_export(arguments: argparse.Namespace) -> int:
             extra = yaml.safe_load(Path(arguments.card).read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(f"{arguments.card}: {error}") from None
-    model = export(Path(arguments.run_folder), arguments.name or out.stem, extra)
+    runs = [Path(run) for run in arguments.runs]
+    model = export(runs, arguments.name or out.stem, extra, arguments.average)
     model.save(out)
     print(f"{out}  {model.name}  id {model.id.hex()}  {out.stat().st_size} bytes")
     if model.card.get("opt_step") == 0:

@@ -21,12 +21,10 @@ from lightning_tucodec.training.data import PatchDataModule, in_order
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.optimizers import follow, muon_adam
 from lightning_tucodec.training.precoded import PrecodedBatches, PrecodedSamples
+from lightning_tucodec.training.runs import network_weights
 
 _FLOOR = 2e-5
 """Added to squared errors in the loss; 47 dB, beyond which nothing needs to be gained."""
-
-AVERAGED = "averaged."
-"""Prefix of the averaged network in a checkpoint's state."""
 
 
 def resolve_size(size: str, overrides: dict[str, Any] | None = None) -> PostFilterConfig:
@@ -97,7 +95,7 @@ class PostFilterModule(ScheduledModule):
         try:
             if source.endswith(".ckpt"):
                 content = torch.load(source, map_location="cpu", weights_only=True)
-                weights = averaged_weights(content)
+                weights = network_weights(content)
             else:
                 weights = load_filter(source).network.state_dict()
             for name, fresh in self.network.state_dict().items():
@@ -159,15 +157,6 @@ class PostFilterModule(ScheduledModule):
     def describe(self) -> dict[str, Any]:
         """The network's shape and what marks it as a post-filter."""
         return {"postfilter": dict(vars(self.network.config)), "size": self.size}
-
-
-def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """State of the averaged network inside a checkpoint of `PostFilterModule`, by its own names."""
-    return {
-        name.removeprefix(AVERAGED): value
-        for name, value in checkpoint["state_dict"].items()
-        if name.startswith(AVERAGED)
-    }
 
 
 class PrecodedDataModule(PatchDataModule):

@@ -161,7 +161,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def network_weights(checkpoint: dict[str, Any]) -> "dict[str, torch.Tensor]":
-    """State of the TucodecVAE inside a checkpoint of `fit`, by the network's own names.
+    """State of the codec or post-filter inside a checkpoint of `fit`, by the network's own names.
 
     Where an average of the weights was kept, it is that.
     """

@@ -12,8 +12,10 @@ from skimage.data import astronaut
 from data_pipelines.precode_vvc import PrecodeOptions, precode
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.h266 import H266
+from lightning_tucodec.codecs.models import load_filter
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.training.postfilter import PostFilterModule, averaged_weights
+from lightning_tucodec.training.postfilter import PostFilterModule
+from lightning_tucodec.training.runs import network_weights
 
 RECIPE = Path(__file__).parents[2] / "experiments" / "tucodecpsnr_postfilter.yaml"
 
@@ -62,9 +64,44 @@ def test_it_learns_and_exports(
     model = H266(40, filter="mine").model()
     assert model is not None
     assert model.card["validation"]["gain"] == round(gains[-1], 4)
-    for name, value in averaged_weights(content).items():
+    for name, value in network_weights(content).items():
         exported = model.network.state_dict()[name]
         assert np.allclose(exported, value, rtol=1e-3, atol=1e-6), name
+
+    doubled = folder / "checkpoints" / "doubled.ckpt"
+    for name in content["state_dict"]:
+        content["state_dict"][name] *= 2
+    torch.save(content, doubled)
+    runs = [str(folder), str(doubled)]
+    assert main(["export", *runs, "-o", str(file), "--average", "0.25", "0.75"]) == 0
+    average = load_filter(str(file))
+    assert average.card["average"] == dict(zip(runs, (0.25, 0.75), strict=True))
+    for name, value in model.network.state_dict().items():
+        exported = average.network.state_dict()[name]
+        assert np.allclose(exported, 1.75 * value, rtol=2e-3, atol=2e-6), name
+
+
+@pytest.mark.parametrize(
+    ("shares", "channels", "what"),
+    [
+        (["0.5", "0.6"], 8, "2 numbers with sum 1"),
+        (["1"], 8, "2 numbers with sum 1"),
+        (["0.5", "0.5"], 16, "its network differs"),
+    ],
+)
+def test_what_cannot_be_averaged(
+    shares: list[str], channels: int, what: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name, width in (("one", channels), ("two", 8)):
+        module = PostFilterModule(network={"channels": width, "blocks": 1})
+        content = {"state_dict": module.state_dict(), "tucodec": module.describe()}
+        torch.save(content, tmp_path / f"{name}.ckpt")
+    runs = [str(tmp_path / "one.ckpt"), str(tmp_path / "two.ckpt")]
+    out = tmp_path / "average.safetensors"
+    assert main(["export", *runs, "-o", str(out), "--average", *shares]) == 1
+    assert what in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_larger_network_goes_on_from_a_smaller_one(tmp_path: Path) -> None:
