@@ -86,7 +86,7 @@ def muon_adam(network: nn.Module, parts: Iterable[str], lr: float, least: int = 
 
     Args:
         network: whose parameters are trained, all but the frozen ones.
-        parts: names of the children whose convolutions are matrices to Muon, as in ("g_a", "g_s").
+        parts: names of the children whose convolutions are matrices to Muon, as in ("g_a", "context").
         lr: learning rate.
         least: a weight with fewer rows or columns (depthwise, RGB) is left to Adam.
     """
@@ -96,7 +96,8 @@ def muon_adam(network: nn.Module, parts: Iterable[str], lr: float, least: int = 
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        fits = parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) >= least
+        # Three dimensions: output, input and taps of `nn.context.TapConv2d`.
+        fits = parameter.ndim >= 3 and min(len(parameter), parameter[0].numel()) >= least
         (matrices if fits and name.startswith(prefixes) else others).append(parameter)
     return MuonAdam(matrices, others, lr)
 

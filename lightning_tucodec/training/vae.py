@@ -76,7 +76,7 @@ class CodecModule(ScheduledModule):
         preset: size of the network.
         codec: replaced fields of the preset, see `resolve_codec`.
         lr: learning rate on the plateau.
-        optimizer: "adam", or "muon" for the convolutions of the transforms, see MuonAdam.
+        optimizer: "adam", or "muon" for all convolutions but small ones, see MuonAdam.
         final_lr: learning rate at the end.
         warmup_steps: length of the warm-up.
         decay_start: fraction of `max_steps` at which the cosine begins.
@@ -130,7 +130,8 @@ class CodecModule(ScheduledModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimiser for everything: the prior of z needs no auxiliary loss."""
         if self.optimizer == "muon":
-            return muon_adam(self.network, ("g_a", "g_s", "h_a", "h_s"), self.lr)
+            parts = ("g_a", "g_s", "h_a", "h_s", "context", "entropy_parameters")
+            return muon_adam(self.network, parts, self.lr)
         trained = [p for p in self.network.parameters() if p.requires_grad]
         return torch.optim.Adam(trained, lr=self.lr, fused=True)
 

@@ -53,14 +53,16 @@ def test_others_are_plain_adam() -> None:
 
 def test_which_weights_are_matrices() -> None:
     network = TucodecVAE(PRESETS["tiny"])
-    matrices, others = muon_adam(network, ("g_a", "g_s"), 1e-3).param_groups
+    parts = ("g_a", "g_s", "context")
+    matrices, others = muon_adam(network, parts, 1e-3).param_groups
     names = {id(p): n for n, p in network.named_parameters()}
     chosen = {names[id(p)] for p in matrices["params"]}
     left = {names[id(p)] for p in others["params"]}
     assert chosen | left == set(names.values())
     assert not chosen & left
-    assert all(name.startswith(("g_a.", "g_s.")) for name in chosen)
+    assert {name.partition(".")[0] for name in chosen} == set(parts)
     assert any("expand" in name for name in chosen)
+    assert "context.vertical.0.conv1.weight" in chosen
     assert not any("depthwise" in name or name.endswith("bias") for name in chosen)
 
 
