@@ -106,7 +106,9 @@ def _register_export(subparsers: Any) -> None:
         return run_export(arguments)
 
     parser = _command(subparsers, "export", run, "a run's weights and integer tables to one file")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder or a checkpoint file")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run folder, a checkpoint, or a model"
+    )
     parser.add_argument("-o", "--out", required=True, metavar="MODEL.safetensors")
     parser.add_argument(
         "--average",

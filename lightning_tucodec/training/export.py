@@ -35,7 +35,7 @@ def export(
     runs it is that of the last, with the shares of all.
 
     Args:
-        runs: run folders, or `.ckpt` files in their `checkpoints` folders.
+        runs: run folders, `.ckpt` files in their `checkpoints` folders, or exported models.
         name: the model's name.
         extra: more entries of the card.
         shares: of the runs in the average, with sum 1; equal ones when None.
@@ -47,44 +47,57 @@ def export(
     if len(shares) != len(runs) or abs(sum(shares) - 1) > 1e-6:
         given = " ".join(map(str, shares))
         raise ConfigError(f"--average {given}: {len(runs)} numbers with sum 1 are needed")
-    checkpoints = [_checkpoint(run) for run in runs]
-    state = checkpoints[-1]["tucodec"]
-    kind = "postfilter" if "postfilter" in state else "codec"
-    weights: dict[str, Tensor] = {}
-    for run, share, content in zip(runs, shares, checkpoints, strict=True):
-        if content["tucodec"].get(kind) != state[kind]:
+    trained = [_trained(run) for run in runs]
+    network, card = trained[-1]
+    for run, (other, _) in zip(runs, trained, strict=True):
+        if other.config != network.config:
             raise ConfigError(f"{run}: its network differs from that of {runs[-1]}")
-        for key, value in network_weights(content).items():
-            if value.is_floating_point() and len(runs) > 1:
-                value = weights.get(key, 0) + share * value
-            weights[key] = value
-    folder = runs[-1] if runs[-1].is_dir() else runs[-1].parent.parent
-    card = _card(folder, state)
     if len(runs) > 1:
+        states = [other.state_dict() for other, _ in trained]
+        network.load_state_dict(_average(states, shares))
         card["average"] = {str(run): share for run, share in zip(runs, shares, strict=True)}
-    if kind == "postfilter":
-        filter_network = PostFilter(PostFilterConfig(**state[kind]))
-        filter_network.load_state_dict(weights)
-        return FilterModel.freeze(
-            filter_network, name, {"recipe": "postfilter", **card, **extra}
-        ).file
-    network = TucodecVAE(config_from_dict(state[kind]))
-    network.load_state_dict(weights)
-    return freeze(network.eval(), name, {**card, **extra})
+    card |= extra
+    if isinstance(network, PostFilter):
+        return FilterModel.freeze(network, name, card).file
+    return freeze(network, name, card)
 
 
-def _checkpoint(run: Path) -> dict[str, Any]:
-    """The newest one of a run folder, or a file's."""
+def _average(states: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
+    average = dict(states[-1])
+    for key, value in average.items():
+        if value.is_floating_point():
+            parts = zip(states, shares, strict=True)
+            average[key] = torch.stack([share * state[key] for state, share in parts]).sum(0)
+    return average
+
+
+def _trained(run: Path) -> tuple[TucodecVAE | PostFilter, dict[str, Any]]:
+    """The network of a run's newest checkpoint, of a checkpoint or of an exported model, and its card."""
+    if run.suffix == SUFFIX:
+        file = ModelFile.load(run)
+        is_filter = file.config.get("kind") == FilterModel.KIND
+        return FilterModel(file).network if is_filter else file.network(), dict(file.card)
     if run.is_dir():
         found = RunFolder(run).latest()
         if found is None:
             raise ConfigError(f"{run}: no checkpoint to export; is it a run folder?")
-        return found[1]
-    try:
-        content: dict[str, Any] = torch.load(run, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ConfigError(f"{run}: {error.strerror}") from None
-    return content
+        folder, content = run, found[1]
+    else:
+        try:
+            content = torch.load(run, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise ConfigError(f"{run}: {error.strerror}") from None
+        folder = run.parent.parent
+    state = content["tucodec"]
+    network: TucodecVAE | PostFilter
+    if "postfilter" in state:
+        network = PostFilter(PostFilterConfig(**state["postfilter"]))
+        card = {"recipe": "postfilter", **_card(folder, state)}
+    else:
+        network = TucodecVAE(config_from_dict(state["codec"]))
+        card = _card(folder, state)
+    network.load_state_dict(network_weights(content))
+    return network.eval(), card
 
 
 def _card(folder: Path, state: dict[str, Any]) -> dict[str, Any]:

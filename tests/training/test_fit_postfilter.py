@@ -72,7 +72,7 @@ def test_it_learns_and_exports(
     for name in content["state_dict"]:
         content["state_dict"][name] *= 2
     torch.save(content, doubled)
-    runs = [str(folder), str(doubled)]
+    runs = [str(file), str(doubled)]
     assert main(["export", *runs, "-o", str(file), "--average", "0.25", "0.75"]) == 0
     average = load_filter(str(file))
     assert average.card["average"] == dict(zip(runs, (0.25, 0.75), strict=True))
