@@ -55,7 +55,7 @@ def export(
     if len(runs) > 1:
         states = [other.state_dict() for other, _ in trained]
         network.load_state_dict(_average(states, shares))
-        card["average"] = {str(run): share for run, share in zip(runs, shares, strict=True)}
+        card["average"] = [[run.name, share] for run, share in zip(runs, shares, strict=True)]
     card |= extra
     if isinstance(network, PostFilter):
         return FilterModel.freeze(network, name, card).file
