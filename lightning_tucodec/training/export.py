@@ -18,7 +18,7 @@ from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
 from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
-from lightning_tucodec.training.runs import RunFolder, network_weights
+from lightning_tucodec.training.runs import RunFolder, load_checkpoint, network_weights
 from lightning_tucodec.training.tracking import read_metrics
 
 
@@ -83,11 +83,7 @@ def _trained(run: Path) -> tuple[TucodecVAE | PostFilter, dict[str, Any]]:
             raise ConfigError(f"{run}: no checkpoint to export; is it a run folder?")
         folder, content = run, found[1]
     else:
-        try:
-            content = torch.load(run, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise ConfigError(f"{run}: {error.strerror}") from None
-        folder = run.parent.parent
+        folder, content = run.parent.parent, load_checkpoint(run)
     state = content["tucodec"]
     network: TucodecVAE | PostFilter
     if "postfilter" in state:

@@ -95,7 +95,8 @@ def test_what_cannot_be_averaged(
 ) -> None:  # fmt: skip
     for name, width in (("one", channels), ("two", 8)):
         module = PostFilterModule(network={"channels": width, "blocks": 1})
-        content = {"state_dict": module.state_dict(), "tucodec": module.describe()}
+        described = {"opt_step": 0, **module.describe()}
+        content = {"state_dict": module.state_dict(), "tucodec": described}
         torch.save(content, tmp_path / f"{name}.ckpt")
     runs = [str(tmp_path / "one.ckpt"), str(tmp_path / "two.ckpt")]
     out = tmp_path / "average.safetensors"
