@@ -58,6 +58,10 @@ class PostFilterModule(ScheduledModule):
         decay_start: fraction of `max_steps` at which the cosine begins.
         clip_norm: gradients are scaled down to this norm.
         ema: share of the old average that a step keeps, once the average is old enough.
+        teacher: name or file of an exported filter to learn from. Of a crop's error a few per cent can be
+            foreseen and the rest is noise to whoever learns from the original; what a good filter makes
+            of the crop has none of it (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015).
+        teacher_share: of what is learned from, between the original (0) and the teacher's picture (1).
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class PostFilterModule(ScheduledModule):
         decay_start: float = 0.5,
         clip_norm: float = 1.0,
         ema: float = 0.998,
+        teacher: str | None = None,
+        teacher_share: float = 0.8,
     ) -> None:
         super().__init__(lr, final_lr, warmup_steps, decay_start, clip_norm)
         try:
@@ -79,6 +85,11 @@ class PostFilterModule(ScheduledModule):
         self.network.to(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False)
         self.size, self.decay = size, ema
+        if not 0 <= teacher_share <= 1:
+            raise ConfigError(f"teacher_share {teacher_share}: must lie between 0 and 1")
+        # A FilterModel is no module, so the teacher is in no checkpoint.
+        self.teacher = None if teacher is None else load_filter(teacher)
+        self.teacher_share = teacher_share
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Muon for the residual blocks, Adam for the rest."""
@@ -110,16 +121,25 @@ class PostFilterModule(ScheduledModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Relative squared error of one batch of crops."""
-        picture = _picture(batch)
-        filtered = _errors(_shown(self.network, picture, batch["image"]), batch["image"])
-        plain = _errors(picture.plain, batch["image"])
-        ratio = (filtered + _FLOOR) / (plain + _FLOOR)
+        picture, image = _picture(batch), batch["image"]
+        target = self._target(picture, image)
+        shown = _shown(self.network(picture), picture, target)
+        plain = _errors(picture.plain, image) + _FLOOR
+        ratio = (_errors(shown, target) + _FLOOR) / plain
         loss = ratio.mean()
         self.images_seen += len(ratio) * self.trainer.world_size
-        gain = -10 * ratio.detach().log10().mean()
+        gain = -10 * ((_errors(shown.detach(), image) + _FLOOR) / plain).log10().mean()
         self.log_dict({"train/loss": loss.detach(), "train/gain": gain})
         self.log("gain", gain, prog_bar=True, logger=False)
         return loss
+
+    @torch.no_grad()
+    def _target(self, picture: DecodedPicture, image: Tensor) -> Tensor:
+        """What a crop is to become: the original, or something between it and the teacher's picture."""
+        if self.teacher is None:
+            return image
+        teacher = self.teacher.network.to(self.device)
+        return image.lerp(_shown(teacher.ensemble(picture), picture, image), self.teacher_share)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip, and log what came in."""
@@ -133,7 +153,7 @@ class PostFilterModule(ScheduledModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """PSNR of the averaged network and of the plain conversion on 8-bit patches."""
         picture = _picture(batch)
-        shown = _shown(self.averaged, picture, batch["image"])
+        shown = _shown(self.averaged(picture), picture, batch["image"])
         errors = [_errors(_eight_bits(x), batch["image"]) for x in (shown, picture.plain)]
         for index, qp, filtered, plain in zip(batch["index"], picture.qp, *errors, strict=True):
             values = [-10 * math.log10(max(float(error), 1e-7)) for error in (filtered, plain)]
@@ -197,12 +217,11 @@ def _picture(batch: dict[str, Tensor]) -> DecodedPicture:
     return DecodedPicture(*(batch[name] for name in DecodedPicture._fields))
 
 
-def _shown(network: PostFilter, picture: DecodedPicture, image: Tensor) -> Tensor:
+def _shown(corrections: Tensor, picture: DecodedPicture, image: Tensor) -> Tensor:
     """RGB with the weights that fit each image best.
 
     The gradient passes the weights by: where the squared error is least, it does not depend on them.
     """
-    corrections = network(picture)
     weights = Normal.of(corrections.detach(), image - picture.plain).weights()
     return corrected(picture.plain, corrections, weights)
 

@@ -13,6 +13,7 @@ from data_pipelines.precode_vvc import PrecodeOptions, precode
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.h266 import H266
 from lightning_tucodec.codecs.models import load_filter
+from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.postfilter import PostFilterModule
 from lightning_tucodec.training.runs import network_weights
@@ -48,14 +49,19 @@ def words(folder: Path, shards: Path, steps: int) -> list[str]:
     return ["fit", "--config", str(path), "--trainer.max_steps", str(steps)]
 
 
+def metrics(folder: Path, name: str) -> list[float]:
+    (run,) = (folder / "runs").iterdir()
+    rows = [yaml.safe_load(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
 def test_it_learns_and_exports(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(words(tmp_path / "run", shards, 60)) == 0
     (folder,) = (tmp_path / "run" / "runs").iterdir()
     content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    gains = [yaml.safe_load(row)["val/gain"] for row in (folder / "metrics.jsonl").read_text()
-             .splitlines() if "val/gain" in row]  # fmt: skip
+    gains = metrics(tmp_path / "run", "val/gain")
     assert len(gains) == 3
     assert gains[-1] > max(0.01, gains[0])
     file = tmp_path / "models" / "mine.safetensors"
@@ -128,3 +134,39 @@ def test_another_network_is_no_start(tmp_path: Path) -> None:
     for name in ("wide.ckpt", "none.ckpt"):
         with pytest.raises(ConfigError, match=name):
             PostFilterModule(network={"channels": 8, "blocks": 1}).warm_start(str(tmp_path / name))
+
+
+def test_a_teacher_is_learned_from(shards: Path, tmp_path: Path) -> None:
+    # Who is the teacher has nothing to learn from it, and of what lies between it and the original as much
+    # as the squared distance is.
+    network = {"channels": 8, "blocks": 1, "mirrored": False}
+    teacher = PostFilterModule(network=network).averaged
+    torch.nn.init.normal_(teacher.tail.weight)
+    file = str(tmp_path / "teacher.safetensors")
+    FilterModel.freeze(teacher, "teacher", {}).file.save(Path(file))
+    options = ["--model.network", str(network).replace("False", "false"), "--model.lr", "1e-12"]
+    options += ["--run.init_from", file, "--model.teacher", file, "--model.teacher_share"]
+    for share in ("0", "0.5", "1"):
+        assert main([*words(tmp_path / share, shards, 10), *options, share]) == 0
+    (alone,), (between,), (taught,) = (
+        metrics(tmp_path / share, "train/loss") for share in ("0", "0.5", "1")
+    )
+    assert alone > 0.8
+    assert taught < 0.1  # What is added to all errors, over the plain conversion's.
+    assert between == pytest.approx(taught + (alone - taught) / 4, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        (["--model.teacher", "nobody"], "nobody"),
+        (["--model.teacher_share", "1.5"], "must lie between 0 and 1"),
+    ],
+)
+def test_no_such_teacher(
+    option: list[str], what: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words(tmp_path / "run", shards, 60), *option]) != 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert what in line
+    assert not (tmp_path / "run" / "runs").exists()
