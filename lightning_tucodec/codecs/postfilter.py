@@ -22,8 +22,8 @@ from lightning_tucodec.nn.postfilter import (
 
 _PEAK = 1023.0
 
-ROWS = 512
-"""Rows that are filtered at a time, besides what the network reaches beyond them: it bounds memory."""
+PIXELS = 1 << 21
+"""About so many are filtered at a time, besides what the network reaches beyond them: it bounds memory."""
 
 
 def decoded_picture(planes: Planes, qp: float, transform: str) -> DecodedPicture:
@@ -40,16 +40,17 @@ def _bands(network: PostFilter, picture: DecodedPicture) -> Iterator[tuple[slice
     Rows are filtered in bands that see as far beyond their ends as the network does, so that there
     are no seams and memory does not grow with the height.
     """
-    height, reach = picture.luma.shape[2], network.reach
-    for top in range(0, height, ROWS):
-        first, end = max(0, top - reach), min(height, top + ROWS + reach)
+    (height, width), reach = picture.luma.shape[2:], network.reach
+    step = max(2 * reach, PIXELS // width // 2 * 2)
+    for top in range(0, height, step):
+        first, end = max(0, top - reach), min(height, top + step + reach)
         band = DecodedPicture(
             picture.luma[:, :, first:end],
             picture.chroma[:, :, first // 2 : end // 2],
             picture.plain[:, :, first:end],
             picture.qp,
         )
-        rows = slice(top, min(height, top + ROWS))
+        rows = slice(top, min(height, top + step))
         yield rows, network.ensemble(band)[:, :, :, top - first : rows.stop - first]
 
 

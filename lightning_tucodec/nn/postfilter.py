@@ -107,9 +107,11 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         """Shape and resolution stay; scale and shift are N×C×1×1, or None for 1 and 0."""
         inner = self.conv1(F.leaky_relu(x, _SLOPE))
-        if scale is not None and shift is not None:
-            inner = torch.addcmul(shift, inner, scale)
         # In place where no gradient needs what was there: fresh memory costs a decoder as much as the sums.
+        if scale is not None and shift is not None:
+            inner = torch.addcmul(
+                shift, inner, scale, out=None if torch.is_grad_enabled() else inner
+            )
         return self.conv2(F.leaky_relu(inner, _SLOPE, inplace=True)).add_(x)
 
 
@@ -167,8 +169,8 @@ class PostFilter(nn.Module):
             pairs = list(self.modulation(picture.qp))
         for block, (scale, shift) in zip(self.body, pairs, strict=True):
             x = block(x, scale, shift)
-        x = self.tail(F.leaky_relu(x, _SLOPE))
-        return _RESIDUAL * self.unfold(x).unflatten(1, (self.config.corrections, 3))
+        x = self.tail(F.leaky_relu(x, _SLOPE, inplace=True))
+        return self.unfold(x).unflatten(1, (self.config.corrections, 3)).mul_(_RESIDUAL)
 
     def ensemble(self, picture: DecodedPicture) -> Tensor:
         """What decoders use; as `forward`."""
@@ -177,7 +179,7 @@ class PostFilter(nn.Module):
             return corrections
         luma, chroma, plain = (plane.flip(-1) for plane in picture[:3])
         mirror = DecodedPicture(luma, chroma, plain, picture.qp)
-        return (corrections + self(mirror).flip(-1)) / 2
+        return corrections.add_(self(mirror).flip(-1)).div_(2)
 
     @property
     def reach(self) -> int:
