@@ -176,15 +176,18 @@ def test_slider(browser: Any, report: Path) -> None:
     assert not is_red(left)
     # The divider goes where the pointer drags it, and where keys on the range move it.
     from selenium.webdriver import ActionChains
+    from selenium.webdriver.support.ui import WebDriverWait
 
-    canvas = element(browser, "#canvas")
+    canvas, divider = (element(browser, selector) for selector in ("#canvas", "#divider"))
     chain = ActionChains(browser).move_to_element(canvas).click_and_hold()
     chain.move_by_offset(-width * 4 // 10, 0).release().perform()
+    # A browser hands on moves of the pointer with its next frame.
+    arrived = pytest.approx(100, abs=15)
+    WebDriverWait(browser, 30).until(lambda _: float(divider.get_property("value")) == arrived)
     assert is_red(pixels(browser)[rows, width * 2 // 10 : width * 9 // 10])
-    before = float(element(browser, "#divider").get_property("value"))
-    assert before == pytest.approx(100, abs=15)
-    element(browser, "#divider").send_keys("\ue014" * 5)
-    assert float(element(browser, "#divider").get_property("value")) == before + 5
+    before = float(divider.get_property("value"))
+    divider.send_keys("\ue014" * 5)
+    assert float(divider.get_property("value")) == before + 5
     browser.execute_script("viewer.setSplit(1)")
     # A is the original, enlarged without smoothing or shown at its size.
     press(browser, "1")
