@@ -79,26 +79,29 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a resolved config that decides the result.
 
     Paths, devices, nodes, workers and logging are left out; in their place stand the SHA-256 of the
-    shard index and of the initial weights. The default classes go unnamed.
+    shard index, of the initial weights and of a teacher. The default classes go unnamed.
 
     Args:
         config: resolved config of `fit` with the groups run, model, data and trainer.
     """
     config = flat(config)
-    named = "class_path" in config["data"]
-    data = arguments(config, "data")
+    model, data, run = arguments(config, "model"), arguments(config, "data"), config["run"]
+    if "teacher" in model:
+        model = {**model, "teacher": _weights_sha256(model["teacher"])}
     decisive = {k: v for k, v in data.items() if k not in _VOLATILE_DATA}
     decisive["index_sha256"] = _sha256(data["shards"], "index.json") if "shards" in data else None
-    run = config["run"]
+
+    def group(name: str, values: dict[str, Any]) -> dict[str, Any]:
+        own = config[name]
+        return {**own, "init_args": values} if "class_path" in own else values
+
     return {
-        "model": config["model"],
-        "data": {**config["data"], "init_args": decisive} if named else decisive,
+        "model": group("model", model),
+        "data": group("data", decisive),
         "trainer": {k: v for k, v in config["trainer"].items() if k not in _VOLATILE_TRAINER},
         "run": {
             **{k: v for k, v in run.items() if k not in _VOLATILE_RUN},
-            "init_from_sha256": _sha256(str(initial_weights(run["init_from"])))
-            if run.get("init_from")
-            else None,
+            "init_from_sha256": _weights_sha256(run.get("init_from")),
         },
         "seed": config.get("seed_everything"),
     }
@@ -121,6 +124,10 @@ def _sha256(location: str, name: str = "") -> str:
         return hashlib.sha256(storage.read(name)).hexdigest()
     except OSError as error:
         raise ConfigError(f"{storage.path(name)}: {error.strerror or error}") from None
+
+
+def _weights_sha256(source: str | None) -> str | None:
+    return _sha256(str(initial_weights(source))) if source else None
 
 
 def initial_weights(source: str) -> Path:

@@ -16,7 +16,8 @@ from lightning_tucodec.codecs.models import load_filter
 from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.postfilter import PostFilterModule
-from lightning_tucodec.training.runs import network_weights
+from lightning_tucodec.training.runs import network_weights, run_id
+from lightning_tucodec.training.tracking import read_metrics
 
 RECIPE = Path(__file__).parents[2] / "experiments" / "tucodecpsnr_postfilter.yaml"
 
@@ -51,8 +52,7 @@ def words(folder: Path, shards: Path, steps: int) -> list[str]:
 
 def metrics(folder: Path, name: str) -> list[float]:
     (run,) = (folder / "runs").iterdir()
-    rows = [yaml.safe_load(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row[name] for row in rows if name in row]
+    return [row[name] for row in read_metrics(run / "metrics.jsonl") if name in row]
 
 
 def test_it_learns_and_exports(
@@ -170,3 +170,17 @@ def test_no_such_teacher(
     (line,) = capsys.readouterr().err.splitlines()
     assert what in line
     assert not (tmp_path / "run" / "runs").exists()
+
+
+def test_a_teacher_decides_and_not_where_it_lies(tmp_path: Path) -> None:
+    names = ("one", "copy", "other")
+    for name, content in zip(names, (b"1", b"1", b"2"), strict=True):
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+
+    def of(teacher: str | None) -> str:
+        model = {"class_path": "a.PostFilterModule", "init_args": {"teacher": teacher}}
+        return run_id({"model": model, "data": {}, "trainer": {}, "run": {}})
+
+    one, copy, other = (of(str(tmp_path / f"{name}.safetensors")) for name in names)
+    assert one == copy
+    assert len({one, other, of("vvc-postfilter"), of(None)}) == 4
