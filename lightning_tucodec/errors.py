@@ -38,3 +38,7 @@ class ExternalToolError(TucodecError):
 
 class DatasetError(TucodecError):
     """Shards, an index or an image folder cannot be used as they are."""
+
+
+class OutputError(TucodecError):
+    """A result cannot be written where the user wants it, or would replace what is there."""

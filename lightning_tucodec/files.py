@@ -3,10 +3,41 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from lightning_tucodec.errors import OutputError
+
+
+def expanded(location: str) -> str:
+    """A path or URL of a user, with `~` and `$NAME` replaced as a shell would; unknown names stay."""
+    return os.path.expanduser(os.path.expandvars(location))
+
+
+def check_targets(
+    targets: Iterable[str | Path], inputs: Iterable[str | Path] = (), force: bool = False
+) -> None:
+    """Refuse to write over an input, or over a file that is there already.
+
+    Links are followed, so the same file under another name is found as well. Every command that
+    writes calls it before it spends time.
+
+    Args:
+        targets: files that are about to be written.
+        inputs: files that the same call reads; they are never replaced.
+        force: whether the user allowed existing files to be replaced.
+
+    Raises:
+        OutputError: which file, and what to do.
+    """
+    sources = {os.path.realpath(path) for path in inputs}
+    for target in targets:
+        if os.path.realpath(target) in sources:
+            raise OutputError(f"{target}: is an input of this call; write somewhere else")
+        if not force and os.path.lexists(target):
+            raise OutputError(f"{target}: exists; name another place, or replace it with --force")
 
 
 @contextmanager
