@@ -13,6 +13,7 @@ discriminator: `PairGameLoss` (Rippel and Bourdev), `NonSaturatingLoss` (HiFiC) 
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
@@ -48,11 +49,12 @@ class RateDistortionLoss(ABC):
         self.lmbda = lmbda
 
     def __call__(self, output: CodecOutput, x: Tensor) -> RateDistortion:
-        """Loss of a batch; `x` is N×3×H×W in [0, 1]."""
-        bpp_y, bpp_z = _rate(output, x)
-        mse = _mse(output.x_hat, x)
-        distortion = self.distortion(output.x_hat, x)
-        loss = self.total(distortion, bpp_y + bpp_z)
+        """Loss of a batch; `x` is N×3×H×W in [0, 1]. Computed in float32 under any autocast."""
+        with torch.autocast(x.device.type, enabled=False):
+            bpp_y, bpp_z = _rate(output, x)
+            mse = _mse(output.x_hat, x)
+            distortion = self.distortion(output.x_hat, x)
+            loss = self.total(distortion, bpp_y + bpp_z)
         return RateDistortion(loss, distortion, mse, bpp_y, bpp_z)
 
     @abstractmethod

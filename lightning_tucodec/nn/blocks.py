@@ -42,6 +42,15 @@ def transposed3x3(channels_in: int, channels_out: int, factor: int = 2) -> nn.Co
     return layer
 
 
+def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a layer, under autocast in float32: bfloat16 holds 8 bits, values of y and μ need more."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.float()
+    with torch.autocast(x.device.type, enabled=False):
+        result: Tensor = layer(x)
+    return result
+
+
 def preserving(layer: nn.Conv2d) -> nn.Conv2d:
     """Initialise so that the variance of the input is that of the output.
 

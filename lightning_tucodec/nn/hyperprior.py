@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_tucodec.nn.blocks import conv3x3, transposed3x3
+from lightning_tucodec.nn.blocks import conv3x3, in_float32, transposed3x3
 from lightning_tucodec.nn.context import POINT, TapConv2d, leaky
 
 HYPER_STRIDE = 4
@@ -105,5 +105,5 @@ class EntropyParameters(nn.Module):
         """`upsilon` is None when the model has no context."""
         features = gamma if upsilon is None else torch.cat([gamma, upsilon], dim=1)
         x = leaky(self.layer2(leaky(self.layer1(features))))
-        mu, log_scale = self.layer3(x).chunk(2, dim=1)
+        mu, log_scale = in_float32(self.layer3, x).chunk(2, dim=1)
         return LaplaceParameters(mu, log_scale)

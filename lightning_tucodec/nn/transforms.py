@@ -19,6 +19,7 @@ from lightning_tucodec.nn.blocks import (
     conv1x1,
     conv3x3,
     downsample,
+    in_float32,
     residual_blocks,
     upsample,
 )
@@ -161,7 +162,8 @@ class AnalysisTransform(nn.Module):
                 x = self.attention_quarter(x)
         x = self.attention_latent(x)
         features = [x, *(branch(tap) for branch, tap in zip(self.branches, taps, strict=False))]
-        return self.gain * self.to_latent(torch.cat(features, dim=1) if len(features) > 1 else x)
+        fused = torch.cat(features, dim=1) if len(features) > 1 else x
+        return self.gain * in_float32(self.to_latent, fused)
 
 
 class SynthesisTransform(nn.Module):
@@ -217,4 +219,8 @@ class SynthesisTransform(nn.Module):
 
     def forward(self, y_hat: Tensor) -> Tensor:
         """Synthesise the image."""
-        return self.layers(y_hat / self.gain) + 0.5
+        first, *others = self.layers
+        x = in_float32(first, y_hat / self.gain)
+        for layer in others:
+            x = layer(x)
+        return x + 0.5

@@ -49,6 +49,9 @@ _VOLATILE_RUN = {
     "job_type", "baseline",
 }  # fmt: skip
 
+_LATER_MODEL = {"muon_iterations": 5}
+"""Options that came after runs had been named, with what those runs did: so they go unnamed."""
+
 _PACKAGES = (
     "lightning-tucodec", "torch", "pytorch-lightning", "numpy", "numba", "pillow", "webdataset",
     "fsspec", "wandb", "jsonargparse",
@@ -88,6 +91,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     model, data, run = arguments(config, "model"), arguments(config, "data"), config["run"]
     if "teacher" in model:
         model = {**model, "teacher": _weights_sha256(model["teacher"])}
+    model = {k: v for k, v in model.items() if k not in _LATER_MODEL or v != _LATER_MODEL[k]}
     decisive = {k: v for k, v in data.items() if k not in _VOLATILE_DATA}
     decisive["index_sha256"] = _sha256(data["shards"], "index.json") if "shards" in data else None
 

@@ -1,6 +1,7 @@
 """TucodecVAE as a LightningModule: the MSE and the MS-SSIM recipe."""
 
 import dataclasses
+import platform
 import sys
 from typing import Any, Literal
 
@@ -76,7 +77,9 @@ class CodecModule(ScheduledModule):
         preset: size of the network.
         codec: replaced fields of the preset, see `resolve_codec`.
         lr: learning rate on the plateau.
-        optimizer: "adam", or "muon" for all convolutions but small ones, see MuonAdam.
+        optimizer: "adam", or "muon" for all convolutions but small ones, see MuonAdam. Under the trainer's
+            precision "bf16-mixed" its iterations compute in bfloat16 too.
+        muon_iterations: of Newton and Schulz in a step of Muon.
         final_lr: learning rate at the end.
         warmup_steps: length of the warm-up.
         decay_start: fraction of `max_steps` at which the cosine begins.
@@ -103,6 +106,7 @@ class CodecModule(ScheduledModule):
         frozen: list[str] | None = None,
         init_parts: list[str] | None = None,
         klt_start: bool = False,
+        muon_iterations: int = 5,
     ) -> None:
         super().__init__(lr, final_lr, warmup_steps, decay_start, clip_norm)
         self.recipe = recipe
@@ -122,7 +126,9 @@ class CodecModule(ScheduledModule):
         self.init_parts = init_parts
         self.klt_start = klt_start
         self.preset = preset
-        self.optimizer = optimizer
+        if muon_iterations < 1:
+            raise ConfigError(f"model.muon_iterations starts at 1, got {muon_iterations}")
+        self.optimizer, self.muon_iterations = optimizer, muon_iterations
         self.seed = seed
         self.used_centres = torch.zeros(self.network.config.centres, dtype=torch.int64)
         self.network.to(memory_format=torch.channels_last)
@@ -131,12 +137,29 @@ class CodecModule(ScheduledModule):
         """One optimiser for everything: the prior of z needs no auxiliary loss."""
         if self.optimizer == "muon":
             parts = ("g_a", "g_s", "h_a", "h_s", "context", "entropy_parameters")
-            return muon_adam(self.network, parts, self.lr)
+            return muon_adam(
+                self.network,
+                parts,
+                self.lr,
+                iterations=self.muon_iterations,
+                dtype=torch.bfloat16 if self.in_bfloat16 else torch.float32,
+            )
         trained = [p for p in self.network.parameters() if p.requires_grad]
         return torch.optim.Adam(trained, lr=self.lr, fused=True)
 
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the training step computes in bfloat16 where it may."""
+        return self._trainer is not None and self._trainer.precision == "bf16-mixed"
+
     def on_fit_start(self) -> None:
         """Check what can be known before any time is spent."""
+        if self.in_bfloat16 and self.device.type == "cpu" and not bfloat16_is_fast():
+            print(
+                "tucodec: trainer.precision bf16-mixed: this processor has no instructions for "
+                "bfloat16, so that it is slower than 32-true",
+                file=sys.stderr,
+            )
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(datamodule, PatchDataModule):
             return
@@ -166,7 +189,14 @@ class CodecModule(ScheduledModule):
                 print(f"step {self.opt_step}: no real files, {error}", file=sys.stderr)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Rate of the hard symbols and of a real file, distortion of the 8-bit image; one a batch."""
+        """Rate of the hard symbols and of a real file, distortion of the 8-bit image; one a batch.
+
+        In float32, whatever the training's precision: that is what files are made with.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            self._measure(batch)
+
+    def _measure(self, batch: dict[str, Tensor]) -> None:
         x = batch["image"]
         output = self.shown(x)
         pixels = x.shape[-1] * x.shape[-2]
@@ -287,6 +317,11 @@ class VAE(CodecModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip, and log what came in."""
         self.log("train/grad_norm", self.clip(optimizer))
+
+
+def bfloat16_is_fast() -> bool:
+    """Whether this processor multiplies matrices of bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported() or platform.machine() == "aarch64"
 
 
 def eight_bits(x: Tensor) -> NDArray[np.uint8]:

@@ -77,6 +77,22 @@ def test_gradient_reaches_every_parameter() -> None:
     assert without == []
 
 
+def test_latent_and_rate_keep_their_precision_under_autocast(micro: TucodecVAE) -> None:
+    """bfloat16 holds 8 bits: a y or a μ of 100 would be off by half a centre's distance."""
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    y_hat = 100 * torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output = micro(x)
+        mu, log_scale = micro.parameters_of(torch.zeros(2, 4, 1, 1), y_hat)
+        terms = MSERateLoss(500.0)(output, x)
+    for value in (output.y, mu, log_scale):
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, value.bfloat16().float())
+    for likelihoods in (output.y_likelihoods, output.z_likelihoods):
+        assert likelihoods.dtype == torch.float32
+    assert terms.loss.dtype == terms.mse.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -355,9 +355,54 @@ def test_a_klt_start_is_for_runs_that_do_not_start_from_weights(
     assert "model.klt_start: a KLT start needs" in capsys.readouterr().err
 
 
+def test_bfloat16_trains_as_float32_does_and_validates_in_float32(
+    tmp_path: Path,
+    shard_folder: Path,
+    val_folder: Path,
+    micro: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same losses within the noise of a batch; the validation is that of `validate` in float32."""
+    losses, last = {}, {}
+    for precision in ("32-true", "bf16-mixed"):
+        (tmp_path / precision).mkdir()
+        values = config(
+            tmp_path / precision,
+            shard_folder,
+            {**micro, "quantizer": "noise"},
+            steps=40,
+            optimizer="muon",
+            muon_iterations=3,
+        )
+        values["trainer"].update(precision=precision, val_check_interval=40)
+        values["data"]["val_images"] = str(val_folder)
+        path = write(tmp_path / precision, values)
+        assert main(["fit", "--config", path]) == 0
+        rows = read_metrics(runs(tmp_path / precision)[0] / "metrics.jsonl")
+        losses[precision] = torch.tensor([r["train/loss"] for r in rows if "train/loss" in r])
+        last[precision] = rows[-1]
+    single, half = losses.values()
+    assert not torch.equal(single, half)
+    spread = float(single[20:].std())
+    assert float((single - half).abs().max()) < 0.5 * spread
+    (folder,) = runs(tmp_path / "bf16-mixed")
+    words = ["--config", path, "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
+    capsys.readouterr()
+    assert main(["validate", *words, "--trainer.precision", "32-true"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("val/psnr", "val/bpp", "val/real_bpp"):
+        (line,) = [line for line in printed.splitlines() if f" {name} " in line]
+        assert float(line.split("│")[2]) == pytest.approx(last["bf16-mixed"][name], rel=1e-6)
+
+
 def test_identity_ignores_where_and_knows_what(tmp_path: Path, shard_folder: Path) -> None:
     values = config(tmp_path, shard_folder, {})
     base = run_id(values)
+    values["model"]["muon_iterations"] = 5  # what runs did before there was a choice
+    assert run_id(values) == base
+    values["model"]["muon_iterations"] = 3
+    assert run_id(values) != base
+    del values["model"]["muon_iterations"]
     values["run"].update(runs_dir="/elsewhere", threads=2, wandb=True)
     values["trainer"].update(devices=4, accelerator="gpu")
     values["data"]["num_workers"] = 3

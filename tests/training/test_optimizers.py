@@ -35,6 +35,22 @@ def test_a_step_has_the_stated_size() -> None:
     assert rms == pytest.approx(0.01 * 0.2, rel=0.2)
 
 
+def test_three_iterations_in_bfloat16_go_the_same_way() -> None:
+    torch.manual_seed(0)
+    gradient = torch.randn(48, 90) @ torch.diag(torch.logspace(0, -1, 90))
+    steps = []
+    for options in ({}, {"iterations": 3, "dtype": torch.bfloat16}):
+        weight = nn.Parameter(torch.zeros(48, 90))
+        optimizer = MuonAdam([weight], [nn.Parameter(torch.zeros(1))], lr=0.01, **options)  # type: ignore[arg-type]
+        weight.grad = gradient.clone()
+        optimizer.step()
+        assert weight.dtype == optimizer.state[weight]["momentum"].dtype == torch.float32
+        steps.append(weight.detach().flatten())
+    assert not torch.equal(*steps)
+    assert float(torch.cosine_similarity(*steps, dim=0)) > 0.97
+    assert float(steps[1].norm() / steps[0].norm()) == pytest.approx(1, abs=0.15)
+
+
 def test_others_are_plain_adam() -> None:
     torch.manual_seed(0)
     start = torch.randn(5)
