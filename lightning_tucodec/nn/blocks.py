@@ -44,11 +44,11 @@ def transposed3x3(channels_in: int, channels_out: int, factor: int = 2) -> nn.Co
 
 def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a layer, under autocast in float32: bfloat16 holds 8 bits, values of y and μ need more."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.float()
-    with torch.autocast(x.device.type, enabled=False):
-        result: Tensor = layer(x)
-    return result
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return layer(x.float())
+    return layer(x)
 
 
 def preserving(layer: nn.Conv2d) -> nn.Conv2d:
