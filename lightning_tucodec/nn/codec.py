@@ -42,12 +42,14 @@ class CodecConfig:
 
     Attributes:
         transform, hyper, context: sizes of the parts.
-        quantizer: "centres" (learned), "round" or "noise" (baselines).
+        quantizer: "centres" (learned, Z19), "companded" (learned by additive noise), "round" or "noise"
+            (baselines).
         centres: M.
         hardness: see ClusterQuantizer.
         rate_proxy: where the training rate is taken, −log2[F(v + δ⁺) − F(v − δ⁻)]:
             "straight_through" at v = ŷ with the gradient of the soft assignment, "noise" at
-            v = y + u, u uniform in the cell (additive noise when the spacing is one).
+            v = y + u, u uniform in the cell (additive noise when the spacing is one). "companded" has a
+            rate of its own.
     """
 
     transform: TransformConfig = field(default_factory=TransformConfig)
@@ -174,7 +176,7 @@ class TucodecVAE(nn.Module):
         z_hat, z_likelihoods = self.factorized_prior(self.h_a(hyper_input))
         mu, log_scale = self.parameters_of(z_hat, quantized.y_hat)
         value = quantized.y_hat
-        if self.training and self.config.rate_proxy == "noise":
+        if self.training and self.config.rate_proxy == "noise" and not self.quantizer.joint:
             value = self._noisy(y.float(), quantized.below, quantized.above)
         y_likelihoods = self.prior(value, quantized.below, quantized.above, mu, log_scale)
         return quantized, y_likelihoods, z_likelihoods

@@ -1,8 +1,9 @@
 """Quantisers of the latent y.
 
 `ClusterQuantizer` is Z19 section 2.2 (eqs 1–3): hard assignment to learned scalar centres forward, the
-soft assignment's gradient backward. `RoundQuantizer` and `NoiseQuantizer` are the baselines it is
-compared with; they use the integers as centres, so priors and coder treat all three alike.
+soft assignment's gradient backward. `CompandedQuantizer` learns centres too, by additive noise.
+`RoundQuantizer` and `NoiseQuantizer` are the baselines they are compared with; they use the integers as
+centres, so priors and coder treat all alike.
 """
 
 import math
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-QuantizerKind = Literal["centres", "round", "noise"]
+QuantizerKind = Literal["centres", "companded", "round", "noise"]
 
 
 class Quantized(NamedTuple):
@@ -21,8 +22,9 @@ class Quantized(NamedTuple):
     Attributes:
         y_hat: what g_s and the context see.
         index: hard assignment, int64 in [0, M).
-        below: distance from the assigned centre to its cell's lower edge (+inf in the first cell).
-        above: distance to the upper edge (+inf in the last cell).
+        below: distance from the assigned centre to its cell's lower edge (+inf in the first cell);
+            from y_hat to the lower end of the interval around it where the quantiser is `joint`.
+        above: distance to the upper edge (+inf in the last cell), or end.
     """
 
     y_hat: Tensor
@@ -37,7 +39,13 @@ def cell_edges(centres: Tensor) -> Tensor:
 
 
 class Quantizer(nn.Module):
-    """What the quantisers share: assignment to sorted centres and the cells around them."""
+    """What the quantisers share: assignment to sorted centres and the cells around them.
+
+    Attributes:
+        joint: in training the rate is that of the very ŷ that g_s sees, in the interval around it.
+    """
+
+    joint: bool = False
 
     def centres(self) -> Tensor:
         """The M centres in increasing order, float32."""
@@ -54,7 +62,85 @@ class Quantizer(nn.Module):
         return index, centres[index], below[index], above[index]
 
 
-class ClusterQuantizer(Quantizer):
+class LearnedCentres(Quantizer):
+    """M learned centres, parametrised by their gaps.
+
+    Gaps are positive with a minimum and are cumulated outward from the middle centre: one gap that grows
+    moves the outer centres, not the busy middle ones.
+
+    Args:
+        count: M.
+        min_gap: lower bound of the gaps; the prior's least scale is 0.04 of it.
+        free_middle: the middle centre is learned as well; otherwise it is zero.
+    """
+
+    middle: nn.Parameter | None
+
+    def __init__(self, count: int, min_gap: float = 0.4, free_middle: bool = False) -> None:
+        super().__init__()
+        if count < 3:
+            raise ValueError(f"at least 3 centres are needed, got {count}")
+        self.count = count
+        self.min_gap = min_gap
+        self.register_parameter("middle", nn.Parameter(torch.zeros(())) if free_middle else None)
+        # softplus(raw) + min_gap = 1: the centres start on the integers −M/2 … M/2 − 1.
+        self.raw_gaps = nn.Parameter(torch.full((count - 1,), math.log(math.expm1(1 - min_gap))))
+
+    def gaps(self) -> Tensor:
+        """The M − 1 distances between neighbours, float32."""
+        return F.softplus(self.raw_gaps.float()) + self.min_gap
+
+    def centres(self) -> Tensor:
+        """The M centres in increasing order, float32; the middle one has the index M // 2."""
+        gaps = self.gaps()
+        half = self.count // 2
+        lower = -torch.cumsum(gaps[:half].flip(0), 0).flip(0)
+        upper = torch.cumsum(gaps[half:], 0)
+        around_zero = torch.cat([lower, gaps.new_zeros(1), upper])
+        return around_zero if self.middle is None else self.middle.float() + around_zero
+
+
+class CompandedQuantizer(LearnedCentres):
+    """Learned centres as a companded uniform quantiser: ŷ = φ(t̃), t = φ⁻¹(y), t̃ = t + u, u ~ U(−½, ½).
+
+    φ is the piecewise linear map through (k, c_k), continued beyond the end centres. In training g_s and
+    the rate see the same ŷ, and the rate is the mass between φ(t̃ − ½) and φ(t̃ + ½): for any u these
+    intervals tile the line. Otherwise t is rounded, and the cells φ(k ± ½) are exactly the Voronoi cells.
+    With unit gaps this is additive noise (Ballé et al. 2017), which it contains.
+
+    The middle centre stays at zero. Noise does not notice where a cell's edge lies, so a free grid
+    drifts until the edge stands on the most frequent value, where real files pay for it.
+    """
+
+    joint = True
+
+    def compress(self, y: Tensor) -> Tensor:
+        """t = φ⁻¹(y), float32."""
+        centres, gaps = self.centres(), self.gaps()
+        cell = torch.bucketize(y.detach().contiguous(), centres[1:-1].detach(), right=True)
+        return cell - self.count // 2 + (y - centres[cell]) / gaps[cell]
+
+    def expand(self, t: Tensor) -> Tensor:
+        """φ(t), float32."""
+        half = self.count // 2
+        cell = (t.detach().floor().long() + half).clamp(0, self.count - 2)
+        return self.centres()[cell] + (t - (cell - half)) * self.gaps()[cell]
+
+    def forward(self, y: Tensor) -> Quantized:
+        """Quantise; float32 whatever autocast says."""
+        with torch.autocast(y.device.type, enabled=False):
+            y = y.float()
+            index, hard, below, above = self.assign(y)
+            if not self.training:
+                return Quantized(hard, index, below, above)
+            t = self.compress(y) + torch.rand_like(y) - 0.5
+            y_hat = self.expand(t)
+            return Quantized(
+                y_hat, index, y_hat - self.expand(t - 0.5), self.expand(t + 0.5) - y_hat
+            )
+
+
+class ClusterQuantizer(LearnedCentres):
     """Quantisation to M learned centres, hard forward and soft backward (Z19 eqs 1–3).
 
     ŷ = c_j*, j* = argmin_j |y − c_j|; the gradient is that of
@@ -62,33 +148,17 @@ class ClusterQuantizer(Quantizer):
     outside of which the weights are below exp(−16). Beyond the end centres, where ỹ is flat, the gradient
     of y is passed straight through so that such values find back.
 
-    The centres are parametrised by their gaps, which are positive with a minimum and are cumulated
-    outward from the middle centre: one gap that grows moves the outer centres, not the busy middle ones.
+    The middle centre is learned as well.
 
     Args:
         count: M.
         hardness: σ times the mean gap. From 5 on the gradient vanishes on most of a cell.
-        min_gap: lower bound of the gaps; the prior's least scale is 0.04 of it.
+        min_gap: see LearnedCentres.
     """
 
     def __init__(self, count: int = 200, hardness: float = 2.0, min_gap: float = 0.4) -> None:
-        super().__init__()
-        if count < 3:
-            raise ValueError(f"at least 3 centres are needed, got {count}")
-        self.count = count
+        super().__init__(count, min_gap, free_middle=True)
         self.hardness = hardness
-        self.min_gap = min_gap
-        self.middle = nn.Parameter(torch.zeros(()))
-        # softplus(raw) + min_gap = 1: the centres start on the integers −M/2 … M/2 − 1.
-        self.raw_gaps = nn.Parameter(torch.full((count - 1,), math.log(math.expm1(1 - min_gap))))
-
-    def centres(self) -> Tensor:
-        """The M centres in increasing order, float32."""
-        gaps = F.softplus(self.raw_gaps.float()) + self.min_gap
-        half = self.count // 2
-        lower = -torch.cumsum(gaps[:half].flip(0), 0).flip(0)
-        upper = torch.cumsum(gaps[half:], 0)
-        return self.middle.float() + torch.cat([lower, gaps.new_zeros(1), upper])
 
     def sigma(self, centres: Tensor) -> Tensor:
         """σ of the soft assignment, a constant for the gradient."""
@@ -173,4 +243,6 @@ def make_quantizer(kind: QuantizerKind, count: int, hardness: float) -> Quantize
     """The quantiser that a recipe names."""
     if kind == "centres":
         return ClusterQuantizer(count, hardness)
+    if kind == "companded":
+        return CompandedQuantizer(count)
     return RoundQuantizer(count) if kind == "round" else NoiseQuantizer(count)

@@ -35,6 +35,26 @@ def test_decoded_pixels_are_the_encoders(model: TucModel, size: tuple[int, int])
     np.testing.assert_array_equal(shown, model.synthesise(coded.latents.y, size[1], size[0]))
 
 
+def test_companded_centres_are_coded(tmp_path: Path) -> None:
+    """Learned gaps go through the exported file into the integer tables."""
+    torch.manual_seed(0)
+    network = TucodecVAE(resolve_codec("tiny", {**MICRO, "quantizer": "companded"}))
+    raw = network.quantizer.raw_gaps
+    assert isinstance(raw, torch.nn.Parameter)
+    with torch.no_grad():
+        raw.add_(torch.linspace(-1, 1, len(raw)).abs())
+    freeze(network, "companded", {}).save(tmp_path / "companded.safetensors")
+    model = TucModel(ModelFile.load(tmp_path / "companded.safetensors"))
+    pixels = photo("chelsea.png", 256, 192)
+    coded = model.code(pixels)
+    shown = model.decode(coded.data)
+    np.testing.assert_array_equal(shown, model.synthesise(coded.latents.y, 256, 192))
+    assert -1 < len(coded.data) - model.bits_of(coded.latents) / 8 < 40  # with the header
+    centres = model.network.quantizer.centres().detach()
+    assert torch.equal(centres, network.quantizer.centres().detach())
+    assert float(centres.diff().max()) > 1.3
+
+
 def test_file_size_is_close_to_the_estimate(model: TucModel) -> None:
     pixels = photo("chelsea.png", 256, 192)
     bits = 8 * len(model.encode(pixels))

@@ -99,6 +99,7 @@ def test_latent_and_rate_keep_their_precision_under_autocast(micro: TucodecVAE) 
         {"context.channels": 0},
         {"hyper.as_drawn": True},
         {"quantizer": "round"},
+        {"quantizer": "companded"},
         {"quantizer": "noise", "rate_proxy": "straight_through"},
         {"transform.non_local": True},
         {"transform.attention_latent": False},

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lightning_tucodec.nn.codec import CodecConfig
+from lightning_tucodec.nn.priors import LaplacePrior
 from lightning_tucodec.nn.quantizer import (
     ClusterQuantizer,
+    CompandedQuantizer,
     NoiseQuantizer,
     RoundQuantizer,
     make_quantizer,
@@ -139,7 +141,10 @@ def test_noise() -> None:
 
 
 def test_the_recipe_names_the_quantizer() -> None:
-    kinds = {"centres": ClusterQuantizer, "round": RoundQuantizer, "noise": NoiseQuantizer}
+    kinds = {
+        "centres": ClusterQuantizer, "companded": CompandedQuantizer, "round": RoundQuantizer,
+        "noise": NoiseQuantizer,
+    }  # fmt: skip
     for kind, expected in kinds.items():
         assert type(make_quantizer(kind, 9, 2.0)) is expected  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="quantizer 'floor' is unknown"):
@@ -148,8 +153,95 @@ def test_the_recipe_names_the_quantizer() -> None:
         ClusterQuantizer(2)
 
 
-def test_float32_under_autocast() -> None:
-    quantizer = ClusterQuantizer(9)
+def companded(raw: np.ndarray) -> CompandedQuantizer:
+    quantizer = CompandedQuantizer(len(raw) + 1)
+    with torch.no_grad():
+        quantizer.raw_gaps.copy_(torch.from_numpy(raw))
+    return quantizer
+
+
+def test_companding_with_unit_gaps_is_additive_noise() -> None:
+    quantizer = CompandedQuantizer(60)
+    y = 20 * torch.randn(2000, generator=torch.Generator().manual_seed(0))  # some beyond the ends
+    torch.manual_seed(1)
+    quantized = quantizer(y)
+    torch.manual_seed(1)
+    torch.testing.assert_close(quantized.y_hat, NoiseQuantizer(60)(y).y_hat, atol=1e-4, rtol=0)
+    half = torch.full_like(y, 0.5)
+    torch.testing.assert_close(quantized.below, half, atol=1e-4, rtol=0)
+    torch.testing.assert_close(quantized.above, half, atol=1e-4, rtol=0)
+    rounded, expected = quantizer.eval()(y), RoundQuantizer(60)(y)
+    assert torch.equal(rounded.index, expected.index)
+
+
+@given(gaps, st.integers(0, 2**32))
+def test_companded_cells_are_rounding_and_voronoi_cells(raw: np.ndarray, seed: int) -> None:
+    quantizer = companded(raw).eval()
+    centres = quantizer.centres().detach()
+    half = quantizer.count // 2
+    assert float(centres[half]) == 0
+    y = 40 * torch.randn(300, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        quantized = quantizer(y)
+        t = quantizer.compress(y)
+        tolerance = 1e-5 * float(1 + centres.abs().max())
+        torch.testing.assert_close(quantizer.expand(t), y, atol=tolerance, rtol=1e-5)
+        # An edge is midway between its centres, so that φ takes the edges of rounding there.
+        edges = quantizer.expand(torch.arange(quantizer.count - 1) - half + 0.5)
+    torch.testing.assert_close(edges, (centres[1:] + centres[:-1]) / 2, atol=tolerance, rtol=0)
+    torch.testing.assert_close((y - quantized.y_hat).abs(), (y[:, None] - centres).abs().min(1)[0])
+    inside = (t - t.floor() - 0.5).abs() > 1e-3
+    rounded = (t.round().long() + half).clamp(0, quantizer.count - 1)
+    assert torch.equal(quantized.index[inside], rounded[inside])
+
+
+@given(gaps, st.floats(-3, 3), st.floats(-1, 2))
+def test_companded_intervals_tile_the_line_at_any_offset(
+    raw: np.ndarray, mu: float, log_scale: float
+) -> None:
+    """So what training charges is a probability: summed over shifts by whole centres it is one."""
+    quantizer = companded(raw)
+    steps = torch.arange(-400.0, 400.0) + 0.3
+    with torch.no_grad():
+        low, middle, high = (quantizer.expand(steps + d) for d in (-0.5, 0.0, 0.5))
+        parameters = torch.tensor(mu), torch.tensor(log_scale)
+        mass = LaplacePrior()(middle, middle - low, high - middle, *parameters)
+    assert float(mass.sum()) == pytest.approx(1, abs=1e-3)
+
+
+def test_companding_learns_its_gaps_from_distortion_and_from_rate() -> None:
+    """By the gradient of a known loss: with the same noise it equals a difference quotient."""
+    quantizer = companded(np.linspace(-1, 1, 20, dtype=np.float32))
+    y = 4 * torch.randn(500, generator=torch.Generator().manual_seed(0))
+    target = 1.1 * y
+    y.requires_grad_()
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(1)
+        q = quantizer(y)
+        zero = torch.zeros(())
+        rate = -LaplacePrior()(q.y_hat, q.below, q.above, zero, zero).log().mean()
+        return rate + (q.y_hat - target).square().mean()
+
+    loss().backward()
+    assert y.grad is not None
+    assert quantizer.raw_gaps.grad is not None
+    for parameter, place in ((quantizer.raw_gaps, 9), (quantizer.raw_gaps, 11), (y, 7)):
+        assert parameter.grad is not None
+        values = []
+        for step in (0.01, -0.01):
+            with torch.no_grad():
+                parameter.view(-1)[place] += step
+            values.append(float(loss().detach()))
+            with torch.no_grad():
+                parameter.view(-1)[place] -= step
+        slope = (values[0] - values[1]) / 0.02
+        assert float(parameter.grad[place]) == pytest.approx(slope, rel=0.1, abs=3e-4)
+
+
+@pytest.mark.parametrize("kind", [ClusterQuantizer, CompandedQuantizer])
+def test_float32_under_autocast(kind: type[ClusterQuantizer | CompandedQuantizer]) -> None:
+    quantizer = kind(9)
     with torch.autocast("cpu", torch.bfloat16):
         quantized = quantizer(torch.randn(4).bfloat16())
     assert all(t.dtype == torch.float32 for t in quantized if t.is_floating_point())
