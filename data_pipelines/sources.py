@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from lightning_tucodec.errors import DatasetError
-from lightning_tucodec.images import IMAGE_SUFFIXES
+from lightning_tucodec.images import IMAGE_SUFFIXES, is_image_name
 from lightning_tucodec.storage import Storage, is_remote
 
 
@@ -53,7 +53,9 @@ class Source:
         if self.single:
             return [Entry(number, self.name, 0, os.stat(self.location).st_size)]
         return [
-            Entry(number, name, 0, size) for name, size in self.storage.files() if _is_image(name)
+            Entry(number, name, 0, size)
+            for name, size in self.storage.files()
+            if is_image_name(name)
         ]
 
     def read(self, entry: Entry) -> bytes:
@@ -77,7 +79,7 @@ class Source:
                 found = [
                     Entry(number, member.name, member.offset_data, member.size)
                     for member in tar
-                    if member.isfile() and _is_image(member.name)
+                    if member.isfile() and is_image_name(member.name)
                 ]
         except tarfile.TarError as error:
             raise DatasetError(
@@ -111,11 +113,6 @@ def fingerprint(sources: Sequence[Source], entries: Sequence[Entry], settings: s
             f"\n{entry.source} {entry.size} {entry.name}".encode("utf-8", "surrogateescape")
         )
     return digest.hexdigest()
-
-
-def _is_image(name: str) -> bool:
-    base = PurePosixPath(name)
-    return base.suffix.lower() in IMAGE_SUFFIXES and not base.name.startswith(".")
 
 
 class _RangeReader(io.RawIOBase):

@@ -27,6 +27,7 @@ from lightning_tucodec.errors import (
     UnknownModelError,
     UnsupportedVersionError,
 )
+from lightning_tucodec.images import to_pixels
 from lightning_tucodec.nn import tiles
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.hyperprior import HYPER_STRIDE
@@ -114,14 +115,15 @@ def as_pixels(image: ImageLike) -> NDArray[np.uint8]:
         TypeError: not a PIL image, nor uint8 of shape H×W×3.
     """
     if isinstance(image, Image.Image):
-        return np.array(image.convert("RGB"))
+        return to_pixels(image)
     if isinstance(image, Tensor):
         image = image.cpu().numpy()
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
         raise TypeError("an image is a PIL.Image or a uint8 array or tensor of shape H×W×3")
     if image.shape[2] != 3:
         raise TypeError(f"an image has shape H×W×3, got {image.shape}")
-    return image
+    # PyTorch takes no negative strides, which a mirrored view has.
+    return np.ascontiguousarray(image)
 
 
 def _scaled(positions: slice) -> slice:
