@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +96,10 @@ class BuildOptions:
             raise ConfigError("--scales: every scale must lie in (0, 1]")
         if not 0 <= self.max_overlap < 1:
             raise ConfigError(f"--max-overlap {self.max_overlap}: must lie in [0, 1)")
+        if not 0 <= self.min_contrast <= 255:
+            raise ConfigError(f"--min-contrast {self.min_contrast}: must lie in [0, 255]")
+        if not -1 <= self.duplicate_bits < 64:
+            raise ConfigError(f"--duplicate-bits {self.duplicate_bits}: must lie in -1 … 63")
         if self.long_edge < self.patch:
             raise ConfigError(
                 f"--long-edge {self.long_edge}: leaves no room for patches of {self.patch}"
@@ -195,9 +200,18 @@ class _Build:
 
     def run(self, merge: bool) -> Summary:
         complete = self._claim()
-        if complete is not None:
-            self._clean()
-            return self._summary(complete)
+        if complete is None:
+            try:
+                return self._advance(merge)
+            except (FileNotFoundError, DatasetError):
+                # Another process may have completed the same build and removed the notes.
+                complete = self._claim()
+                if complete is None:
+                    raise
+        self._clean()
+        return self._summary(complete)
+
+    def _advance(self, merge: bool) -> Summary:
         chunks = range(-(-len(self.entries) // _CHUNK))
         missing = self._inspect(chunks)
         if missing and not merge:
@@ -281,7 +295,10 @@ class _Build:
             "sources": [
                 {
                     "name": source.name,
-                    "images": sum(entry.source == number for entry in self.entries),
+                    "images": sum(
+                        entry.source == number and not entry.name.endswith("/")
+                        for entry in self.entries
+                    ),
                     "licence": (
                         self.licences[number] if self.licences else source.licence()
                     ) or "not stated",
@@ -305,7 +322,7 @@ class _Build:
             self.storage.remove(f"{_STATE}/{name}")
         if not self.storage.remote:
             folder = Path(self.storage.location)
-            if (folder / _STATE).is_dir():
+            with suppress(OSError):  # gone, or used by another process
                 (folder / _STATE).rmdir()
             # What atomic writes of killed processes have left.
             for name in ("shard-*", INDEX, REJECTED):

@@ -9,12 +9,18 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from lightning_tucodec.errors import DatasetError
+from lightning_tucodec.files import expanded
 from lightning_tucodec.images import IMAGE_SUFFIXES, is_image_name
 from lightning_tucodec.storage import Storage, is_remote
 
+_ARCHIVES = (".tgz", ".gz", ".bz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
+
 
 class Entry(NamedTuple):
-    """One image file: number of its source, name in it, first byte (within a tar) and size."""
+    """One image file: number of its source, name in it, first byte (within a tar) and size.
+
+    A name that ends with "/" is a folder that may not be read; it is rejected as an image would be.
+    """
 
     source: int
     name: str
@@ -31,10 +37,11 @@ class Source:
     """
 
     def __init__(self, location: str) -> None:
+        if not is_remote(location):
+            # What a link leads to decides, so that a name and its bytes lie in the same folder.
+            location = Path(expanded(location.removeprefix("file://"))).resolve().as_posix()
         self.location = location
-        self.name = PurePosixPath(
-            location if is_remote(location) else Path(location).resolve().as_posix()
-        ).name
+        self.name = PurePosixPath(location).name
         self.is_tar = self.name.lower().endswith(".tar")
         single = self.is_tar or (not is_remote(location) and Path(location).is_file())
         self.storage = Storage(location.rpartition("/")[0] or "." if single else location)
@@ -48,6 +55,10 @@ class Source:
         """
         if not self.storage.remote and not os.path.exists(self.location):
             raise DatasetError(f"{self.location}: no such folder or file")
+        if self.name.lower().endswith(_ARCHIVES):
+            raise DatasetError(
+                f"{self.location}: a packed archive; unpack it first (only plain tars are read)"
+            )
         if self.is_tar:
             return self._tar_entries(number)
         if self.single:
@@ -55,11 +66,17 @@ class Source:
         return [
             Entry(number, name, 0, size)
             for name, size in self.storage.files()
-            if is_image_name(name)
+            if is_image_name(name) or name.endswith("/")
         ]
 
     def read(self, entry: Entry) -> bytes:
-        """The bytes of one image file."""
+        """The bytes of one image file.
+
+        Raises:
+            PermissionError: it stands for a folder that may not be read.
+        """
+        if entry.name.endswith("/"):
+            raise PermissionError(f"{entry.name}: the folder may not be read (permissions)")
         if self.is_tar:
             return self.storage.read(self.name, entry.offset, entry.offset + entry.size)
         return self.storage.read(entry.name)
@@ -95,7 +112,7 @@ def list_entries(sources: Sequence[Source]) -> list[Entry]:
         DatasetError: there is none.
     """
     found = [entry for number, source in enumerate(sources) for entry in source.entries(number)]
-    if not found:
+    if all(entry.name.endswith("/") for entry in found):
         raise DatasetError(
             f"{', '.join(source.location for source in sources)}: no images "
             f"({' '.join(sorted(IMAGE_SUFFIXES))}) found"

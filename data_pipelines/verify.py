@@ -17,6 +17,7 @@ from lightning_tucodec.errors import DatasetError, TucodecError
 from lightning_tucodec.files import atomic_write
 from lightning_tucodec.storage import Storage
 from lightning_tucodec.training.plan import permute
+from lightning_tucodec.training.precoded import FORMAT, Precoded
 from lightning_tucodec.training.shards import ShardIndex, ShardReader
 
 _CONTACT = 64  # patches on the contact sheet
@@ -75,7 +76,7 @@ def verify(location: str) -> Report:
 
 def _check_tar(data: bytes, index: ShardIndex, shard: int) -> Iterator[str]:
     """What is wrong with the samples of one shard."""
-    extension = EXTENSION[index.format]
+    extension = EXTENSION.get(index.format, index.format)
     first, end = int(index.starts[shard]), int(index.starts[shard + 1])
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
@@ -84,7 +85,7 @@ def _check_tar(data: bytes, index: ShardIndex, shard: int) -> Iterator[str]:
         yield f"not a readable tar ({error})"
         return
     for sample in range(first, end):
-        key = f"{sample:09d}"
+        key = f"{shard:06d}-{sample - first:06d}" if index.format == FORMAT else f"{sample:09d}"
         image, meta = members.pop(f"{key}.{extension}", None), members.pop(f"{key}.json", None)
         if image is None or meta is None:
             yield f"sample {key} is missing"
@@ -104,6 +105,10 @@ def _check_tar(data: bytes, index: ShardIndex, shard: int) -> Iterator[str]:
 
 def _check_sample(image: bytes, meta: bytes, index: ShardIndex) -> str | None:
     try:
+        if index.format == FORMAT:  # of planes the shard's own hash is the only one
+            Precoded.from_bytes(image, index.patch)
+            json.loads(meta)
+            return None
         pixels = decode_patch(image, index.format)
     # A damaged patch can make a decoder raise nearly anything.
     except Exception as error:
@@ -131,6 +136,8 @@ def stats(location: str, out: str) -> dict[str, Any]:
 
     reader = ShardReader(location)
     index, count = reader.index, len(reader)
+    if index.format == FORMAT:
+        raise DatasetError(f"{location}: pre-coded shards hold no plain pictures to draw")
     described = json.loads(Storage(location).read("index.json"))
     order = permute(np.arange(min(count, _HISTOGRAM)), count, 0).astype(np.int64).tolist()
     bits = index.sizes * 8 / index.patch**2

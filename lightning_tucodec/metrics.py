@@ -7,7 +7,7 @@ logarithm.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 _WINDOW = 11
 _SIGMA = 1.5
 _K1, _K2 = 0.01, 0.03
+_BAND = 1 << 18  # pixels; its maps take 200 bytes each
 
 
 def sse(x: np.ndarray, y: np.ndarray) -> int:
@@ -36,8 +37,8 @@ def sse(x: np.ndarray, y: np.ndarray) -> int:
         raise ValueError(f"sse needs uint8 arrays, not {x.dtype} and {y.dtype}")
     if x.shape != y.shape:
         raise ValueError(f"shapes differ: {x.shape} and {y.shape}")
-    difference = x.astype(np.int32) - y.astype(np.int32)
-    return int(np.einsum("i,i->", difference.ravel(), difference.ravel(), dtype=np.int64))
+    difference = np.subtract(x, y, dtype=np.int16).ravel()
+    return int(np.einsum("i,i->", difference, difference, dtype=np.int64))
 
 
 def psnr_from_sse(total: int | float, values: int, peak: float = 255.0) -> float:
@@ -65,7 +66,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         N values; infinite where the images are equal.
     """
-    x, y = _pair(x, y)
+    x, y = map(_floats, _pair(x, y))
     return -10.0 * torch.log10((x - y).square().flatten(1).mean(1))
 
 
@@ -88,11 +89,11 @@ def ms_ssim(x: Tensor, y: Tensor, weights: Sequence[float] = MS_SSIM_WEIGHTS) ->
     or column, as TensorFlow's and CLIC's code does. Negative contrast-structure terms count as zero
     (and pass no gradient). Images with a side below 161 pixels use the scales that fit
     (`ms_ssim_scales`), with their exponents scaled up to the same sum. Computed in fp32 under any
-    autocast; float64 stays float64.
+    autocast; float64 stays float64. Without a gradient the maps of a band of rows exist at a time.
 
     Args:
-        x: N×C×H×W in [0, 1].
-        y: the same shape.
+        x: N×C×H×W in [0, 1], or uint8 in 0 … 255.
+        y: the same shape, and uint8 where x is.
         weights: exponents of the scales, finest first.
 
     Returns:
@@ -108,17 +109,25 @@ def ms_ssim(x: Tensor, y: Tensor, weights: Sequence[float] = MS_SSIM_WEIGHTS) ->
             raise ValueError(f"MS-SSIM needs sides of {_WINDOW} pixels, not {tuple(x.shape[-2:])}")
         # The published exponents sum to 1.0001; fewer scales keep whatever the sum is.
         share = math.fsum(weights) / math.fsum(weights[:scales])
-        # Sum and difference of the images say the same as the images and need four filtered maps
-        # instead of five. Depthwise convolution on the CPU is several times faster channels-last.
-        pair = torch.cat((x + y, x - y), 1).contiguous(memory_format=torch.channels_last)
-        similarity = torch.ones((), dtype=pair.dtype, device=pair.device)
+
+        def whole(top: int, end: int) -> Tensor:
+            a, b = (_floats(image[:, :, top:end]) for image in (x, y))
+            # Sum and difference of the images say the same as the images and need four filtered
+            # maps instead of five.
+            return torch.cat((a + b, a - b), 1)
+
+        rows: Callable[[int, int], Tensor] = whole
+        count, _, height, width = x.shape
+        # A gradient needs all maps anyway.
+        banded = not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
+        similarity = torch.ones((), device=x.device)
         for scale in range(scales):
-            luminance, contrast = _ssim_terms(pair)
             last = scale == scales - 1
-            term = (luminance * contrast if last else contrast).mean((2, 3))
+            step = max(2, _BAND // (count * width) & ~1) if banded else height + height % 2
+            term, pair = _scale(rows, height, step, last)
             similarity = similarity * _power(term, weights[scale] * share)
-            if not last:
-                pair = _halve(pair)
+            if pair is not None:
+                rows, (height, width) = _rows_of(pair), pair.shape[-2:]
         return similarity.mean(1)
 
 
@@ -126,8 +135,11 @@ def pixels_ms_ssim(image: np.ndarray, shown: np.ndarray) -> float | None:
     """MS-SSIM of two H×W×3 uint8 images; None where a side is below 11."""
     if not ms_ssim_scales(*image.shape[:2]):
         return None
-    x, y = (torch.from_numpy(a).permute(2, 0, 1)[None].float() / 255 for a in (image, shown))
-    return float(ms_ssim(x, y))
+    x, y = (
+        torch.from_numpy(np.ascontiguousarray(a)).permute(2, 0, 1)[None] for a in (image, shown)
+    )
+    with torch.no_grad():
+        return float(ms_ssim(x, y))
 
 
 def quality(image: np.ndarray, shown: np.ndarray) -> dict[str, float | None]:
@@ -148,11 +160,59 @@ def bits_per_pixel(size: int, pixels: int) -> float:
 
 
 def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both images in at least fp32, after checking the shapes."""
+    """Both images in at least fp32, after checking the shapes; uint8 as it is."""
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(f"two N×C×H×W images are needed, not {tuple(x.shape)}, {tuple(y.shape)}")
+    if x.dtype == y.dtype == torch.uint8:
+        return x, y
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return x.to(dtype), y.to(dtype)
+
+
+def _floats(image: Tensor) -> Tensor:
+    """uint8 as float32 in [0, 1]; others as they are."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image
+
+
+def _rows_of(pair: Tensor) -> Callable[[int, int], Tensor]:
+    return lambda top, end: pair[:, :, top:end]
+
+
+def _scale(
+    rows: Callable[[int, int], Tensor], height: int, step: int, last: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The mean term of one scale, N×C, and x + y and x − y of the next, unless it is the last.
+
+    Args:
+        rows: gives rows [top, end) of x + y and x − y, N×2C×rows×W.
+        height: of this scale.
+        step: rows of a band, even; only one band's maps exist at a time.
+        last: whether luminance counts.
+    """
+    valid = height - _WINDOW + 1
+    term: Tensor | float = 0.0
+    smaller: Tensor | None = None
+    for top in range(0, height, step):
+        # Depthwise convolution on the CPU is several times faster channels-last.
+        band = rows(top, top + step + _WINDOW - 1).contiguous(memory_format=torch.channels_last)
+        if top < valid:
+            luminance, contrast = _ssim_terms(band)
+            mean = (luminance * contrast if last else contrast).mean((2, 3))
+            term = term + mean * (contrast.shape[2] / valid)
+        if not last:
+            half = _halve(band[:, :, :step])
+            if step >= height:
+                smaller = half
+            else:  # joined at the end, the halves would exist twice
+                if smaller is None:
+                    shape = half.shape[0], half.shape[1], (height + 1) // 2, half.shape[3]
+                    smaller = torch.empty(
+                        shape, dtype=half.dtype, device=half.device,
+                        memory_format=torch.channels_last,
+                    )  # fmt: skip
+                smaller[:, :, top // 2 : top // 2 + half.shape[2]] = half
+    assert isinstance(term, Tensor)
+    return term, smaller
 
 
 def _ssim_terms(pair: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -106,6 +106,8 @@ class Storage:
                 while piece := stream.read(_PIECE):
                     digest.update(piece)
                     received += len(piece)
+                    if received > size:
+                        raise OSError(f"more than the {size} bytes that the index states")
                     output.write(piece)
                 if received != size or digest.hexdigest() != sha256:
                     raise OSError(f"{received} bytes do not have the hash that the index states")
@@ -123,15 +125,12 @@ class Storage:
             return None
 
     def files(self) -> list[tuple[str, int]]:
-        """Names relative to the folder, at any depth, with sizes, in the order of the names."""
+        """Names relative to the folder, at any depth, with sizes, in the order of the names.
+
+        Linked folders are entered; a folder that may not be read is listed by its name and "/".
+        """
         if not self.remote:
-            root = Path(self.location)
-            found = [
-                (path.relative_to(root).as_posix(), path.stat().st_size)
-                for path in root.rglob("*")
-                if path.is_file()
-            ]
-            return sorted(found)
+            return sorted(_walk(Path(self.location)))
 
         def find(fs: Any, path: str) -> list[tuple[str, int]]:
             fs.invalidate_cache()
@@ -201,6 +200,7 @@ class ShardCache:
                 if not self._has(path, size):
                     self._make_room(size)
                     self.storage.download(name, path, size, sha256)
+                    self._has(path, size)
         return path
 
     @staticmethod
@@ -208,7 +208,8 @@ class ShardCache:
         try:
             if path.stat().st_size != size:
                 return False
-            os.utime(path)  # the time of last use
+            # The time of last use, finer than the kernel's own clock for files.
+            os.utime(path, ns=(time.time_ns(), time.time_ns()))
         except FileNotFoundError:
             return False
         return True
@@ -231,6 +232,35 @@ class ShardCache:
                 break
             path.unlink(missing_ok=True)
             total -= length
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int]]:
+    """Files below a local folder; each folder is entered once on every way down, so loops end."""
+    unreadable: list[str] = []
+    above = {str(root): frozenset({os.path.realpath(root)})}
+
+    def note(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            unreadable.append(str(error.filename))
+
+    for folder, inner, files in os.walk(root, onerror=note, followlinks=True):
+        own = above.pop(folder)
+        for name in inner[:]:
+            path = os.path.join(folder, name)
+            target = os.path.realpath(path)
+            if target in own:
+                inner.remove(name)
+            else:
+                above[path] = own | {target}
+        for name in files:
+            file = Path(folder, name)
+            try:
+                yield file.relative_to(root).as_posix(), file.stat().st_size
+            except FileNotFoundError:  # another process took it away, or a link leads nowhere
+                if file.is_symlink():
+                    yield file.relative_to(root).as_posix(), 0
+    for folder in unreadable:
+        yield Path(folder).relative_to(root).as_posix() + "/", 0
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,6 +1,8 @@
 import io
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from scipy.ndimage import convolve
 from scipy.signal import fftconvolve
 from skimage.data import astronaut
 
+from lightning_tucodec import metrics
 from lightning_tucodec.metrics import (
     MS_SSIM_WEIGHTS,
     bits_per_pixel,
@@ -68,6 +71,36 @@ def test_ms_ssim_equals_pytorch_msssim_on_even_sizes(size: tuple[int, int]) -> N
 
     x, y = photo(*size, 20)
     assert float(ms_ssim(x, y)) == pytest.approx(float(independent(x, y, data_range=1.0)), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [(161, 163), (300, 512), (511, 301)])
+@pytest.mark.parametrize("band", [2, 7000])
+def test_ms_ssim_in_bands_is_ms_ssim(
+    size: tuple[int, int], band: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a gradient the image is one band; `test_ms_ssim_is_clics` holds the bands to CLIC's."""
+    x, y = photo(*size, 20)
+    expected = ms_ssim(x, y.clone().requires_grad_()).detach()
+    monkeypatch.setattr(metrics, "_BAND", band)
+    torch.testing.assert_close(ms_ssim(x, y), expected, atol=1e-6, rtol=0)
+    a, b = ((image * 255).round().byte() for image in (x, y))
+    torch.testing.assert_close(ms_ssim(a, b), expected, atol=1e-6, rtol=0)
+
+
+def test_ms_ssim_of_24_megapixels_takes_less_than_a_gigabyte() -> None:
+    """The whole process, its imports and the two pictures included; the kernel's own high-water mark."""
+    program = """
+import re, numpy as np
+from lightning_tucodec.metrics import quality
+x = np.zeros((4000, 6000, 3), np.uint8); x[::7, ::5] = 200
+y = x.copy(); y[::3] += 9
+value = quality(x, y)["ms_ssim"]
+assert 0 < value < 1, value
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 1024 < 1e9
 
 
 def test_ms_ssim_gradient_and_precision() -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import mmap
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,16 +74,38 @@ class ShardIndex:
                 offsets=np.concatenate([np.array(s["offsets"], np.int64) for s in shards]),
                 sizes=np.concatenate([np.array(s["sizes"], np.int64) for s in shards]),
             )
+            problem = found._problem(counts)
         except FileNotFoundError:
             raise DatasetError(
                 f"{where}: not found; build shards with `tucodec shards build`, or let an "
                 "interrupted build finish"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise DatasetError(f"{where}: damaged index ({error!r}); build it again") from None
-        if not len(found.offsets) == len(found.sizes) == found.starts[-1]:
-            raise DatasetError(f"{where}: damaged index (counts and offsets differ)")
+        if problem:
+            raise DatasetError(f"{where}: damaged index ({problem}); build it again")
         return found
+
+    def _problem(self, counts: list[int]) -> str | None:
+        """What cannot be; names and hashes become paths, sizes are allocated."""
+        if not 1 <= self.patch < 1 << 16:
+            return f"patches of {self.patch} pixels"
+        if min(counts) < 1 or any(count != self.shard_size for count in counts[:-1]):
+            return "shards of uneven numbers of samples"
+        for name, digest in zip(self.names, self.sha256, strict=True):
+            if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+                return f"{name!r} is not the name of a shard"
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                return f"{name} has no SHA-256"
+        if len(set(self.names)) < len(self.names):
+            return "a shard is named twice"
+        if not len(self.offsets) == len(self.sizes) == self.starts[-1]:
+            return "counts and offsets differ"
+        ends = np.repeat(np.array(self.bytes, np.int64), counts)
+        inside = (self.offsets >= 0) & (self.sizes >= 0) & (self.sizes <= ends - self.offsets)
+        if not inside.all():
+            return "samples lie outside of their shards"
+        return None
 
     def shard_of(self, sample: int) -> int:
         """Number of the shard that holds a sample."""

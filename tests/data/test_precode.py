@@ -1,6 +1,7 @@
 """Pre-coded shards: what is in them, that a stopped build goes on, and the batches made of them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from skimage.data import astronaut
 
 from data_pipelines.precode_vvc import PrecodeOptions, precode
+from data_pipelines.verify import stats, verify
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.colour import planes_to_float
 from lightning_tucodec.codecs.vvc import Vvc
@@ -63,6 +65,18 @@ def test_samples_are_the_photo_and_its_decoded_planes(photos: Path, built: Path)
                         assert whole.cut(x, y, 32).to_bytes() == sample.to_bytes()
                         found.add((name, qp, x, y))
     assert len(found) == len(reader)
+
+
+def test_verify_reads_precoded_shards(built: Path, tmp_path: Path) -> None:
+    assert verify(str(built)) == (24, 3, [])
+    shutil.copytree(built, tmp_path / "bad")
+    data = bytearray((built / "shard-000001.tar").read_bytes())
+    data[json.loads((built / "index.json").read_text())["shards"][1]["offsets"][3]] ^= 1
+    (tmp_path / "bad" / "shard-000001.tar").write_bytes(data)
+    (wrong,) = verify(str(tmp_path / "bad")).wrong
+    assert wrong.endswith("shard-000001.tar: SHA-256 differs from the index")
+    with pytest.raises(DatasetError, match="no plain pictures"):
+        stats(str(built), str(tmp_path / "stats.png"))
 
 
 def test_a_stopped_build_goes_on_and_codes_nothing_twice(

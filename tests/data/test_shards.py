@@ -1,6 +1,8 @@
 """Builds: the same bytes however the work is split, and clear words when something is wrong."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -25,6 +27,8 @@ from data_pipelines.shards import BuildOptions, Part, build
 from data_pipelines.verify import stats, verify
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError, DatasetError
+from lightning_tucodec.storage import Storage
+from lightning_tucodec.training.shards import ShardIndex
 
 Content = Callable[[Path], dict[str, bytes]]
 
@@ -78,10 +82,12 @@ def test_a_tar_gives_the_same_patches(photos: Path, shards: Path, tmp_path: Path
     build([str(tmp_path / "set.tar")], str(tmp_path / "out"), OPTIONS)
     hashes = [one["sha256"] for one in samples(shards)]
     assert Counter(hashes) == Counter(one["sha256"] for one in samples(tmp_path / "out"))
-    shutil.copy(tmp_path / "set.tar", tmp_path / "cut.tar")
+    whole = (tmp_path / "set.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(DatasetError, match="not an uncompressed tar"):
-        build([str(tmp_path / "bad.tar")], str(tmp_path / "other"), OPTIONS)
+    for name in ("cut.tar", "bad.tar"):
+        with pytest.raises(DatasetError, match="not an uncompressed tar"):
+            build([str(tmp_path / name)], str(tmp_path / "other"), OPTIONS)
 
 
 @pytest.mark.parametrize("encoding", ["webp", "png", "raw"])
@@ -99,6 +105,114 @@ def test_samples_are_the_pixels_of_the_photographs(
             photo = np.asarray(Image.open(photos / meta["image"]))
             x, y = meta["x"], meta["y"]
             assert np.array_equal(decode_patch(data, encoding), photo[y : y + 32, x : x + 32])
+
+
+def test_no_image_of_a_source_is_left_out(
+    photos: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linked folders and files, a link as source, `file://`, `~`: the same photographs every time."""
+    expected = Counter(one["sha256"] for one in samples(shards))
+    source = tmp_path / "home" / "source"
+    source.mkdir(parents=True)
+    (source / "sub").symlink_to(photos)
+    (source / "loop").symlink_to(source)
+    (tmp_path / "link").symlink_to(photos)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for number, location in enumerate(
+        (str(source), str(tmp_path / "link"), photos.as_uri(), "~/source")
+    ):
+        out = tmp_path / f"out{number}"
+        build([location], str(out), OPTIONS)
+        assert Counter(one["sha256"] for one in samples(out)) == expected, location
+        assert (out / "rejected.jsonl").read_text() == ""
+    (tmp_path / "one.png").symlink_to(photos / "photo000.png")
+    build([str(tmp_path / "one.png")], str(tmp_path / "single"), OPTIONS)
+    assert {one["image"] for one in samples(tmp_path / "single")} == {"photo000.png"}
+
+
+def test_what_cannot_be_read_is_listed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder without permission and a link that leads nowhere; root reads all, so scandir refuses."""
+    source = tmp_path / "set"
+    shutil.copytree(photos, source)
+    (source / "secret").mkdir()
+    (source / "gone.png").symlink_to(tmp_path / "nothing")
+    honest = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return honest(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", scandir)
+        summary = build([str(source)], str(tmp_path / "out"), OPTIONS)
+    rows = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert {row["image"]: row["kind"] for row in rows} == {
+        "secret/": "unreadable", "gone.png": "unreadable",
+    }  # fmt: skip
+    assert summary.contents is not None
+    assert summary.contents["rejected"] == {"unreadable": 2}
+    assert summary.contents["sources"][0]["images"] == 24
+
+
+@pytest.mark.parametrize("name", ["set.tar.gz", "set.tgz", "set.zip", "set.tar.zst"])
+def test_packed_archives_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"packed")
+    with pytest.raises(DatasetError, match="packed archive; unpack it first"):
+        build([str(tmp_path / name)], str(tmp_path / "out"), OPTIONS)
+
+
+@pytest.mark.parametrize("step", ["_inspect", "_notes", "_write", "_finish"])
+def test_another_process_may_complete_the_build_meanwhile(
+    photos: Path, shards: Path, tmp_path: Path, content: Content, step: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The other one ends, and takes the notes away, right before a step of this one."""
+    honest = getattr(builder._Build, step)
+    out = str(tmp_path / "out")
+
+    def late(job: Any, *rest: Any) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(builder._Build, step, honest)
+            build([str(photos)], out, OPTIONS)
+        return honest(job, *rest)
+
+    monkeypatch.setattr(builder._Build, step, late)
+    build([str(photos)], out, OPTIONS)
+    assert content(tmp_path / "out") == content(shards)
+
+
+def _spoilt(index: dict[str, Any], place: str, value: Any) -> bytes:
+    if place == "whole":
+        return value if isinstance(value, bytes) else json.dumps(value).encode()
+    (index["shards"][1] if place.startswith("shard ") else index)[place.split()[-1]] = value
+    return json.dumps(index).encode()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("whole", []), ("whole", b"[" * 100_000), ("whole", b"\xff"), ("shards", []),
+        ("shards", [3]), ("patch", 0), ("patch", 1 << 40), ("patch", float("inf")),
+        ("shard sha256", "../../outside"), ("shard sha256", "A" * 64), ("shard sha256", None),
+        ("shard name", "../shard.tar"), ("shard name", "/etc/passwd"), ("shard name", ".hidden"),
+        ("shard name", "shard-000000.tar"), ("shard name", ""), ("shard bytes", 100),
+        ("shard bytes", -1), ("shard bytes", 1 << 70), ("shard samples", 15),
+        ("shard samples", -1), ("shard offsets", [0] * 15), ("shard offsets", [-1] * 16),
+        ("shard offsets", [1 << 62] * 16), ("shard offsets", [[0]] * 16),
+        ("shard sizes", [1 << 62] * 16), ("shard sizes", "many"),
+    ],
+)  # fmt: skip
+def test_an_index_that_cannot_be_is_refused(
+    shards: Path, tmp_path: Path, place: str, value: Any
+) -> None:
+    index = json.loads((shards / "index.json").read_text())
+    (tmp_path / "index.json").write_bytes(_spoilt(index, place, value))
+    with pytest.raises(DatasetError, match=r"index\.json: damaged index") as caught:
+        ShardIndex.read(Storage(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_count_is_dealt_out_evenly(photos: Path, tmp_path: Path) -> None:
@@ -306,6 +420,11 @@ def test_user_errors_are_one_line(tmp_path: Path, photos: Path, capsys: Any) -> 
         ["shards", "build", str(photos), *out, "--max-overlap", "1"],
         ["shards", "build", str(photos), *out, "--patch", "0"],
         ["shards", "build", str(photos), *out, "--scales", "2"],
+        ["shards", "build", str(photos), *out, "--min-contrast", "nan"],
+        ["shards", "build", str(photos), *out, "--min-contrast", "inf"],
+        ["shards", "build", str(photos), *out, "--max-overlap", "nan"],
+        ["shards", "build", str(photos), *out, "--scales", "1,nan"],
+        ["shards", "build", str(photos), *out, "--duplicate-bits", "99"],
         ["shards", "build", str(photos), *out, "--part", "3/2"],
         ["shards", "build", str(photos), *out, "--patch", "500", "--workers", "1"],
         ["shards", "verify", str(tmp_path)],
