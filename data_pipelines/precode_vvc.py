@@ -12,6 +12,7 @@ A sample is `training.precoded.Precoded` as bytes. The index is written last, as
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,11 +130,27 @@ def precode(
     done = _claim(storage, name)
     if done is not None:
         return done
+    try:
+        return _advance(locations, out, options, workers, cache, sources, entries, name)
+    except (FileNotFoundError, DatasetError):
+        # Another process may have completed the same build and removed its records.
+        done = _claim(storage, name)
+        if done is None:
+            raise
+        return done
+
+
+def _advance(
+    locations: Sequence[str], out: str, options: PrecodeOptions, workers: int, cache: str | None,
+    sources: list[Source], entries: list[Entry], name: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Do what is left of a build; returns the index."""
+    storage = Storage(out)
     streams = Path(cache) if cache else Path(storage.path("streams"))
     described = {text: _digest(setting_of(text).describe()) for text in options.codecs}
     jobs = []
     for number, entry in enumerate(entries):
-        photo = hashlib.sha256(sources[entry.source].read(entry)).hexdigest()[:32]
+        photo = hashlib.sha256(_read(sources[entry.source], entry)).hexdigest()[:32]
         order = permute(
             np.arange(options.per_photo), len(options.codecs), derive(options.seed, number)
         )
@@ -173,7 +190,8 @@ def precode(
     storage.write(INDEX, json_line(index))
     for record in [*records, f"{_STATE}/build.json"]:
         storage.remove(record)
-    Path(storage.path(_STATE)).rmdir()
+    with suppress(OSError):  # gone, or used by another process
+        Path(storage.path(_STATE)).rmdir()
     return index
 
 
@@ -204,8 +222,17 @@ def _code(locations: Sequence[str], job: _Job) -> None:
 
 
 def _photo(locations: Sequence[str], job: _Job) -> Any:
-    data = Source(locations[job.entry.source]).read(job.entry)
+    data = _read(Source(locations[job.entry.source]), job.entry)
     return read_image(named_stream(data, job.entry.name))
+
+
+def _read(source: Source, entry: Entry) -> bytes:
+    try:
+        return source.read(entry)
+    except OSError as error:
+        raise DatasetError(
+            f"{source.location}: {entry.name} cannot be read ({error.strerror or error})"
+        ) from None
 
 
 def _deal(

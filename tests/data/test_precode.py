@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from skimage.data import astronaut
 
+from data_pipelines import precode_vvc
 from data_pipelines.precode_vvc import PrecodeOptions, precode
 from data_pipelines.verify import stats, verify
 from lightning_tucodec.cli import main
@@ -109,6 +111,31 @@ def test_a_stopped_build_goes_on_and_codes_nothing_twice(
     assert precode([str(photos)], str(out), OPTIONS)["samples"] == 24
     with pytest.raises(DatasetError, match="holds a build of other photographs or options"):
         precode([str(photos)], str(out), other)
+
+
+@pytest.mark.parametrize("step", ["_deal", "describe_shard"])
+def test_another_process_may_complete_the_build_meanwhile(
+    photos: Path, built: Path, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one ends, and takes the records away, before a step of this one."""
+    honest, out = getattr(precode_vvc, step), str(tmp_path / "out")
+    cache = str(built / "streams")
+
+    def late(*arguments: Any) -> Any:
+        monkeypatch.setattr(precode_vvc, step, honest)
+        precode([str(photos)], out, OPTIONS, cache=cache)
+        return honest(*arguments)
+
+    monkeypatch.setattr(precode_vvc, step, late)
+    precode([str(photos)], out, OPTIONS, cache=cache)
+    for path in sorted(built.glob("*.tar")):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_a_photo_that_cannot_be_read_is_named(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DatasetError, match=r"gone\.png cannot be read"):
+        precode([str(tmp_path)], str(tmp_path / "out"), OPTIONS)
 
 
 @pytest.mark.parametrize(
