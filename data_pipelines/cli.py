@@ -58,7 +58,7 @@ def run_build(arguments: argparse.Namespace) -> int:
         arguments.sources,
         arguments.out,
         options,
-        workers=max(1, arguments.workers),
+        workers=arguments.workers,
         part=Part(*arguments.part) if arguments.part else None,
         licences=arguments.licence,
     )
@@ -122,7 +122,7 @@ def run_precode(arguments: argparse.Namespace) -> int:
         arguments.sources,
         arguments.out,
         options,
-        workers=max(1, arguments.workers),
+        workers=arguments.workers,
         cache=arguments.cache,
     )
     report = {

@@ -121,6 +121,8 @@ def precode(
         DatasetError: no photographs, or `out` holds another build.
     """
     options.check()
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: must be at least 1")
     storage = Storage(out)
     if storage.remote:
         raise ConfigError(f"{out}: pre-coded shards are built in a local folder")

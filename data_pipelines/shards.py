@@ -166,6 +166,8 @@ def build(
         DatasetError: no images, no space, or `out` holds another build.
     """
     options.check()
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: must be at least 1")
     if len(licences) > 1 and len(licences) != len(locations):
         raise ConfigError(f"{len(licences)} licence notes for {len(locations)} sources")
     if part is not None and not 1 <= part.number <= part.of:

@@ -3,9 +3,9 @@
 import http.client
 import json
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from data_pipelines.shards import build
 from data_pipelines.verify import verify
 from lightning_tucodec import storage as storage_module
 from lightning_tucodec.errors import ConfigError, DatasetError
+from lightning_tucodec.files import atomic_write
 from lightning_tucodec.storage import ShardCache, Storage
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.shards import ShardReader
@@ -188,21 +189,25 @@ def test_lasting_wrong_bytes_are_refused(remote: str, tmp_path: Path, server: Fa
     server.spoil("", 0)
 
 
-def test_no_more_is_downloaded_than_the_index_states(bucket: str, tmp_path: Path) -> None:
+def test_no_more_is_downloaded_than_the_index_states(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An endless object must not fill the disk."""
     storage, target = Storage(bucket), tmp_path / "copy"
     storage.write("large", bytes(9 << 20))
     written: list[int] = []
 
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if watching and event == "os.remove" and str(arguments[0]).startswith(str(tmp_path)):
-            written.append(Path(arguments[0]).stat().st_size)
+    @contextmanager
+    def counting(path: Path) -> Iterator[Any]:
+        with atomic_write(path) as stream:
+            try:
+                yield stream
+            finally:
+                written.append(stream.tell())
 
-    watching = True
-    sys.addaudithook(watch)
+    monkeypatch.setattr(storage_module, "atomic_write", counting)
     with pytest.raises(DatasetError, match="more than the 1000 bytes that the index states"):
         storage.download("large", target, 1000, "0" * 64)
-    watching = False
     assert written == [0] * storage_module.ATTEMPTS
     assert not list(tmp_path.iterdir())
 

@@ -425,6 +425,7 @@ def test_user_errors_are_one_line(tmp_path: Path, photos: Path, capsys: Any) -> 
         ["shards", "build", str(photos), *out, "--max-overlap", "nan"],
         ["shards", "build", str(photos), *out, "--scales", "1,nan"],
         ["shards", "build", str(photos), *out, "--duplicate-bits", "99"],
+        ["shards", "build", str(photos), *out, "--workers", "-1"],
         ["shards", "build", str(photos), *out, "--part", "3/2"],
         ["shards", "build", str(photos), *out, "--patch", "500", "--workers", "1"],
         ["shards", "verify", str(tmp_path)],
