@@ -12,7 +12,9 @@ SHA-256 of its config and tensors; the name and the card can be edited without c
 import copy
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from lightning_tucodec.coding.container import MODEL_ID_BYTES
 from lightning_tucodec.coding.fixed_point import (
     FRACTION_BITS,
     IntegerEntropyModel,
+    integer_layout,
     quantise_network,
     restore_network,
 )
@@ -34,15 +37,62 @@ from lightning_tucodec.coding.laplace import LaplaceTables, build_tables
 from lightning_tucodec.coding.wavefront import Z_LIMIT, EntropyModel
 from lightning_tucodec.errors import ModelFileError
 from lightning_tucodec.files import atomic_write
-from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict, config_to_dict
+from lightning_tucodec.nn.codec import CodecConfig, TucodecVAE, config_from_dict, config_to_dict
 
 FORMAT = 1
 """Version of the layout described above."""
+
+_TABLES = ("laplace.edges", "laplace.inverse_scale", "laplace.tail", "categorical.cumulative")
 
 _TAIL = 2.0**-20
 """The table of z covers each channel up to this probability; the rest is escaped."""
 
 _INTEGER_PARTS = ("h_s.", "context.", "entropy_parameters.")
+
+UNFIT = (
+    ArithmeticError, AttributeError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+"""What building a network from the values of a damaged or hostile file can raise."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text for a message of one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[Sequence[int], torch.dtype | None]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Compare a file's tensors with shapes and types that are known before anything is allocated.
+
+    Args:
+        expected: by name; where the type is None, any floating one with finite values.
+        tensors: the file's.
+
+    Raises:
+        ValueError: one is missing, too much, or another than expected.
+    """
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        raise ValueError(f"{odd[0]} is {'missing' if odd[0] in expected else 'unknown'}")
+    for name, (shape, dtype) in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+        if tensor.dtype != dtype and (dtype is not None or not tensor.is_floating_point()):
+            raise ValueError(f"{name} holds {tensor.dtype}")
+        if dtype is None and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds a value that is not finite")
+
+
+def check_depths(depths: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse numbers of layers that a file with so few tensors cannot have.
+
+    Raises:
+        ValueError: one is too large.
+    """
+    if max(depths) > len(tensors):
+        raise ValueError(f"{max(depths)} blocks in a file of {len(tensors)} tensors")
 
 
 @dataclass(frozen=True)
@@ -94,48 +144,86 @@ class ModelFile:
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
             if description["format"] != FORMAT:
                 raise ModelFileError(
-                    f"{path}: model format {description['format']} is unknown "
+                    f"{path}: model format {str(description['format'])[:20]!r} is unknown "
                     f"(this program reads {FORMAT}): update lightning-tucodec"
                 )
-            return cls(description["name"], description["config"], tensors, description["card"])
+            name, config, card = (description[key] for key in ("name", "config", "card"))
+            if not (isinstance(name, str) and name and name.isprintable()):
+                raise ValueError("its name is not a line of text")
+            if not all(isinstance(v, dict) for v in (config, card, card.get("kodak", {}))):
+                raise ValueError("config, card and card.kodak must be mappings")
+            return cls(name, config, tensors, card)
         except FileNotFoundError:
             raise ModelFileError(f"{path}: no such model file") from None
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ModelFileError(f"{path}: not an exported model ({error})") from None
+        except (OSError, SafetensorError, *UNFIT) as error:
+            raise ModelFileError(f"{path}: not an exported model ({one_line(error)})") from None
+
+    @cached_property
+    def _checked(self) -> CodecConfig:
+        """The configuration, once every tensor has the shape that it asks for.
+
+        The network is built without storage first, so that a small file cannot claim a large one.
+
+        Raises:
+            ModelFileError: they do not agree.
+        """
+        try:
+            config = config_from_dict(self.config)
+            shape, hyper = config.transform, config.hyper
+            depths = [shape.head_blocks, shape.attention_trunk, shape.attention_mask]
+            check_depths([*shape.blocks, *depths, config.context.levels], self.tensors)
+            with torch.device("meta"):
+                network = TucodecVAE(config)
+            expected: dict[str, tuple[Sequence[int], torch.dtype | None]] = {
+                f"network.{key}": (value.shape, None)
+                for key, value in network.state_dict().items()
+                if not key.startswith(_INTEGER_PARTS)
+            }
+            for key, layout in integer_layout(network).items():
+                expected[f"entropy.{key}"] = layout
+            z = (hyper.latent_channels,)
+            lengths = {"categorical.offset": z, "medians": z, "laplace.centres": (config.centres,)}
+            expected |= {key: (length, torch.int32) for key, length in lengths.items()}
+            for key in _TABLES:  # of any length; what makes them up checks the rest
+                expected[key] = (self.tensors[key].shape, torch.int32)
+            check_tensors(expected, self.tensors)
+        except UNFIT as error:
+            raise ModelFileError(
+                f"model {self.name}: its content is inconsistent ({one_line(error)})"
+            ) from None
+        return config
 
     def network(self) -> TucodecVAE:
-        """The floating-point network, in eval mode."""
-        try:
-            network = TucodecVAE(config_from_dict(self.config))
-            weights = _part(self.tensors, "network")
-            missing, unexpected = network.load_state_dict(
-                {name: tensor.float() for name, tensor in weights.items()}, strict=False
-            )
-            absent = [name for name in missing if not name.startswith(_INTEGER_PARTS)]
-            if absent or unexpected:
-                raise ValueError(f"weights do not fit: {(absent + unexpected)[:3]}")
-            restore_network(network, _part(self.tensors, "entropy"))
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise ModelFileError(
-                f"model {self.name}: its content is inconsistent ({error})"
-            ) from None
+        """The floating-point network, in eval mode.
+
+        Raises:
+            ModelFileError: the file's content is inconsistent.
+        """
+        config = self._checked
+        with torch.random.fork_rng(devices=[]):  # the first values are drawn, and replaced
+            network = TucodecVAE(config)
+        weights = _part(self.tensors, "network")
+        network.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+        restore_network(network, _part(self.tensors, "entropy"))
         return network.eval()
 
     def entropy_model(self) -> EntropyModel:
-        """The integers that decide bits."""
-        try:
-            laplace = {k: v.numpy() for k, v in _part(self.tensors, "laplace").items()}
-            table = _part(self.tensors, "categorical")
-            return EntropyModel(
-                IntegerEntropyModel(_part(self.tensors, "entropy")),
-                LaplaceTables(**laplace),
-                CategoricalTables(
-                    table["cumulative"].numpy().astype(np.uint32), table["offset"].numpy()
-                ),
-                self.tensors["medians"].numpy(),
-            )
-        except (KeyError, TypeError) as error:
-            raise ModelFileError(f"model {self.name}: a table is missing ({error})") from None
+        """The integers that decide bits.
+
+        Raises:
+            ModelFileError: the file's content is inconsistent.
+        """
+        _ = self._checked
+        laplace = {k: v.numpy() for k, v in _part(self.tensors, "laplace").items()}
+        table = _part(self.tensors, "categorical")
+        return EntropyModel(
+            IntegerEntropyModel(_part(self.tensors, "entropy")),
+            LaplaceTables(**laplace),
+            CategoricalTables(
+                table["cumulative"].numpy().astype(np.uint32), table["offset"].numpy()
+            ),
+            self.tensors["medians"].numpy(),
+        )
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ def model_files() -> list[Path]:
         for folder in (model_folder(), SHIPPED)
         if folder.is_dir()
         for path in sorted(folder.glob(f"*{SUFFIX}"))
+        if path.is_file()
     ]
 
 
@@ -162,7 +163,7 @@ def models() -> dict[str, dict[str, Any]]:
     for path in model_files():
         with contextlib.suppress(ModelFileError):
             file = ModelFile.load(path)
-            found[file.name] = {"id": file.id.hex(), **file.card}
+            found[file.name] = {**file.card, "id": file.id.hex()}
     return found
 
 

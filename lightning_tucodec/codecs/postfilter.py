@@ -9,7 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_tucodec.codecs.colour import Planes, planes_to_float, to_eight_bits
-from lightning_tucodec.codecs.model_file import ModelFile
+from lightning_tucodec.codecs.model_file import (
+    UNFIT,
+    ModelFile,
+    check_depths,
+    check_tensors,
+    one_line,
+)
 from lightning_tucodec.errors import ModelFileError
 from lightning_tucodec.nn.postfilter import (
     WEIGHT_STEPS,
@@ -113,13 +119,21 @@ class FilterModel:
         """
         try:
             config = {key: value for key, value in self.file.config.items() if key != "kind"}
-            network = PostFilter(PostFilterConfig(**config))
+            shape = PostFilterConfig(**config)
+            check_depths([shape.blocks], self.file.tensors)
+            with torch.device("meta"):  # a small file cannot claim a large network
+                expected = PostFilter(shape).state_dict()
+            check_tensors(
+                {f"network.{k}": (v.shape, None) for k, v in expected.items()}, self.file.tensors
+            )
+            with torch.random.fork_rng(devices=[]):  # the first values are drawn, and replaced
+                network = PostFilter(shape)
             network.load_state_dict(
                 {k.removeprefix("network."): v.float() for k, v in self.file.tensors.items()}
             )
-        except (TypeError, ValueError, RuntimeError) as error:
+        except UNFIT as error:
             raise ModelFileError(
-                f"model {self.name}: its content is inconsistent ({error})"
+                f"model {self.name}: its content is inconsistent ({one_line(error)})"
             ) from None
         return network.eval().to(memory_format=torch.channels_last)
 

@@ -222,6 +222,18 @@ def quantise_network(network: TucodecVAE) -> dict[str, Tensor]:
     return tensors
 
 
+def integer_layout(network: TucodecVAE) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what `quantise_network` returns, of a network that may be without storage."""
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "sigmoid": (tuple(sigmoid_table().shape), torch.int32)
+    }
+    for name, source in _sources(network).items():
+        layout[f"{name}.weight"] = (tuple(source.weight.shape), torch.int16)
+        layout[f"{name}.bias"] = (tuple(source.bias.shape), torch.int64)
+        layout[f"{name}.shift"] = ((1,), torch.int32)
+    return layout
+
+
 @torch.no_grad()
 def restore_network(network: TucodecVAE, tensors: dict[str, Tensor]) -> None:
     """Fill the floating-point entropy networks with the values that the integers stand for.
@@ -350,6 +362,14 @@ class IntegerEntropyModel:
                 raise ModelFileError(f"{name}: {columns} biases are missing")
         if self._sigmoid.ndim != 1 or self._sigmoid.numel() < 2:
             raise ModelFileError("the table of the sigmoid is missing")
+        if not bool(((self._sigmoid >= 0) & (self._sigmoid <= 1 << kernels.GATE_BITS)).all()):
+            raise ModelFileError("a value of the sigmoid lies outside 0 … 1")
+        # Their sums are added before the shift; the encoder and the compiled decoder would take another one.
+        if (
+            self.has_context
+            and len({self._layers[f"parameters.{k}"].shift for k in ("gamma", "upsilon")}) > 1
+        ):
+            raise ModelFileError("parameters.gamma and parameters.upsilon differ in their shifts")
 
     @cached_property
     def compiled(self) -> kernels.Network:
