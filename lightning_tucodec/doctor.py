@@ -71,7 +71,7 @@ def check_machine() -> Check:
 
 def check_data(config: dict[str, Any]) -> Check:
     """Shards, their index, validation images."""
-    from lightning_tucodec.training.runs import arguments
+    from lightning_tucodec.training.identity import arguments
     from lightning_tucodec.training.shards import ShardIndex
 
     data = arguments(config, "data")
@@ -105,7 +105,8 @@ def check_data(config: dict[str, Any]) -> Check:
 
 def check_start(config: dict[str, Any]) -> Check:
     """What the run would go on from or start with."""
-    from lightning_tucodec.training.runs import Manifest, RunFolder, identity
+    from lightning_tucodec.training.identity import identity
+    from lightning_tucodec.training.runs import Manifest, RunFolder
 
     try:
         folder = RunFolder.of(config)

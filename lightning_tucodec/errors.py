@@ -3,9 +3,25 @@
 `tucodec` prints such an error without a traceback and exits with status 1.
 """
 
+import re
+
+_SECRET = re.compile(
+    r"(?<=://)[^/\s@'\"]+(?=@)"  # user and password of a URL
+    r"|(?<=[?&;])([\w-]*(?:sig|signature|token|key|secret|password|credential)=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
+
+
+def redacted(text: str) -> str:
+    """A text in which `***` stands for the credentials of every URL: user, password, signed parameters."""
+    return _SECRET.sub(lambda found: f"{found[1] or ''}***", text)
+
 
 class TucodecError(Exception):
     """Base of every error that the input, the command or the environment is at fault for."""
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class ImageInputError(TucodecError):

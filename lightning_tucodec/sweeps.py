@@ -331,7 +331,7 @@ def resolve_config(config: Config) -> Config:
         ConfigError: it is not one.
     """
     from lightning_tucodec.training.fit import main as fit
-    from lightning_tucodec.training.runs import flat
+    from lightning_tucodec.training.identity import expand_locations, flat
 
     out, err = io.StringIO(), io.StringIO()
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as stream:
@@ -347,6 +347,7 @@ def resolve_config(config: Config) -> Config:
             raise ConfigError(message.removeprefix("tucodec fit: "))
     resolved: Config = yaml.safe_load(out.getvalue())
     resolved.pop("config", None)
+    expand_locations(resolved)
     return flat(resolved)
 
 

@@ -166,7 +166,7 @@ def complexity(config: Mapping[str, Any]) -> tuple[float, float, float, float] |
 
 def _model(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The arguments of a run's model."""
-    from lightning_tucodec.training.runs import arguments
+    from lightning_tucodec.training.identity import arguments
 
     is_known = isinstance(config.get("model"), Mapping)
     return arguments(dict(config), "model") if is_known else {}

@@ -29,20 +29,12 @@ from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError
 from lightning_tucodec.losses import check_crop
 from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
 from lightning_tucodec.training.companions import Companion
+from lightning_tucodec.training.identity import DEFAULT_DATA, DEFAULT_MODEL, flat, identity, run_id
+from lightning_tucodec.training.identity import arguments as class_arguments
 from lightning_tucodec.training.mirror import pull
 from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.preemption import PREEMPTED, Preemption
-from lightning_tucodec.training.runs import (
-    DEFAULT_DATA,
-    DEFAULT_MODEL,
-    Manifest,
-    RunFolder,
-    attempt_key,
-    flat,
-    identity,
-    run_id,
-)
-from lightning_tucodec.training.runs import arguments as class_arguments
+from lightning_tucodec.training.runs import Manifest, RunFolder, attempt_key
 from lightning_tucodec.training.tracking import Counters, JsonlLogger
 from lightning_tucodec.training.wandb_view import mode
 

@@ -1,4 +1,4 @@
-"""A run: its identity, its folder, its manifest and how it goes on.
+"""A run: its folder, its manifest and how it goes on.
 
 A run's folder is `<runs_dir>/<name>-<run_id>`, run_id a hash of what decides the result. The same config
 finds the same folder and continues there; there is nothing else to say to resume. This module needs
@@ -7,7 +7,6 @@ no PyTorch until a checkpoint is read, so that whoever only looks at runs is qui
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -26,32 +25,12 @@ import yaml
 from lightning_tucodec.curves import decibels
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.files import atomic_write, read_json_lines
-from lightning_tucodec.storage import Storage
+from lightning_tucodec.training.identity import CHECKPOINTS, digest, identity, plain, run_id
 
 if TYPE_CHECKING:
     import torch
 
-CHECKPOINTS = ("last.ckpt", "previous.ckpt")
-"""Two generations: a save renames last to previous before the new file takes its name."""
-
 MANIFEST = "manifest.json"
-DEFAULT_MODEL = "lightning_tucodec.training.vae.VAE"
-DEFAULT_DATA = "lightning_tucodec.training.data.PatchDataModule"
-"""Classes that a config without `class_path` means."""
-
-_VOLATILE_TRAINER = {
-    "accelerator", "devices", "num_nodes", "strategy", "logger", "callbacks", "default_root_dir",
-    "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "plugins", "profiler",
-}  # fmt: skip
-_VOLATILE_DATA = {"shards", "val_images", "num_workers", "cache_dir", "cache_gb"}
-_VOLATILE_RUN = {
-    "runs_dir", "wandb", "init_from", "checkpoint_minutes", "threads", "mirror", "group", "tags",
-    "job_type", "baseline",
-}  # fmt: skip
-
-_LATER_MODEL = {"muon_iterations": 5}
-"""Options that came after runs had been named, with what those runs did: so they go unnamed."""
-
 _PACKAGES = (
     "lightning-tucodec", "torch", "pytorch-lightning", "numpy", "numba", "pillow", "webdataset",
     "fsspec", "wandb", "jsonargparse",
@@ -59,96 +38,6 @@ _PACKAGES = (
 _DIFF_LIMIT = 1 << 20  # characters of a diff that are kept
 _OWN_START = 120.0  # seconds to wait for whoever still holds the folder
 _ANNOUNCE = 1800.0  # seconds to wait for rank 0, which may be fetching a checkpoint from far away
-
-
-def arguments(config: dict[str, Any], group: str) -> dict[str, Any]:
-    """Arguments of the model or data class in a config, given with or without `class_path`."""
-    values: dict[str, Any] = config[group]
-    return values.get("init_args") or {} if "class_path" in values else values
-
-
-def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """A config in which the default model and data classes are unnamed, as recipes are written."""
-    groups = {"model": DEFAULT_MODEL, "data": DEFAULT_DATA}
-    return {
-        key: arguments(config, key)
-        if key in groups and value.get("class_path") == groups[key]
-        else value
-        for key, value in config.items()
-    }
-
-
-def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved config that decides the result.
-
-    Paths, devices, nodes, workers and logging are left out; in their place stand the SHA-256 of the
-    shard index, of the initial weights and of a teacher. The default classes go unnamed.
-
-    Args:
-        config: resolved config of `fit` with the groups run, model, data and trainer.
-    """
-    config = flat(config)
-    model, data, run = arguments(config, "model"), arguments(config, "data"), config["run"]
-    if "teacher" in model:
-        model = {**model, "teacher": _weights_sha256(model["teacher"])}
-    model = {k: v for k, v in model.items() if k not in _LATER_MODEL or v != _LATER_MODEL[k]}
-    decisive = {k: v for k, v in data.items() if k not in _VOLATILE_DATA}
-    decisive["index_sha256"] = _sha256(data["shards"], "index.json") if "shards" in data else None
-
-    def group(name: str, values: dict[str, Any]) -> dict[str, Any]:
-        own = config[name]
-        return {**own, "init_args": values} if "class_path" in own else values
-
-    return {
-        "model": group("model", model),
-        "data": group("data", decisive),
-        "trainer": {k: v for k, v in config["trainer"].items() if k not in _VOLATILE_TRAINER},
-        "run": {
-            **{k: v for k, v in run.items() if k not in _VOLATILE_RUN},
-            "init_from_sha256": _weights_sha256(run.get("init_from")),
-        },
-        "seed": config.get("seed_everything"),
-    }
-
-
-def run_id(config: dict[str, Any]) -> str:
-    """Twelve hexadecimal digits that name the run."""
-    return _digest(identity(config))
-
-
-def _digest(value: dict[str, Any]) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _sha256(location: str, name: str = "") -> str:
-    """SHA-256 of a file, or of `name` in a folder or URL."""
-    storage = Storage(location)
-    try:
-        return hashlib.sha256(storage.read(name)).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"{storage.path(name)}: {error.strerror or error}") from None
-
-
-def _weights_sha256(source: str | None) -> str | None:
-    return _sha256(str(initial_weights(source))) if source else None
-
-
-def initial_weights(source: str) -> Path:
-    """The file that `run.init_from` means: a checkpoint, a run folder, an exported model, a model's name.
-
-    Raises:
-        UnknownModelError: a name that no model has.
-    """
-    path = Path(source)
-    if path.is_dir():
-        found = [path / "checkpoints" / name for name in CHECKPOINTS]
-        return next((file for file in found if file.exists()), found[0])
-    if path.exists() or path.suffix or os.sep in source:
-        return path
-    from lightning_tucodec.codecs.models import find
-
-    return find(source)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -305,7 +194,7 @@ class Manifest:
             ConfigError: what differs.
         """
         theirs = self.read().get("identity")
-        own = json.loads(json.dumps(own, default=str))
+        own = plain(own)
         if theirs is not None and theirs != own:
             lines = ", ".join(differences(theirs, own))
             raise ConfigError(
@@ -317,7 +206,7 @@ class Manifest:
         """Add this attempt, before the first step."""
         own = identity(config)
         content = self.read() or {"created": _now()}
-        content |= {"run_id": _digest(own), "name": config["run"]["name"], "identity": own}
+        content |= {"run_id": digest(own), "name": config["run"]["name"], "identity": own}
         codes = content.setdefault("code", [])
         code = _code()
         if code not in codes:

@@ -26,10 +26,11 @@ from lightning_tucodec.nn.codec import (
 )
 from lightning_tucodec.nn.klt import start_as_klt
 from lightning_tucodec.training.data import PatchDataModule
+from lightning_tucodec.training.identity import initial_weights
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.optimizers import muon_adam
-from lightning_tucodec.training.runs import initial_weights, load_checkpoint, network_weights
+from lightning_tucodec.training.runs import load_checkpoint, network_weights
 
 KLT_CROPS = 256
 """Training crops that `klt_start` looks at."""

@@ -14,7 +14,8 @@ import yaml
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ModelFileError
-from lightning_tucodec.training.runs import RunFolder, load_checkpoint, network_weights, run_id
+from lightning_tucodec.training.identity import run_id
+from lightning_tucodec.training.runs import RunFolder, load_checkpoint, network_weights
 from lightning_tucodec.training.tracking import read_metrics
 from lightning_tucodec.training.vae import VAE
 

@@ -15,8 +15,9 @@ from lightning_tucodec.codecs.h266 import H266
 from lightning_tucodec.codecs.models import load_filter
 from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.training.identity import run_id
 from lightning_tucodec.training.postfilter import PostFilterModule
-from lightning_tucodec.training.runs import network_weights, run_id
+from lightning_tucodec.training.runs import network_weights
 from lightning_tucodec.training.tracking import read_metrics
 
 RECIPE = Path(__file__).parents[2] / "experiments" / "tucodecpsnr_postfilter.yaml"

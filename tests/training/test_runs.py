@@ -14,9 +14,10 @@ from hits import kill_at_step, start, wait
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.models import SHIPPED
-from lightning_tucodec.training import companions, mirror, runs
+from lightning_tucodec.training import companions, identity, mirror, runs
+from lightning_tucodec.training.identity import run_id
 from lightning_tucodec.training.noise import SampleNoise
-from lightning_tucodec.training.runs import Manifest, RunFolder, read_metrics, run_id
+from lightning_tucodec.training.runs import Manifest, RunFolder, read_metrics
 from tests.support import MICRO
 from tests.training.test_fit import config, same, state, without_time, write
 from tests.training.test_fit import runs as run_folders
@@ -92,7 +93,7 @@ def test_where_a_run_is_tracked_does_not_name_it(tmp_path: Path, shard_folder: P
     base = run_id(values)
     values["run"].update(mirror="s3://b", group="g", tags=["t"], job_type="j")
     assert run_id(values) == base
-    nested = {"class_path": runs.DEFAULT_MODEL, "init_args": values["model"]}
+    nested = {"class_path": identity.DEFAULT_MODEL, "init_args": values["model"]}
     assert run_id({**values, "model": nested}) == base
     nested["class_path"] = "tests.training.hits.Duel"
     assert run_id({**values, "model": nested}) != base
