@@ -26,10 +26,18 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_tucodec.curves import read_named
 from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError
+from lightning_tucodec.files import expanded
 from lightning_tucodec.losses import check_crop
 from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
 from lightning_tucodec.training.companions import Companion
-from lightning_tucodec.training.identity import DEFAULT_DATA, DEFAULT_MODEL, flat, identity, run_id
+from lightning_tucodec.training.identity import (
+    DEFAULT_DATA,
+    DEFAULT_MODEL,
+    expand_locations,
+    flat,
+    identity,
+    run_id,
+)
 from lightning_tucodec.training.identity import arguments as class_arguments
 from lightning_tucodec.training.mirror import pull
 from lightning_tucodec.training.module import TrainingModule
@@ -139,6 +147,15 @@ class TucodecCLI(LightningCLI):
         parser.set_defaults(
             {"model": {"class_path": DEFAULT_MODEL}, "data": {"class_path": DEFAULT_DATA}}
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Paths and URLs as a shell would have given them, before anything uses one."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.command]
+        expand_locations(config)
+        for name in ("mirror", "ckpt_path"):
+            if isinstance(config.get(name), str):
+                config[name] = expanded(config[name])
 
     def before_instantiate_classes(self) -> None:
         """Look at the configuration before anything is built."""

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from lightning_tucodec.cli import main
+from lightning_tucodec.errors import TucodecError
 from lightning_tucodec.sweeps import resolve_config
 from lightning_tucodec.training.identity import arguments, identity, run_id
 from tests.support import MICRO
@@ -108,3 +109,39 @@ def test_a_teacher_that_is_gone_is_remembered(
         teacher.unlink()
         assert f"postfilter-{run_id(values)}" == folder.name
     assert len(names) == 2
+
+
+def test_paths_of_a_config_are_expanded_by_fit_and_by_what_looks_ahead(
+    tmp_path: Path, shard_folder: Path, val_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All in the real home, none in a folder called `~`."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "shards").symlink_to(shard_folder)
+    (home / "pictures").symlink_to(val_folder)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    values = config(tmp_path, shard_folder, MICRO, steps=3)
+    values["data"].update(shards="~/shards", val_images="$HOME/pictures")
+    values["run"].update(runs_dir="~/runs", mirror="$HOME/mirror")
+    foreseen = resolve_config(values)
+    assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    (folder,) = runs(home)
+    assert f"test-{run_id(foreseen)}" == folder.name
+    assert foreseen["run"]["runs_dir"] == str(home / "runs")
+    assert len(list((folder / "images").iterdir())) == 3
+    assert (home / "mirror" / folder.name / "mirror.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "config.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("sftp://me:pass@host/a: no", "sftp://***@host/a: no"),
+        ("https://h/a?token=1a2b&x=1", "https://h/a?token=***&x=1"),
+        ("https://h/a?x=1&X-Amz-Signature=ff0", "https://h/a?x=1&X-Amz-Signature=***"),
+        ("s3://bucket/name@2x.png a@b.c", "s3://bucket/name@2x.png a@b.c"),
+    ],
+)
+def test_errors_show_no_credentials(text: str, shown: str) -> None:
+    assert str(TucodecError(text)) == shown
