@@ -1,5 +1,6 @@
 """Rate-distortion curves: reading and comparing them."""
 
+import contextlib
 import json
 import math
 import re
@@ -363,7 +364,11 @@ def bd_rate_interval(
     for _ in range(samples):
         drawn = rng.integers(0, len(shared), len(shared))
         curves = anchor.mean(rows[0][drawn]), test.mean(rows[1][drawn])
-        percents.append(bd_rate(*curves, quality, method, min_overlap=1e-9).percent)
+        # A draw of images whose mean curve has no BD-rate says nothing, and stops nothing.
+        with contextlib.suppress(ConfigError):
+            percents.append(bd_rate(*curves, quality, method, min_overlap=1e-9).percent)
+    if not percents:
+        raise ConfigError(f"{anchor.name} and {test.name}: no sample of the images has a BD-rate")
     low, high = np.quantile(percents, [(1 - level) / 2, (1 + level) / 2])
     return BDInterval(estimate, float(low), float(high), level, len(shared))
 

@@ -199,3 +199,18 @@ def test_results_become_one_curve_a_family(tmp_path: Path) -> None:
     path.write_text(json.dumps({"rows": rows[:-1]}))
     with pytest.raises(ConfigError, match="not a whole result"):
         read_results(path)
+
+
+def test_one_unlucky_sample_does_not_refuse_the_interval() -> None:
+    """Half of the images alone have three rising points; their samples are left out."""
+    bpp = np.tile([0.1, 0.2, 0.4, 0.8], (4, 1))
+    psnr = np.tile([26.0, 29, 32, 35], (4, 1))
+    psnr[1:, 3] = 31.9
+    images = [f"{i}" for i in range(4)]
+    anchor, test = (
+        ImageCurves(name, images, rate * bpp, psnr, np.full((4, 4), 0.9))
+        for name, rate in (("a", 1.0), ("b", 0.9))
+    )
+    interval = bd_rate_interval(anchor, test, samples=50)
+    assert interval.low <= interval.estimate.percent <= interval.high
+    assert interval.estimate.percent == pytest.approx(-10, abs=1e-6)

@@ -80,13 +80,31 @@ def bd_rows(
             if quality not in entry.curve.quality or quality not in reference.curve.quality:
                 continue
             row: Row = {"codec": entry.curve.name, "quality": quality}
-            row["at"] = [[r, _gain(reference.curve, entry.curve, quality, r)] for r in rates]
+            row["at"] = [[r, None] for r in rates]
             try:
+                curves = _comparable(reference, entry)
+                row["at"] = [[r, _gain(*curves, quality, r)] for r in rates]
                 row.update(_bd(reference, entry, quality, samples))
             except ConfigError as error:
                 row["refused"] = str(error)
             rows.append(row)
     return rows
+
+
+def _comparable(anchor: Entry, test: Entry) -> tuple[Curve, Curve]:
+    """Means over the images that both have, where both are known image by image.
+
+    Raises:
+        ConfigError: they share none.
+    """
+    if anchor.images is None or test.images is None:
+        return anchor.curve, test.curve
+    names = [list(side.images.images) for side in (anchor, test) if side.images is not None]
+    shared = [name for name in names[0] if name in set(names[1])]
+    if not shared:
+        raise ConfigError(f"{anchor.curve.name} and {test.curve.name} share no image")
+    rows = [np.array([own.index(name) for name in shared]) for own in names]
+    return anchor.images.mean(rows[0]), test.images.mean(rows[1])
 
 
 def _gain(anchor: Curve, test: Curve, quality: Quality, bpp: float) -> float | None:
@@ -106,7 +124,7 @@ def _bd(anchor: Entry, test: Entry, quality: Quality, samples: int) -> Row:
     row |= {"percent": estimate.percent, "range": [estimate.low, estimate.high]}
     row |= {"overlap": estimate.overlap, "method": estimate.method}
     try:
-        row["decibels"] = bd_quality(anchor.curve, test.curve, quality)
+        row["decibels"] = bd_quality(*_comparable(anchor, test), quality)
     except ConfigError:
         row["decibels"] = None
     return row
@@ -123,8 +141,10 @@ def choose_anchor(entries: Sequence[Entry], name: str | None) -> str | None:
         if name not in names:
             raise ConfigError(f"no curve is called {name}; there are {', '.join(names) or 'none'}")
         return name
-    long = (e.curve.name for e in entries if len(e.curve.points("psnr")[0]) >= 4)
-    return next(long, None)
+    for entry in entries:
+        if any(len(entry.curve.points(q)[0]) >= 4 for q in QUALITIES if q in entry.curve.quality):
+            return entry.curve.name
+    return None
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -505,6 +525,11 @@ def run_compare(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if out.suffix != ".html":
         raise ConfigError(f"{out}: the name of the report must end in .html")
+    if arguments.samples < 1:
+        raise ConfigError(f"--samples {arguments.samples}: the bootstrap needs one at least")
+    for bpp in [*(arguments.at or []), *([] if arguments.bpp is None else [arguments.bpp])]:
+        if not 0 < bpp < math.inf:
+            raise ConfigError(f"{bpp:g} bpp is no rate: it must be above 0 and finite")
     material = read_sources(arguments.sources)
     page, rows = build_page(
         material, arguments.anchor, arguments.title, arguments.samples, arguments.at or RATES

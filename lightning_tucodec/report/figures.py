@@ -87,6 +87,7 @@ def rd_figure(
         figure = Figure(figsize=(6.4, 4.2), dpi=200, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
+        shown: list[str] = []
         for index, curve in enumerate(curves):
             rates, values = curve.points(quality)
             if bpp_range is not None:
@@ -94,10 +95,11 @@ def rd_figure(
                 rates, values = rates[inside], values[inside]
             if not len(rates):
                 continue
+            shown.append(curve.name)
             look = styles[index] if styles is not None else style(index)
             axes.plot(
                 *(rates, values),
-                label=curve.name,
+                label=f"curve {index}",
                 color=look.colour or "0.5",
                 linestyle=DASHES[look.dash],
                 marker=MARKERS[look.marker] if look.marker else "",
@@ -112,9 +114,13 @@ def rd_figure(
         axes.grid(color="0.9", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
-            axes.legend(
+            legend = axes.legend(
                 loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handlelength=3.2
             )
+            # Names are text: as labels, matplotlib would drop those that begin with _ and typeset $…$.
+            for text, name in zip(legend.get_texts(), shown, strict=True):
+                text.set_parse_math(False)
+                text.set_text(name)
         base = Path(path)
         base.parent.mkdir(parents=True, exist_ok=True)
         png, svg = base.with_suffix(".png"), base.with_suffix(".svg")

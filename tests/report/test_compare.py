@@ -12,7 +12,7 @@ from PIL import Image
 from lightning_tucodec import cli
 from lightning_tucodec.codecs import models
 from lightning_tucodec.codecs.registry import codec
-from lightning_tucodec.curves import Curve
+from lightning_tucodec.curves import Curve, ImageCurves
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.evaluate import evaluate, summarise, write_results
 from lightning_tucodec.report import page, sources
@@ -24,9 +24,10 @@ from lightning_tucodec.report.compare import (
     differences,
     flatten,
 )
+from lightning_tucodec.report.figures import rd_figure
 from lightning_tucodec.report.gallery import bit_map, matched, picture, scenes
 from lightning_tucodec.report.page import Page, Table
-from lightning_tucodec.report.sources import Run, published, read_run, read_sources
+from lightning_tucodec.report.sources import Entry, Run, published, read_run, read_sources
 from tests.support import photo
 
 JPEG = [f"jpeg:q={q}" for q in (10, 25, 50, 75)]
@@ -298,3 +299,42 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_one_set_of_images_for_all_differences() -> None:
+    """The same codec on six and on two of these images differs by nothing."""
+    rng = np.random.default_rng(0)
+    bpp = np.array([0.2, 0.4, 0.8, 1.6]) * rng.uniform(0.5, 2, (6, 1))
+    psnr = np.array([26.0, 30, 34, 38]) + rng.uniform(-5, 5, (6, 1))
+    names = [f"{i}.png" for i in range(6)]
+    entries = []
+    for name, count in (("all", 6), ("two", 2)):
+        part = bpp[:count], psnr[:count], np.full((count, 4), 0.9)
+        images = ImageCurves(name, names[:count], *part)
+        entries.append(Entry(images.mean(), images))
+    row = bd_rows(entries, "all", samples=5, rates=(0.5,))[0]
+    assert row["percent"] == pytest.approx(0, abs=1e-9)
+    assert row["decibels"] == pytest.approx(0, abs=1e-9)
+    assert row["at"][0][1] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_curve_of_ms_ssim_alone_may_come_first() -> None:
+    curve = Curve.of("s", [0.1, 0.2, 0.3, 0.4], {"ms_ssim_db": [8, 10, 12, 14]})
+    assert choose_anchor([Entry(curve, measured=False)], None) == "s"
+
+
+def test_names_of_curves_are_text(tmp_path: Path) -> None:
+    names = [r"a $\frac$ b", "_hidden", "plain"]
+    curves = [Curve.of(n, [0.1, 0.2], {"psnr": [30 + i, 33 + i]}) for i, n in enumerate(names)]
+    _, svg = rd_figure(curves, tmp_path / "x.png")
+    assert all(name in svg.read_text() for name in names)
+
+
+@pytest.mark.parametrize("option", ["--samples=0", "--bpp=0", "--bpp=nan", "--at=-1"])
+def test_numbers_out_of_range_are_named(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.html"
+    assert cli.main(["compare", "published:clic2019-valid", "-o", str(out), option]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not out.exists()
