@@ -33,7 +33,7 @@ from lightning_tucodec.nn.transforms import (
     TransformConfig,
 )
 
-RateProxy = Literal["straight_through", "noise"]
+RateProxy = Literal["straight_through", "noise", "hard"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class CodecConfig:
         rate_proxy: where the training rate is taken, −log2[F(v + δ⁺) − F(v − δ⁻)]:
             "straight_through" at v = ŷ with the gradient of the soft assignment, "noise" at
             v = y + u, u uniform in the cell (additive noise when the spacing is one). "companded" has a
-            rate of its own.
+            rate of its own. "hard": ŷ and its rate are the decoder's, also in training; nothing of it
+            reaches g_a, which must be trained by then.
     """
 
     transform: TransformConfig = field(default_factory=TransformConfig)
@@ -171,7 +172,8 @@ class TucodecVAE(nn.Module):
         Returns:
             The quantised latent, and the likelihoods of y and of z as in CodecOutput.
         """
-        quantized = self.quantizer(y)
+        hard = self.config.rate_proxy == "hard"
+        quantized = self.quantizer.hard(y) if hard else self.quantizer(y)
         hyper_input = quantized.y_hat.abs() if self.config.hyper.as_drawn else y
         z_hat, z_likelihoods = self.factorized_prior(self.h_a(hyper_input))
         mu, log_scale = self.parameters_of(z_hat, quantized.y_hat)

@@ -61,6 +61,12 @@ class Quantizer(nn.Module):
         above = torch.cat([edges, infinity]) - centres
         return index, centres[index], below[index], above[index]
 
+    def hard(self, y: Tensor) -> Quantized:
+        """What the coder makes of y, whatever the mode; float32."""
+        with torch.autocast(y.device.type, enabled=False):
+            index, centre, below, above = self.assign(y)
+            return Quantized(centre, index, below, above)
+
 
 class LearnedCentres(Quantizer):
     """M learned centres, parametrised by their gaps.
@@ -130,14 +136,13 @@ class CompandedQuantizer(LearnedCentres):
         """Quantise; float32 whatever autocast says."""
         with torch.autocast(y.device.type, enabled=False):
             y = y.float()
-            index, hard, below, above = self.assign(y)
+            hard = self.hard(y)
             if not self.training:
-                return Quantized(hard, index, below, above)
+                return hard
             t = self.compress(y) + torch.rand_like(y) - 0.5
             y_hat = self.expand(t)
-            return Quantized(
-                y_hat, index, y_hat - self.expand(t - 0.5), self.expand(t + 0.5) - y_hat
-            )
+            below, above = y_hat - self.expand(t - 0.5), self.expand(t + 0.5) - y_hat
+            return Quantized(y_hat, hard.index, below, above)
 
 
 class ClusterQuantizer(LearnedCentres):

@@ -122,6 +122,8 @@ class CodecModule(ScheduledModule):
                 raise ConfigError(f"{name!r} is no part of the network; choose of {list(parts)}")
         for name in frozen or ():
             parts[name].requires_grad_(False)
+        if self.network.config.rate_proxy == "hard" and "g_a" not in (frozen or ()):
+            raise ConfigError("rate_proxy hard teaches g_a nothing: name it in model.frozen")
         if not any(p.requires_grad for p in self.network.parameters()):
             raise ConfigError("model.frozen: nothing is left to train")
         self.init_parts = init_parts

@@ -115,6 +115,25 @@ def test_variants_train_and_code(overrides: dict[str, object]) -> None:
     assert torch.isfinite(loss.detach())
 
 
+@pytest.mark.parametrize("kind", ["centres", "companded", "round", "noise"])
+def test_hard_symbols_in_training_are_the_coders(kind: str) -> None:
+    torch.manual_seed(0)
+    overrides = {**MICRO, "quantizer": kind, "rate_proxy": "hard"}
+    network = TucodecVAE(resolve_codec("tiny", overrides))
+    y = 3 * torch.randn(2, 8, 8, 8)
+    coded = network.eval().rate(y)[0]
+    network.train()
+    quantized, y_likelihoods, _ = network.rate(y)
+    for mine, theirs in zip(quantized, coded, strict=True):
+        assert torch.equal(mine, theirs)
+    z_hat = torch.zeros(2, 4, 2, 2)
+    parameters = network.parameters_of(z_hat, quantized.y_hat)
+    network.eval()
+    expected = network.prior(*(t for t in (coded.y_hat, coded.below, coded.above)), *parameters)
+    assert y_likelihoods.shape == expected.shape
+    assert not network.rate(y)[0].index.is_floating_point()
+
+
 def test_config_survives_json() -> None:
     for config in PRESETS.values():
         assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config

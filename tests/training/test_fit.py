@@ -8,16 +8,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from lightning_tucodec.cli import main
+from lightning_tucodec.codecs.model_file import ModelFile
+from lightning_tucodec.codecs.tuc import TucModel
 from lightning_tucodec.errors import ModelFileError
 from lightning_tucodec.training.identity import run_id
 from lightning_tucodec.training.runs import RunFolder, load_checkpoint, network_weights
 from lightning_tucodec.training.tracking import read_metrics
 from lightning_tucodec.training.vae import VAE
+from tests.support import photo
 
 RECIPES = sorted(
     path
@@ -324,6 +328,34 @@ def test_frozen_parts_keep_what_init_parts_gave_them(
     ):
         assert main(["fit", "--config", write(tmp_path, {**values, "model": wrong})]) == 1
         assert words in capsys.readouterr().err
+
+
+def test_the_last_stage_keeps_the_pixels_and_moves_the_rate(
+    tmp_path: Path, shard_folder: Path, micro: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Transforms frozen, entropy networks by Muon on hard symbols, from an exported model."""
+    values = config(tmp_path, shard_folder, {**micro, "quantizer": "companded"}, 4, klt_start=False)
+    assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    models = [tmp_path / "before.safetensors", tmp_path / "after.safetensors"]
+    assert main(["export", str(runs(tmp_path)[0]), "-o", str(models[0])]) == 0
+    values["run"].update(name="last", init_from=str(models[0]))
+    hard = {**micro, "quantizer": "companded", "rate_proxy": "hard"}
+    values["model"].update(codec=hard, optimizer="muon", lr=1e-2)
+    words = ["fit", "--config", write(tmp_path, values)]
+    capsys.readouterr()
+    assert main(words) == 1
+    assert "rate_proxy hard teaches g_a nothing: name it in model.frozen" in capsys.readouterr().err
+    values["model"]["frozen"] = ["g_a", "g_s", "quantizer"]
+    assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    (folder,) = (folder for folder in runs(tmp_path) if folder.name.startswith("last-"))
+    assert main(["export", str(folder), "-o", str(models[1])]) == 0
+    before, after = (TucModel(ModelFile.load(path)) for path in models)
+    image = photo("coffee.png", 96, 80)
+    first, second = before.code(image), after.code(image)
+    np.testing.assert_array_equal(first.latents.y, second.latents.y)
+    np.testing.assert_array_equal(before.decode(first.data), after.decode(second.data))
+    assert before.id != after.id
+    assert before.bits_of(first.latents) != after.bits_of(first.latents)
 
 
 def test_a_klt_start_is_for_runs_that_do_not_start_from_weights(
