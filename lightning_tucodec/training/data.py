@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError
 from lightning_tucodec.images import image_files, read_image
@@ -308,46 +309,44 @@ class _Starts(Sampler[int]):
 
 
 class WholeImages(Dataset[dict[str, Any]]):
-    """This rank's images of a folder, in the order of names, every rank equally many.
-
-    Where the world size does not divide their number, the last ranks repeat the first images;
-    whoever gathers results drops repeats by `index`.
+    """The images of a folder, in the order of names.
 
     Args:
         folder: holds the images.
-        rank: this process.
-        world_size: number of processes.
 
     Raises:
         DatasetError: no such folder, or no image in it.
     """
 
-    def __init__(self, folder: str, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, folder: str) -> None:
         if not Path(folder).is_dir():
             raise DatasetError(f"{folder}: no such folder of validation images")
         self.files = image_files(folder)
         if not self.files:
             raise DatasetError(f"{folder}: holds no images")
-        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        return -(-len(self.files) // self.world_size)
+        return len(self.files)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         """Image float32 1×3×H×W in [0, 1], index int64 1."""
-        if not 0 <= item < len(self):
-            raise IndexError(item)
-        index = (item * self.world_size + self.rank) % len(self.files)
-        planes = np.ascontiguousarray(read_image(self.files[index]).transpose(2, 0, 1))
+        planes = np.ascontiguousarray(read_image(self.files[item]).transpose(2, 0, 1))
         return {
             "image": torch.from_numpy(planes)[None].to(torch.float32).div_(255),
-            "index": torch.tensor([index]),
+            "index": torch.tensor([item]),
         }
 
 
-def in_order(dataset: Dataset[Any]) -> DataLoader[Any]:
-    """One item a batch. Starting it draws nothing from the global generator, which the run goes on with."""
-    return DataLoader(dataset, batch_size=None, generator=torch.Generator())
+def in_order(dataset: Dataset[Any], rank: int = 0, world_size: int = 1) -> DataLoader[Any]:
+    """This rank's items, one a batch: rank, rank + world_size, …, every rank equally many.
+
+    Where the world size does not divide their number, the last ranks repeat the first items; whoever
+    gathers results drops repeats by `index`. Lightning leaves a loader alone whose sampler is a
+    `DistributedSampler`; any other one it would shard, also one over items that were sharded already.
+    Starting it draws nothing from the global generator, which the run goes on with.
+    """
+    sampler: DistributedSampler[Any] = DistributedSampler(dataset, world_size, rank, shuffle=False)
+    return DataLoader(dataset, batch_size=None, sampler=sampler, generator=torch.Generator())
 
 
 class PatchDataModule(pl.LightningDataModule):
@@ -442,10 +441,10 @@ class PatchDataModule(pl.LightningDataModule):
         return self._loader
 
     def val_dataloader(self) -> Any:
-        """Whole images: image float32 1×3×H×W, index int64 1; see `WholeImages` on repeats."""
+        """Whole images: image float32 1×3×H×W, index int64 1; see `in_order` on repeats."""
         if self.val_images is None:
             return []
-        return in_order(WholeImages(self.val_images, *self._place()))
+        return in_order(WholeImages(self.val_images), *self._place())
 
     def test_dataloader(self) -> Any:
         """The same whole images; `tucodec test --data.val_images` names others."""

@@ -16,6 +16,8 @@ new model derives from `TrainingModule` and then
   stands under the key `tucodec` of every checkpoint.
 - draws random numbers from PyTorch's, NumPy's or Python's global generators (their states are saved for
   every rank) or, for elasticity, from a seed and `batch["index"]`, the global position of each sample.
+- measures each validation image once on any number of ranks: rows carry `batch["index"]`, and
+  `rows_of_all_ranks(…)` gathers them.
 - keeps validation pictures at `picture_path(…)`, labelled with the number of the image, and what was
   measured on every image with `keep_rows(…)`: W&B shows them as a table beside the row of the same step.
 - overrides `warm_start` if `run.init_from` makes sense for it.
@@ -110,6 +112,21 @@ class TrainingModule(pl.LightningModule):
         """
         name = f"step-{self.opt_step:08d}{f'-{label}' if label else ''}.png"
         return Path(self.trainer.default_root_dir) / "images" / name
+
+    def rows_of_all_ranks(self, rows: list[dict[str, float]]) -> list[dict[str, float]]:
+        """What all ranks measured in a validation, each image once, in order; called on all ranks.
+
+        Ranks are padded with repeats, which the index removes again.
+
+        Args:
+            rows: this rank's, each with `index`, the number of the image.
+        """
+        gathered = [rows]
+        if self.trainer.world_size > 1:
+            gathered = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, rows)
+        by_index = {row["index"]: row for rows in gathered for row in rows}
+        return [by_index[index] for index in sorted(by_index)]
 
     def keep_rows(self, rows: Sequence[dict[str, float]]) -> None:
         """Write what this step's validation measured, a row an image, beside its pictures.
@@ -217,7 +234,7 @@ class ScheduledModule(TrainingModule):
         self._log_means("test")
 
     def _log_means(self, stage: str) -> None:
-        rows = self._rows_of_all_ranks()
+        rows = self.rows_of_all_ranks(self.validation_rows)
         if self.trainer.is_global_zero and self.trainer.loggers:
             self.keep_rows(rows)
         means = self.means(rows)
@@ -230,12 +247,3 @@ class ScheduledModule(TrainingModule):
             rows: one an image, each image once whatever the number of ranks, in order.
         """
         raise NotImplementedError
-
-    def _rows_of_all_ranks(self) -> list[dict[str, float]]:
-        """Ranks are padded with repeats, which the index removes again."""
-        gathered: list[list[dict[str, float]]] = [self.validation_rows]
-        if self.trainer.world_size > 1:
-            gathered = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(gathered, self.validation_rows)
-        by_index = {row["index"]: row for rows in gathered for row in rows}
-        return [by_index[index] for index in sorted(by_index)]

@@ -210,7 +210,7 @@ class PrecodedDataModule(PatchDataModule):
         """All patches, in batches with the fields of `PrecodedBatches`."""
         if self.val_images is None:
             return []
-        return in_order(PrecodedSamples(self.val_images, *self._place()))
+        return in_order(PrecodedSamples(self.val_images), *self._place())
 
 
 def _picture(batch: dict[str, Tensor]) -> DecodedPicture:

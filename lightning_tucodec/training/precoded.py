@@ -100,26 +100,21 @@ class PrecodedBatches(RankBatches):
 
 
 class PrecodedSamples(Dataset[Batch]):
-    """This rank's whole patches, eight a batch, in the order of the shards, as `PrecodedBatches` has them.
-
-    Where ranks do not divide the batches, the last ranks repeat the first; repeats have equal `index`.
-    """
+    """Whole patches, eight an item, in the order of the shards, as `PrecodedBatches` has them."""
 
     BATCH = 8
 
-    def __init__(self, location: str, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, location: str) -> None:
         self.reader = ShardReader(location)
-        self.rank, self.world_size = rank, world_size
-        self._batches = -(-len(self.reader) // self.BATCH)
 
     def __len__(self) -> int:
-        return -(-self._batches // self.world_size)
+        return -(-len(self.reader) // self.BATCH)
 
     def __getitem__(self, item: int) -> Batch:
         """A batch; index holds the numbers of the samples."""
         if not 0 <= item < len(self):
             raise IndexError(item)
-        first = (item * self.world_size + self.rank) % self._batches * self.BATCH
+        first = item * self.BATCH
         numbers = range(first, min(first + self.BATCH, len(self.reader)))
         side = self.reader.index.patch
         rows = [Precoded.from_bytes(self.reader.encoded(number), side) for number in numbers]

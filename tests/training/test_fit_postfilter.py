@@ -18,7 +18,9 @@ from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.identity import run_id
 from lightning_tucodec.training.postfilter import PostFilterModule
 from lightning_tucodec.training.runs import network_weights
+from lightning_tucodec.training.shards import ShardReader
 from lightning_tucodec.training.tracking import read_metrics
+from tests.training.test_validation import assert_measured_once, fit_on
 
 RECIPE = Path(__file__).parents[2] / "experiments" / "tucodecpsnr_postfilter.yaml"
 
@@ -185,3 +187,10 @@ def test_a_teacher_decides_and_not_where_it_lies(tmp_path: Path) -> None:
     one, copy, other = (of(str(tmp_path / f"{name}.safetensors")) for name in names)
     assert one == copy
     assert len({one, other, of("vvc-postfilter"), of(None)}) == 4
+
+
+def test_two_processes_measure_every_patch_once(shards: Path, tmp_path: Path) -> None:
+    options = ["--trainer.val_check_interval", "1"]
+    fit_on(2, [*words(tmp_path / "run", shards, 1), *options])
+    (folder,) = (tmp_path / "run" / "runs").iterdir()
+    assert_measured_once(folder, len(ShardReader(str(shards))))
