@@ -6,6 +6,8 @@ import os
 import re
 import sys
 
+from lightning_tucodec.files import check_targets
+
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tucodec shards build`."""
@@ -160,6 +162,7 @@ def run_stats(arguments: argparse.Namespace) -> int:
     """`tucodec shards stats`."""
     from data_pipelines.verify import stats
 
+    check_targets([arguments.out], force=arguments.force)
     report = stats(arguments.shards, arguments.out)
     if arguments.json:
         print(json.dumps(report))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_tucodec.errors import TucodecError
+from lightning_tucodec.options import add_force
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -65,6 +66,7 @@ def _register_shards(subparsers: Any) -> None:
     verify = _command(commands, "verify", run_verify, "read all shards back and name what is wrong")
     stats = _command(commands, "stats", run_stats, "draw a contact sheet and histograms")
     stats.add_argument("-o", "--out", default="stats.png", metavar="PNG")
+    add_force(stats)
     for command in (verify, stats):
         command.add_argument("shards", metavar="DIR|URL")
         command.add_argument("--json", action="store_true")
@@ -110,6 +112,7 @@ def _register_export(subparsers: Any) -> None:
         "runs", nargs="+", metavar="RUN", help="a run folder, a checkpoint, or a model"
     )
     parser.add_argument("-o", "--out", required=True, metavar="MODEL.safetensors")
+    add_force(parser)
     parser.add_argument(
         "--average",
         nargs="+",
@@ -157,6 +160,7 @@ def _register_evaluate(subparsers: Any) -> None:
             *(arguments.images, arguments.codec, arguments.out),
             *(arguments.workers, arguments.keep, arguments.memory),
             [name for names in arguments.metrics for name in names.split(",")],
+            arguments.force,
         )
         print(json.dumps(evaluate.finite(sets)) if arguments.json else evaluate.table_text(sets))
         return 0
@@ -171,6 +175,7 @@ def _register_evaluate(subparsers: Any) -> None:
         help="NAME[:KEY=VALUE,...] as in jpeg:q=30 or vvc:qp=37, or the name of a learned model",
     )
     parser.add_argument("-o", "--out", required=True, metavar="RESULTS.json")
+    add_force(parser)
     parser.add_argument("--workers", type=int, help="codings at a time; all processors by default")
     parser.add_argument(
         "--keep", metavar="DIR", help="keep the coded files, named by their SHA-256"

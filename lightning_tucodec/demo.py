@@ -21,7 +21,8 @@ from lightning_tucodec.codecs import models, registry
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.cli import DEFAULT_MODEL
 from lightning_tucodec.curves import Curve
-from lightning_tucodec.errors import ExternalToolError
+from lightning_tucodec.errors import ExternalToolError, OutputError
+from lightning_tucodec.files import atomic_write
 from lightning_tucodec.images import read_image
 from lightning_tucodec.metrics import bits_per_pixel, psnr_from_sse, sse
 from lightning_tucodec.report.figures import Panel, comparison_figure, rd_figure
@@ -45,6 +46,9 @@ CLASSICAL = {
     "H.266": ("vvc:preset=faster,qp={}", (44, 39, 34, 29)),
 }
 """Specification of each codec and settings from low to high rate."""
+
+MARK = ".tucodec-demo"
+"""The file by which the demo knows its folder again."""
 
 Row = dict[str, Any]
 
@@ -129,7 +133,7 @@ def train(out: Path, shards: Path) -> list[Path]:
         runs = sorted((out / "runs").glob(f"demo-{lmbda:g}-*"), key=lambda p: p.stat().st_mtime)
         previous = runs[-1]
         target = out / "models" / f"demo-lambda-{lmbda:g}.safetensors"
-        tucodec("export", str(previous), "-o", str(target))
+        tucodec("export", str(previous), "-o", str(target), "--force")
         exported.append(target)
     return exported
 
@@ -144,11 +148,12 @@ def code_files(out: Path, model: str, held_out: list[Path]) -> list[Row]:
     coded, decoded, recon = (out / part / name for part in ("files", "decoded", "encoder"))
     printed = tucodec(
         "compress", *map(str, held_out), "-o", str(coded), "--model", model,
-        "--recon", str(recon), "--json",
+        "--recon", str(recon), "--json", "--force",
     )  # fmt: skip
     rows = [json.loads(line) for line in printed.splitlines()]
     tucodec(
-        "decompress", *[row["output"] for row in rows], "-o", str(decoded), "--model", model
+        "decompress", *[row["output"] for row in rows], "-o", str(decoded), "--model", model,
+        "--force",
     )  # fmt: skip
     for row in rows:
         stem = Path(row["file"]).stem
@@ -230,9 +235,17 @@ def _detail(row: Row) -> str:
 
 
 def run(out: Path) -> list[Path]:
-    """Do everything; returns the pictures."""
+    """Do everything; returns the pictures. A folder that the demo began is gone on with.
+
+    Raises:
+        OutputError: the folder holds something else.
+    """
     started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
+    mark = out / MARK
+    if out.is_dir() and any(out.iterdir()) and not mark.exists():
+        raise OutputError(f"{out}: is no folder of the demo; name one that is new or empty")
+    with atomic_write(mark, "w") as stream:
+        stream.write("Written by `tucodec demo`, which replaces what it finds here.\n")
     shards = out / "shards"
     tucodec(
         "shards", "build", *map(str, photos(TRAINING_PHOTOS)), "--out", str(shards),

@@ -31,8 +31,8 @@ from tqdm import tqdm
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.colour import conversion_ceiling
 from lightning_tucodec.codecs.video import VideoCodec
-from lightning_tucodec.errors import ConfigError, ExternalToolError, TucodecError
-from lightning_tucodec.files import atomic_write
+from lightning_tucodec.errors import ConfigError, ExternalToolError, OutputError, TucodecError
+from lightning_tucodec.files import atomic_write, begins_with, check_targets
 from lightning_tucodec.images import image_files, read_image
 from lightning_tucodec.perceptual import DEFINITIONS as PERCEPTUAL
 from lightning_tucodec.perceptual import MEASURES, check_names
@@ -41,6 +41,12 @@ if TYPE_CHECKING:
     from lightning_tucodec.allocation import Table
 
 FORMAT = "tucodec-evaluation-1"
+
+_HEADS = (f'{{\n "format": "{FORMAT}"', "image,codec,", "codec,images,bytes,")
+"""How the files of `write_results` begin, by which an evaluation knows its own."""
+
+_JOURNAL = '{"key": "'
+"""How rows of measurements begin."""
 
 DEFINITIONS = {
     "bpp": "8 * all bytes of the coded files, headers included / all pixels of the originals",
@@ -356,10 +362,16 @@ def write_results(
             "command": command,
             "colour": entry["colour"],
         }
-    _write_csv(output.with_suffix(".csv"), [{**row, **codings[row["codec"]]} for row in rows])
+    by_image, by_codec = _tables(output)
+    _write_csv(by_image, [{**row, **codings[row["codec"]]} for row in rows])
     averaging = {"averaging": "; ".join(f"{k}: {v}" for k, v in DEFINITIONS.items())}
     lines = [{**entry, **codings[entry["codec"]], **averaging} for entry in sets]
-    _write_csv(output.with_suffix(".sets.csv"), lines)
+    _write_csv(by_codec, lines)
+
+
+def _tables(output: Path) -> tuple[Path, Path]:
+    """Where rows and sets lie as CSV."""
+    return output.with_suffix(".csv"), output.with_suffix(".sets.csv")
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -405,8 +417,12 @@ def run(
     keep: str | None = None,
     memory: bool = False,
     metrics: Sequence[str] = (),
+    force: bool = False,
 ) -> list[Row]:
-    """`tucodec evaluate`: measure, write, and return the set rows."""
+    """`tucodec evaluate`: measure, write, and return the set rows.
+
+    Results of an earlier evaluation are rewritten: their measurements stay in the rows beside them.
+    """
     from lightning_tucodec.codecs.registry import codec, expand
 
     output = Path(out)
@@ -418,6 +434,12 @@ def run(
     folder = Path(keep) if keep else None
     journal = output.with_suffix(".rows.jsonl")
     images = find_images(paths)
+    check_targets(
+        (output, *_tables(output)),
+        [*images, journal],
+        force,
+        lambda path: begins_with(path, _HEADS),
+    )
     rows = evaluate(images, codecs, journal, workers, folder, metrics=metrics)
     sets = summarise(rows, codecs)
     if memory:
@@ -499,6 +521,8 @@ def _digest(described: Mapping[str, Any]) -> str:
 def _read_rows(path: Path) -> dict[str, Row]:
     """Finished rows by key; makes the file ready for more."""
     rows: dict[str, Row] = {}
+    if os.path.lexists(path) and not begins_with(path, [_JOURNAL]):
+        raise OutputError(f"{path}: exists and holds no measurements; name another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as stream:
         stream.seek(0)

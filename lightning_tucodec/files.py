@@ -3,8 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,28 +16,67 @@ def expanded(location: str) -> str:
     return os.path.expanduser(os.path.expandvars(location))
 
 
-def check_targets(
-    targets: Iterable[str | Path], inputs: Iterable[str | Path] = (), force: bool = False
-) -> None:
-    """Refuse to write over an input, or over a file that is there already.
+def target_check(
+    inputs: Iterable[str | Path] = (),
+    force: bool = False,
+    own: Callable[[Path], bool] = lambda _: False,
+) -> Callable[[str | Path], None]:
+    """A function that refuses to write over an input, or over a file that is there already.
 
     Links are followed, so the same file under another name is found as well. Every command that
-    writes calls it before it spends time.
+    writes asks it before it spends time.
 
     Args:
-        targets: files that are about to be written.
         inputs: files that the same call reads; they are never replaced.
         force: whether the user allowed existing files to be replaced.
+        own: whether an existing file is by its content one that the command continues or rewrites.
+
+    Returns:
+        What takes a target and raises OutputError, which says which file it is and what to do.
+    """
+    sources = {key for path in inputs for key in _keys(path)}
+
+    def check(target: str | Path) -> None:
+        if not sources.isdisjoint(_keys(target)):
+            raise OutputError(f"{target}: is an input of this call; write somewhere else")
+        if not force and os.path.lexists(target) and not own(Path(target)):
+            raise OutputError(f"{target}: exists; name another place, or replace it with --force")
+
+    return check
+
+
+def check_targets(
+    targets: Iterable[str | Path],
+    inputs: Iterable[str | Path] = (),
+    force: bool = False,
+    own: Callable[[Path], bool] = lambda _: False,
+) -> None:
+    """`target_check` of several targets.
 
     Raises:
         OutputError: which file, and what to do.
     """
-    sources = {os.path.realpath(path) for path in inputs}
+    check = target_check(inputs, force, own)
     for target in targets:
-        if os.path.realpath(target) in sources:
-            raise OutputError(f"{target}: is an input of this call; write somewhere else")
-        if not force and os.path.lexists(target):
-            raise OutputError(f"{target}: exists; name another place, or replace it with --force")
+        check(target)
+
+
+def _keys(path: str | Path) -> Iterator[object]:
+    """What tells a file from all others: where it lies, and its number (names may ignore case)."""
+    yield os.path.realpath(path)
+    with suppress(OSError):
+        found = os.stat(path)
+        yield found.st_dev, found.st_ino
+
+
+def begins_with(path: Path, heads: Iterable[str]) -> bool:
+    """Whether a file is empty or begins with one of some texts; one that is cut short counts as well."""
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(256)
+    except OSError:
+        return False
+    return any(start.startswith(head.encode()[: len(start)]) for head in heads)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ specs=()
 extra=()
 while [[ $# -gt 0 && $1 != -- ]]; do
     model=$models/$(basename "$1").safetensors
-    do_or_show "${tucodec[@]}" export "$1" -o "$model"
+    do_or_show "${tucodec[@]}" export "$1" -o "$model" --force
     specs+=("$model")
     shift
 done

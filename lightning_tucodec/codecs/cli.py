@@ -1,20 +1,24 @@
 """`tucodec compress | decompress | info | models`: files in, files out, one clear line for a bad one."""
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_tucodec.errors import (
     ConfigError,
     ImageInputError,
+    OutputError,
     TucodecError,
     UnknownModelError,
 )
-from lightning_tucodec.files import atomic_write
+from lightning_tucodec.files import atomic_write, target_check
+from lightning_tucodec.options import add_force
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,6 +75,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
         help="search for symbols that code the image better; each level takes longer (0)",
     )
     parser.add_argument("--recon", metavar="PNG", help="also write what a decoder will show")
+    add_force(parser)
     parser.add_argument("--json", action="store_true", help="one object a file, with quality")
 
 
@@ -80,6 +85,7 @@ def add_decompress_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", required=True, help="a .png file, or a folder")
     parser.add_argument("--model", help="file of the model, when it is not among the known ones")
     _add_device(parser)
+    add_force(parser)
     parser.add_argument(
         "--salvage",
         action="store_true",
@@ -116,11 +122,10 @@ def run_compress(arguments: argparse.Namespace) -> int:
 
     model = load(arguments.model or DEFAULT_MODEL, _device(arguments.device))
     encoder = with_effort(model, arguments.effort)
-    jobs = _targets(_images(arguments.images), arguments.out, ".tuc")
-    recons = dict(_targets([source for source, _ in jobs], arguments.recon, ".png")
-                  if arguments.recon else [])  # fmt: skip
+    jobs, recons, check = _outputs(arguments)
 
     def prepare(job: Job) -> "NDArray[np.uint8]":
+        check(job)
         pixels = read_image(job[0])
         check_size(pixels.shape[1], pixels.shape[0])
         return pixels
@@ -224,9 +229,11 @@ def _compress_chosen(arguments: argparse.Namespace, target: "Target | None") -> 
     from lightning_tucodec.metrics import bits_per_pixel, quality
 
     settings = _settings(arguments, target)
-    jobs = _targets(_images(arguments.images), arguments.out, ".tuc")
-    recons = dict(_targets([source for source, _ in jobs], arguments.recon, ".png")
-                  if arguments.recon else [])  # fmt: skip
+    jobs, recons, check = _outputs(arguments)
+
+    def prepare(job: Job) -> "NDArray[np.uint8]":
+        check(job)
+        return read_image(job[0])
 
     def finish(job: Job, pixels: "NDArray[np.uint8]", _: None) -> dict[str, Any]:
         source, out = job
@@ -261,7 +268,7 @@ def _compress_chosen(arguments: argparse.Namespace, target: "Target | None") -> 
 
     stages = pipeline.Stages(
         pixels=lambda job: _image_size(job[0]),
-        prepare=lambda job: read_image(job[0]),
+        prepare=prepare,
         group=lambda pixels: pixels.shape,
         batch=lambda pixels: 1,
         network=lambda images: [None] * len(images),
@@ -331,7 +338,11 @@ def run_decompress(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     chosen = load_any(arguments.model, device) if arguments.model else None
 
+    jobs = _targets([Path(name) for name in arguments.files], arguments.out, ".png")
+    check = target_check((source for source, _ in jobs), arguments.force)
+
     def prepare(job: Job) -> _Symbols | _Picture:
+        check(job[1])
         container = unpack(_read(job[0]), salvage=arguments.salvage)
         started = time.perf_counter()
         if container.kind == CodecKind.VVC:
@@ -387,7 +398,6 @@ def run_decompress(arguments: argparse.Namespace) -> int:
         network=network,
         finish=finish,
     )
-    jobs = _targets([Path(name) for name in arguments.files], arguments.out, ".png")
     return _report(pipeline.run(stages, jobs), len(jobs), arguments.json)
 
 
@@ -452,7 +462,7 @@ def run_models(arguments: argparse.Namespace) -> int:
             status = 1
             continue
         where = "shipped" if path.parent == SHIPPED else str(path)
-        rows.append({"name": model.name, "id": model.id.hex(), "where": where, **model.card})
+        rows.append({**model.card, "name": model.name, "id": model.id.hex(), "where": where})
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return status
@@ -462,20 +472,42 @@ def run_models(arguments: argparse.Namespace) -> int:
     return status
 
 
+def _outputs(
+    arguments: argparse.Namespace,
+) -> tuple[list[Job], dict[Path, Path], Callable[[Job], None]]:
+    """Jobs of `compress`, pictures by source, and what refuses a job whose outputs would replace a file."""
+    jobs = _targets(_images(arguments.images), arguments.out, ".tuc")
+    sources = [source for source, _ in jobs]
+    recons = dict(_targets(sources, arguments.recon, ".png") if arguments.recon else [])
+    refuse = target_check(sources, arguments.force)
+
+    def check(job: Job) -> None:
+        source, target = job
+        if os.path.isdir(source):
+            os.listdir(source)  # says when it must not be read
+            raise ImageInputError(f"{source}: no image files in this folder")
+        for path in (target, recons.get(source)):
+            if path is not None:
+                refuse(path)
+
+    return jobs, recons, check
+
+
 def _images(names: Iterable[str]) -> list[Path]:
-    """Files as named, folders replaced by the image files in them, in order of name."""
+    """Files as named, folders replaced by the image files in them, in order of name.
+
+    A folder without image files stays; coding it will say so.
+    """
     from lightning_tucodec.images import image_files
 
     files: list[Path] = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            inside = image_files(path)
-            if not inside:
-                raise ImageInputError(f"{path}: no image files in this folder")
-            files += inside
-        else:
-            files.append(path)
+    for path in map(Path, names):
+        inside: list[Path] = []
+        # Not the method of Path, which raises for names that are too long.
+        if os.path.isdir(path):
+            with contextlib.suppress(OSError):
+                inside = image_files(path)
+        files += inside or [path]
     return files
 
 
@@ -483,17 +515,24 @@ def _targets(sources: list[Path], out: str, suffix: str) -> list[tuple[Path, Pat
     """(source, target): one file when OUT names one, else `<stem><suffix>` in the folder OUT.
 
     Raises:
-        ImageInputError: two sources would write the same file, or OUT is one file for several.
+        OutputError: OUT is a file of another kind, one file for several sources, or two sources would
+            write the same file.
     """
-    if out.lower().endswith(suffix) and not Path(out).is_dir():
+    is_folder = os.path.isdir(out) or out.endswith(os.sep)
+    if out.lower().endswith(suffix) and not is_folder:
         if len(sources) > 1:
-            raise ImageInputError(f"-o {out}: one file for {len(sources)} inputs; name a folder")
+            raise OutputError(f"-o {out}: one file for {len(sources)} inputs; name a folder")
         return [(sources[0], Path(out))]
+    if out == "-" or (Path(out).suffix and not is_folder):
+        raise OutputError(
+            f"-o {out}: is no {suffix} file; name one, or a folder, which ends in {os.sep} when it is new "
+            "and has a dot in its name"
+        )
     jobs = [(source, Path(out) / f"{source.stem}{suffix}") for source in sources]
     seen: dict[Path, Path] = {}
     for source, target in jobs:
         if target in seen:
-            raise ImageInputError(f"{seen[target]} and {source} would both be written to {target}")
+            raise OutputError(f"{seen[target]} and {source} would both be written to {target}")
         seen[target] = source
     return jobs
 

@@ -23,6 +23,7 @@ from lightning_tucodec.curves import (
     quality_at_rate,
 )
 from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.files import check_targets
 from lightning_tucodec.report.figures import AXES, Style, rd_figure, style
 from lightning_tucodec.report.page import Chart, Limits, Page, Table, Trace, write_page
 from lightning_tucodec.report.sources import Entry, Evaluation, Material, Run, read_sources
@@ -518,6 +519,11 @@ def bd_text(rows: Sequence[Row], anchor: str | None) -> str:
     return "\n".join(lines)
 
 
+def _picture(report: Path, label: str) -> Path:
+    """Where the curves of a quality are drawn; the same as SVG lies beside."""
+    return report.with_name(f"{report.stem}-{label.lower()}.png")
+
+
 def run_compare(arguments: argparse.Namespace) -> int:
     """`tucodec compare`: the page, and PNG and SVG of its curves beside it."""
     from lightning_tucodec.report.gallery import scenes
@@ -530,22 +536,25 @@ def run_compare(arguments: argparse.Namespace) -> int:
     for bpp in [*(arguments.at or []), *([] if arguments.bpp is None else [arguments.bpp])]:
         if not 0 < bpp < math.inf:
             raise ConfigError(f"{bpp:g} bpp is no rate: it must be above 0 and finite")
+    pictures = {quality: _picture(out, label) for quality, label in QUALITIES.items()}
+    drawings = [path.with_suffix(kind) for path in pictures.values() for kind in (".png", ".svg")]
+    check_targets([out, *drawings], arguments.sources + (arguments.images or []), arguments.force)
     material = read_sources(arguments.sources)
     page, rows = build_page(
         material, arguments.anchor, arguments.title, arguments.samples, arguments.at or RATES
     )
     if arguments.images:
-        pictures = scenes(
+        gallery = scenes(
             material.evaluations,
             arguments.images,
             arguments.bpp,
             arguments.pictures,
             Path(arguments.kept) if arguments.kept else None,
         )
-        page = page._replace(scenes=pictures)
+        page = page._replace(scenes=gallery)
     write_page(out, page)
     written = [out]
-    for quality, label in QUALITIES.items():
+    for quality, path in pictures.items():
         drawn = [
             (entry.curve, style(index, entry.measured))
             for index, entry in enumerate(material.entries)
@@ -553,9 +562,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
         ]
         if drawn:
             curves, styles = zip(*drawn, strict=True)
-            name = out.with_name(f"{out.stem}-{label.lower()}")
             limits = _limits(material.entries, quality)[0]
-            path = name.with_name(name.name + ".png")
             written += rd_figure(curves, path, quality, bpp_range=limits, styles=styles)
     anchor = choose_anchor(material.entries, arguments.anchor)
     print(json.dumps(rows) if arguments.json else bd_text(rows, anchor))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lightning_tucodec.curves import Curve, Quality
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.files import atomic_write
 
 AXES: dict[Quality, str] = {"psnr": "PSNR (RGB), dB", "ms_ssim_db": "MS-SSIM, dB"}
 """What the axis of a quality says."""
@@ -122,10 +123,10 @@ def rd_figure(
                 text.set_parse_math(False)
                 text.set_text(name)
         base = Path(path)
-        base.parent.mkdir(parents=True, exist_ok=True)
         png, svg = base.with_suffix(".png"), base.with_suffix(".svg")
-        figure.savefig(png, metadata={"Software": None})
-        figure.savefig(svg, metadata={"Date": None})
+        for file, metadata in ((png, {"Software": None}), (svg, {"Date": None})):
+            with atomic_write(file) as stream:
+                figure.savefig(stream, format=file.suffix[1:], metadata=metadata)
     return png, svg
 
 
@@ -179,6 +180,6 @@ def comparison_figure(
         axes.set_axis_off()
         figure.text(x / full[0], (y + height + 24) / full[1], panel.title, size=10, weight="bold")
         figure.text(x / full[0], (y + height + 7) / full[1], panel.detail, size=8.5, color="0.3")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
+    with atomic_write(path) as stream:
+        figure.savefig(stream, format="png", metadata={"Software": None})
     return Path(path)

@@ -1,6 +1,8 @@
-"""Options of the commands of this package; imports nothing, so that `--help` is instant."""
+"""Options of the commands of this package; imports nothing heavy, so that `--help` is instant."""
 
 import argparse
+
+from lightning_tucodec.options import add_force
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +15,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         "them, published:NAME, wandb:ENTITY/PROJECT/GROUP",
     )
     parser.add_argument("-o", "--out", required=True, metavar="REPORT.html")
+    add_force(parser)
     parser.add_argument("--anchor", metavar="NAME", help="the curve that BD-rates refer to")
     parser.add_argument(
         "--at", nargs="+", type=float, metavar="BPP", help="rates at which qualities are compared"

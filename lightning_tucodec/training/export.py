@@ -16,6 +16,7 @@ from lightning_tucodec.codecs.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.models import SUFFIX
 from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.files import check_targets
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
 from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
 from lightning_tucodec.training.runs import RunFolder, load_checkpoint, network_weights
@@ -134,6 +135,8 @@ def run_export(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if out.suffix != SUFFIX:
         raise ConfigError(f"{out}: a model file's name ends in {SUFFIX}")
+    card = [arguments.card] if arguments.card else []
+    check_targets([out], [*arguments.runs, *card], arguments.force)
     extra: dict[str, Any] = {}
     if arguments.card:
         try:

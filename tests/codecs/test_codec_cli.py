@@ -249,12 +249,12 @@ def test_a_folder_of_many_sizes_is_coded_as_one_by_one(
     assert 1 < max(batches) <= 3
     assert torch.get_num_threads() == threads
     for name in "01234567":
-        assert compress(folder / f"{name}.png", "-o", tmp_path / "alone.tuc") == 0
+        assert compress(folder / f"{name}.png", "-o", tmp_path / "alone.tuc", "--force") == 0
         assert (tmp_path / "alone.tuc").read_bytes() == (out / f"{name}.tuc").read_bytes()
     files = sorted(out.glob("*.tuc"))
     assert main(["decompress", *map(str, files), "-o", str(tmp_path / "png")]) == 0
     for file in files:
-        assert main(["decompress", str(file), "-o", str(tmp_path / "alone.png")]) == 0
+        assert main(["decompress", str(file), "-o", str(tmp_path / "alone.png"), "--force"]) == 0
         alone = read_image(tmp_path / "alone.png")
         np.testing.assert_array_equal(alone, read_image(tmp_path / "png" / f"{file.stem}.png"))
 
@@ -330,5 +330,5 @@ def test_export_of_a_run_codes(
     source = save(tmp_path / "a.png", picture())
     words = ["compress", str(source), "-o", str(tmp_path / "e.tuc"), "--model", str(out)]
     assert main(words) == 0
-    assert main(["export", str(tmp_path / "nothing"), "-o", str(out)]) == 1
+    assert main(["export", str(tmp_path / "nothing"), "-o", str(out), "--force"]) == 1
     assert "nothing" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert np.array_equal(np.asarray(first), np.asarray(second))
     capsys.readouterr()
     # One image cannot meet the target: it is named, the other is written.
-    assert main([*words, "--model", "tiny-ssim", "--target-psnr", "38"]) == 1
+    assert main([*words, "--force", "--model", "tiny-ssim", "--target-psnr", "38"]) == 1
     assert "a.png: --target-psnr 38: even tiny-ssim-" in capsys.readouterr().err
     assert main([*words, "--model", "tiny-ssim-3", "--target-bpp", "1"]) == 1
     assert "--model tiny-ssim-3 is none" in capsys.readouterr().err

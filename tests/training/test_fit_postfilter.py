@@ -82,8 +82,10 @@ def test_it_learns_and_exports(
         content["state_dict"][name] *= 2
     torch.save(content, doubled)
     runs = [str(file), str(doubled)]
-    assert main(["export", *runs, "-o", str(file), "--average", "0.25", "0.75"]) == 0
-    average = load_filter(str(file))
+    call = ["export", *runs, "--average", "0.25", "0.75", "-o"]
+    assert main([*call, str(file), "--force"]) == 1  # an input
+    assert main([*call, str(tmp_path / "average.safetensors")]) == 0
+    average = load_filter(str(tmp_path / "average.safetensors"))
     assert average.card["average"] == [["mine.safetensors", 0.25], ["doubled.ckpt", 0.75]]
     for name, value in model.network.state_dict().items():
         exported = average.network.state_dict()[name]
