@@ -20,6 +20,7 @@ Several limits: HiGHS' branch and cut through SciPy, its answer checked in integ
 
 import contextlib
 import ctypes
+import heapq
 import math
 import os
 import sys
@@ -41,7 +42,10 @@ Quantity = Literal["bytes", "sse", "ms_ssim", "seconds"]
 MS_SSIM_UNITS = 1 << 24
 SECONDS_UNITS = 1_000_000
 STATES_MAX = 40_000_000
-"""States that the dynamic programme stores over all rows at most, 5 bytes each."""
+"""States that the dynamic programme stores over all rows at most, 8 bytes each."""
+
+PAIRS_MAX = 1 << 22
+"""Pairs of a state and an option that the dynamic programme looks at in a row at most."""
 
 _BEAM_FIRST, _BEAM = 1 << 11, 1 << 16
 
@@ -159,6 +163,30 @@ class Solution:
     bound: int
     method: str
 
+    @classmethod
+    def checked(
+        cls,
+        choice: NDArray[np.int64],
+        bound: int,
+        method: str,
+        cost: NDArray[np.int64],
+        weights: Sequence[NDArray[np.int64]],
+        limits: Sequence[int],
+        exists: NDArray[np.bool_],
+    ) -> "Solution":
+        """The answer as its rows add up, whatever the search believed.
+
+        Raises:
+            RuntimeError: the choice is outside a limit or below the bound, a fault of this program.
+        """
+        rows = np.arange(len(cost))
+        total = int(cost[rows, choice].sum())
+        sums = [int(weight[rows, choice].sum()) for weight in weights]
+        within = all(used <= limit for used, limit in zip(sums, limits, strict=True))
+        if not exists[rows, choice].all() or not within or total < bound:
+            raise RuntimeError(f"{method}: cost {total} below {bound}, or {sums} above {limits}")
+        return cls(choice, total, bound, method)
+
 
 def allocate(
     table: Table,
@@ -241,10 +269,7 @@ def solve_one_limit(
     """
     n = len(cost)
     exists = np.ones(cost.shape, bool) if exists is None else exists
-    worst = (
-        int(np.where(exists, cost, 0).max(1).sum()),
-        int(np.where(exists, weight, 0).max(1).sum()),
-    )
+    worst = _largest_sum(cost, exists), _largest_sum(weight, exists)
     if max(*worst, limit) >= _SUM_MAX:
         raise ConfigError("the sums do not fit into 64 bits")
     order, length = _hulls(cost, weight, exists)
@@ -260,7 +285,7 @@ def solve_one_limit(
     choice = order[rows, level]
     total = int(cost[rows, choice].sum())
     if fits == len(used):
-        return Solution(choice, total, total, "unconstrained")
+        return Solution.checked(choice, total, "unconstrained", cost, [weight], [limit], exists)
 
     # λ = multiplier / scale as a fraction, so that reduced costs and bounds are integers.
     critical = float(slope[by_slope[fits]])
@@ -301,7 +326,8 @@ def solve_one_limit(
             beam = beam_max
         else:
             break
-    return Solution(choice, total, min(total, -(-proven // scale)), method)
+    proven = min(total, -(-proven // scale))
+    return Solution.checked(choice, proven, method, cost, [weight], [limit], exists)
 
 
 def solve_limits(
@@ -328,6 +354,8 @@ def solve_limits(
         ConfigError: no choice meets all limits, or none was found in time.
     """
     exists = np.ones(cost.shape, bool) if exists is None else exists
+    if max(_largest_sum(values, exists) for values in (cost, *weights)) >= _SUM_MAX:
+        raise ConfigError("the sums do not fit into 64 bits")
     useful = exists & ~_dominated(np.stack([cost, *weights], 2), exists)
     # HiGHS accepts a row that is violated by its tolerance; then the limits are drawn in as much.
     bound: int | None = None
@@ -346,7 +374,9 @@ def solve_limits(
             for weight, limit in zip(weights, limits, strict=True)
         ):
             total = int(cost[rows, choice].sum())
-            return Solution(choice, total, min(bound, total), "HiGHS branch and cut")
+            return Solution.checked(
+                choice, min(bound, total), "HiGHS branch and cut", cost, weights, limits, exists
+            )
     raise ConfigError(f"no choice within the limits was found in {seconds:g} s; allow more time")
 
 
@@ -467,16 +497,32 @@ def _check_reachable(
     raise ConfigError(f"cannot be met: {reached}, but {wanted}; {help_}")
 
 
-def _dominated(values: NDArray[np.int64], exists: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _largest_sum(values: NDArray[np.int64], exists: NDArray[np.bool_]) -> int:
+    """The most that one entry a row can add up to, in Python's integers, which do not wrap."""
+    return sum(np.where(exists, values, 0).max(1).tolist())
+
+
+@numba.njit(cache=True, nogil=True)
+def _dominated(values, exists):  # type: ignore[no-untyped-def]
     """n×k, True where another existing entry of the row is no worse in all m values of n×k×m."""
-    dominated = np.zeros(exists.shape, bool)
-    for j in range(exists.shape[1]):
-        for other in range(exists.shape[1]):
-            if other != j:
-                no_worse = (values[:, other] <= values[:, j]).all(1) & exists[:, other]
-                equal = (values[:, other] == values[:, j]).all(1)
-                # Of equal entries the first stays.
-                dominated[:, j] |= no_worse & (~equal | (other < j))
+    n, k, m = values.shape
+    dominated = np.zeros((n, k), np.bool_)
+    for i in range(n):
+        for j in range(k):
+            for other in range(k):
+                if other == j or not exists[i, other] or dominated[i, other]:
+                    continue
+                better = other < j  # of equal entries the first stays
+                no_worse = True
+                for v in range(m):
+                    if values[i, other, v] > values[i, j, v]:
+                        no_worse = False
+                        break
+                    if values[i, other, v] < values[i, j, v]:
+                        better = True
+                if no_worse and better:
+                    dominated[i, j] = True
+                    break
     return dominated
 
 
@@ -509,6 +555,8 @@ def _within(
         whether all states were kept, so that there is no better one.
     """
     keep = reduced <= width
+    # By weight and by cost, not by reduced cost, which charges for the weight.
+    keep &= ~_dominated(np.stack([shift, reduced - multiplier * shift], 2), keep)
     active = np.nonzero(keep.sum(1) > 1)[0]
     # Rows whose alternatives are dear first: they keep the early lists short.
     dear = np.where(keep[active] & (shift[active] != 0), reduced[active], width).min(1)
@@ -521,7 +569,8 @@ def _within(
     # What the rows after each one can still add or take away.
     high_after = np.append(np.cumsum(high[::-1])[::-1], 0)[1:]
     low_after = np.append(np.cumsum(low[::-1])[::-1], 0)[1:]
-    beam = max(1, min(beam, STATES_MAX // max(1, len(active))))
+    most = int(np.diff(starts).max(initial=1))
+    beam = max(1, min(beam, STATES_MAX // max(1, len(active)), PAIRS_MAX // most))
     status, complete, picks = _states(
         starts, shifts, costs, high_after, low_after, slack, multiplier, width, beam
     )
@@ -547,13 +596,15 @@ def _states(  # type: ignore[no-untyped-def]
     excess = np.zeros(1, np.int64)
     capacity = 1 << 16
     parents = np.empty(capacity, np.int32)
-    entries = np.empty(capacity, np.uint8)
+    entries = np.empty(capacity, np.int32)
     stage = np.zeros(n + 1, np.int64)
     picks = np.zeros(n, np.int64)
     complete = True
     for i in range(n):
         first, options = starts[i], starts[i + 1] - starts[i]
         pointer = np.zeros(options, np.int64)
+        heap = [(weight[0] + shifts[first + j], j) for j in range(options)]
+        heapq.heapify(heap)
         room = len(weight) * options
         new_weight = np.empty(room, np.int64)
         new_excess = np.empty(room, np.int64)
@@ -563,25 +614,20 @@ def _states(  # type: ignore[no-untyped-def]
             larger = np.empty(capacity, np.int32)
             larger[: stage[i]] = parents[: stage[i]]
             parents = larger
-            larger_entries = np.empty(capacity, np.uint8)
+            larger_entries = np.empty(capacity, np.int32)
             larger_entries[: stage[i]] = entries[: stage[i]]
             entries = larger_entries
         count = 0
         best = np.iinfo(np.int64).max
-        while True:
+        while heap:
             # The lightest of all (state, option) not yet seen: lists are sorted by weight.
-            option = -1
-            lightest = np.iinfo(np.int64).max
-            for j in range(options):
-                if pointer[j] < len(weight):
-                    candidate = weight[pointer[j]] + shifts[first + j]
-                    if candidate < lightest:
-                        lightest = candidate
-                        option = j
-            if option < 0:
-                break
+            lightest, option = heap[0]
             parent = pointer[option]
             pointer[option] += 1
+            if parent + 1 < len(weight):
+                heapq.heapreplace(heap, (weight[parent + 1] + shifts[first + option], option))
+            else:
+                heapq.heappop(heap)
             total = excess[parent] + costs[first + option]
             if total > width or lightest + low_after[i] > slack:
                 continue
