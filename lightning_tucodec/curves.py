@@ -21,9 +21,25 @@ MIN_OVERLAP = 0.3
 must cover; below, a BD-rate says more about the extrapolation than about the codecs."""
 
 
+QUALITIES: dict[Quality, str] = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM"}
+"""What people call them."""
+
+
 def decibels(ms_ssim: ArrayLike) -> Floats:
-    """MS-SSIM on a logarithmic scale, −10·log10(1 − MS-SSIM); 120 dB at most."""
-    return -10 * np.log10(np.maximum(1 - np.asarray(ms_ssim, np.float64), 1e-12))
+    """MS-SSIM on a logarithmic scale, −10·log10(1 − MS-SSIM); 120 dB at most, NaN for what is not finite."""
+    values = np.asarray(ms_ssim, np.float64)
+    values = np.where(np.isfinite(values), values, np.nan)
+    return -10 * np.log10(np.maximum(1 - values, 1e-12))
+
+
+def _usable(bpp: Floats, values: Floats) -> NDArray[np.bool_]:
+    """Where both the rate and the quality are numbers that a curve can hold."""
+    return np.isfinite(bpp) & (bpp > 0) & np.isfinite(values)
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
 
 
 @dataclass(frozen=True)
@@ -32,25 +48,33 @@ class Curve:
 
     Attributes:
         name: for labels.
-        bpp: bits a pixel, ascending.
-        quality: by kind of quality, one value a point.
+        lines: by kind of quality, bits a pixel (above 0, ascending) and as many values, all finite.
         source: where the numbers are from.
+        left_out: what has no finite value and is no part of it, a text each.
     """
 
     name: str
-    bpp: Floats
-    quality: Mapping[str, Floats]
+    lines: Mapping[str, tuple[Floats, Floats]]
     source: str = ""
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def of(
         cls, name: str, bpp: ArrayLike, quality: Mapping[str, ArrayLike], source: str = ""
     ) -> "Curve":
-        """From points in any order."""
+        """From points in any order; a value that is not finite leaves its point out of its own quality."""
         rates = np.asarray(bpp, np.float64)
         order = np.argsort(rates, kind="stable")
-        values = {key: np.asarray(value, np.float64)[order] for key, value in quality.items()}
-        return cls(name, rates[order], values, source)
+        lines, left_out = {}, []
+        for key, unsorted in quality.items():
+            values = np.asarray(unsorted, np.float64)[order]
+            kept = _usable(rates[order], values)
+            if kept.any():
+                lines[key] = rates[order][kept], values[kept]
+            if not kept.all():
+                numbers = _listed([str(1 + index) for index in np.sort(order[~kept])])
+                left_out.append(f"{_label(key)} is not finite at points {numbers} of {len(rates)}")
+        return cls(name, lines, source, tuple(left_out))
 
     def points(self, quality: Quality) -> tuple[Floats, Floats]:
         """Rate and quality of the points that rise: one that costs more for less is left out.
@@ -58,12 +82,15 @@ class Curve:
         Raises:
             ConfigError: the curve has no such quality.
         """
-        if quality not in self.quality:
+        if quality not in self.lines:
             raise ConfigError(f"{self.name} has no {quality}")
-        values = self.quality[quality]
+        rates, values = self.lines[quality]
         before = np.maximum.accumulate(np.concatenate([[-np.inf], values[:-1]]))
-        rises = (values > before) & np.isfinite(values)
-        return self.bpp[rises], values[rises]
+        return rates[values > before], values[values > before]
+
+
+def _label(quality: str) -> str:
+    return {str(key): label for key, label in QUALITIES.items()}.get(quality, quality)
 
 
 def read_curve(path: str | Path) -> Curve:
@@ -112,12 +139,75 @@ class ImageCurves:
     psnr: Floats
     ms_ssim: Floats
 
-    def mean(self, indices: NDArray[np.int64] | None = None) -> Curve:
-        """The mean over images (or over a selection with repeats), as most papers draw it."""
-        part = slice(None) if indices is None else indices
-        bpp, psnr, ms_ssim = (v[part].mean(0) for v in (self.bpp, self.psnr, self.ms_ssim))
+    def whole(self, quality: Quality) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Images and points that have a finite value at each other, as indices.
+
+        What lacks the largest share of its values goes first, an image before a point: a white image, whose
+        PSNR is infinite at most rates, or a lossless setting, whose PSNR is so for all images.
+        """
+        values = self.psnr if quality == "psnr" else self.ms_ssim
+        missing = ~_usable(self.bpp, values)
+        images, points = (np.arange(length) for length in missing.shape)
+        while missing.any():
+            by_image, by_point = missing.mean(1), missing.mean(0)
+            if by_image.max() >= by_point.max():
+                keep = by_image < by_image.max()
+                images, missing = images[keep], missing[keep]
+            else:
+                keep = by_point < by_point.max()
+                points, missing = points[keep], missing[:, keep]
+        return images, points
+
+    def part(
+        self, images: NDArray[np.int64], points: NDArray[np.int64] | None = None
+    ) -> "ImageCurves":
+        """A selection of images (with repeats if need be) and points, by their indices."""
+        columns: Any = slice(None) if points is None else points
+        arrays = (v[images][:, columns] for v in (self.bpp, self.psnr, self.ms_ssim))
+        return ImageCurves(self.name, [self.images[i] for i in images], *arrays)
+
+    def mean(self) -> Curve:
+        """The mean over images, as most papers draw it: for each quality those of `whole`."""
+        lines: dict[str, tuple[Floats, Floats]] = {}
+        left_out = []
+        for quality, label in QUALITIES.items():
+            images, points = self.whole(quality)
+            if len(images) < len(self.images):
+                names = np.delete(np.array(self.images, object), images).tolist()
+                left_out.append(f"{label} is not finite and leaves out {_listed(names)}")
+            if len(points) < self.bpp.shape[1]:
+                count = self.bpp.shape[1]
+                numbers = [str(1 + n) for n in range(count) if n not in points]
+                left_out.append(f"{label} is not finite at points {_listed(numbers)} of {count}")
+            if not len(images) or not len(points):
+                continue
+            own = self.part(images, points)
+            values = own.psnr.mean(0) if quality == "psnr" else decibels(own.ms_ssim.mean(0))
+            lines |= Curve.of(self.name, own.bpp.mean(0), {quality: values}).lines
         source = "mean over images; MS-SSIM in dB of the mean"
-        return Curve.of(self.name, bpp, {"psnr": psnr, "ms_ssim_db": decibels(ms_ssim)}, source)
+        return Curve(self.name, lines, source, tuple(left_out))
+
+
+def paired(
+    anchor: ImageCurves, test: ImageCurves, quality: Quality
+) -> tuple[ImageCurves, ImageCurves]:
+    """Both over the images that both have with finite values of a quality, in one order.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    sides = []
+    for curves in (anchor, test):
+        images, points = curves.whole(quality)
+        sides.append(({curves.images[i]: i for i in images}, points))
+    shared = [name for name in sides[0][0] if name in sides[1][0]]
+    if not shared:
+        raise ConfigError(f"{anchor.name} and {test.name} share no image")
+    first, second = (
+        curves.part(np.array([rows[name] for name in shared]), points)
+        for curves, (rows, points) in zip((anchor, test), sides, strict=True)
+    )
+    return first, second
 
 
 def read_results(path: str | Path) -> list[ImageCurves]:
@@ -322,6 +412,8 @@ class BDInterval(NamedTuple):
         high: upper end.
         level: its nominal coverage.
         images: how many both curves have.
+        samples: drawn.
+        kept: those of them that have a BD-rate; the interval is of these.
     """
 
     estimate: BDRate
@@ -329,6 +421,8 @@ class BDInterval(NamedTuple):
     high: float
     level: float
     images: int
+    samples: int
+    kept: int
 
 
 def bd_rate_interval(
@@ -354,23 +448,21 @@ def bd_rate_interval(
     Raises:
         ConfigError: the curves share no image, or see `bd_rate`.
     """
-    shared = [name for name in anchor.images if name in set(test.images)]
-    if not shared:
-        raise ConfigError(f"{anchor.name} and {test.name} share no image")
-    rows = [np.array([list(c.images).index(name) for name in shared]) for c in (anchor, test)]
-    estimate = bd_rate(anchor.mean(rows[0]), test.mean(rows[1]), quality, method)
+    anchor, test = paired(anchor, test, quality)
+    count = len(anchor.images)
+    estimate = bd_rate(anchor.mean(), test.mean(), quality, method)
     rng = np.random.default_rng(seed)
     percents = []
     for _ in range(samples):
-        drawn = rng.integers(0, len(shared), len(shared))
-        curves = anchor.mean(rows[0][drawn]), test.mean(rows[1][drawn])
+        drawn = rng.integers(0, count, count)
+        curves = anchor.part(drawn).mean(), test.part(drawn).mean()
         # A draw of images whose mean curve has no BD-rate says nothing, and stops nothing.
         with contextlib.suppress(ConfigError):
             percents.append(bd_rate(*curves, quality, method, min_overlap=1e-9).percent)
     if not percents:
         raise ConfigError(f"{anchor.name} and {test.name}: no sample of the images has a BD-rate")
     low, high = np.quantile(percents, [(1 - level) / 2, (1 + level) / 2])
-    return BDInterval(estimate, float(low), float(high), level, len(shared))
+    return BDInterval(estimate, float(low), float(high), level, count, samples, len(percents))
 
 
 def rate_at_quality(rate: ArrayLike, quality: ArrayLike, target: float) -> float:

@@ -92,8 +92,8 @@ def test_read_curve(tmp_path: Path) -> None:
     path.write_text(json.dumps({"name": "JPEG", "description": "d", "results": results}))
     read = read_curve(path)
     assert read.name == "JPEG"
-    assert read.bpp.tolist() == [0.25, 0.5]
-    assert read.quality["ms_ssim_db"] == pytest.approx([10.0, 20.0])
+    assert read.lines["psnr"][0].tolist() == [0.25, 0.5]
+    assert read.lines["ms_ssim_db"][1] == pytest.approx([10.0, 20.0])
     path.write_text(json.dumps({"name": "JPEG", "results": {"bpp": [1], "psnr-rgb": [1, 2]}}))
     with pytest.raises(ConfigError, match="not a rate-distortion curve"):
         read_curve(path)
@@ -185,7 +185,7 @@ def test_results_become_one_curve_a_family(tmp_path: Path) -> None:
     codecs = ["jpeg:q=10", "jpeg:q=50", "vvc:qp=40,preset=slow", "vvc:qp=40", "tiny-1", "tiny-2"]
     codecs += ["tiny-1:effort=3", "tiny-1:effort=3,lmbda=40"]
     rows = [
-        {"image": image, "codec": codec, "bpp": 0.1 * i + j, "psnr": 30 + i, "ms_ssim": 0.9}
+        {"image": image, "codec": codec, "bpp": 0.1 * (i + 1) + j, "psnr": 30 + i, "ms_ssim": 0.9}
         for j, image in enumerate(("a", "b"))
         for i, codec in enumerate(codecs)
     ]
@@ -193,9 +193,11 @@ def test_results_become_one_curve_a_family(tmp_path: Path) -> None:
     path.write_text(json.dumps({"rows": rows}))
     curves = {curve.name: curve for curve in read_results(path)}
     assert list(curves) == ["jpeg", "vvc:preset=slow", "vvc", "tiny", "tiny:effort=3"]
-    assert curves["jpeg"].mean().bpp == pytest.approx([0.5, 0.6])
-    assert curves["tiny"].mean(np.array([1, 1])).points("psnr")[0] == pytest.approx([1.4, 1.5])
-    assert curves["vvc"].mean().quality["ms_ssim_db"] == pytest.approx([10.0])
+    assert curves["jpeg"].mean().lines["psnr"][0] == pytest.approx([0.6, 0.7])
+    assert curves["tiny"].part(np.array([1, 1])).mean().points("psnr")[0] == pytest.approx(
+        [1.5, 1.6]
+    )
+    assert curves["vvc"].mean().lines["ms_ssim_db"][1] == pytest.approx([10.0])
     path.write_text(json.dumps({"rows": rows[:-1]}))
     with pytest.raises(ConfigError, match="not a whole result"):
         read_results(path)
@@ -214,3 +216,71 @@ def test_one_unlucky_sample_does_not_refuse_the_interval() -> None:
     interval = bd_rate_interval(anchor, test, samples=50)
     assert interval.low <= interval.estimate.percent <= interval.high
     assert interval.estimate.percent == pytest.approx(-10, abs=1e-6)
+    assert 0 < interval.kept < interval.samples == 50
+
+
+def spoiled(cells: list[tuple[int, int]]) -> ImageCurves:
+    """Six images at five rates, of which these have no finite PSNR."""
+    curves, _ = simulated(6, 0)
+    for (image, point), value in zip(cells, (np.nan, np.inf, -np.inf) * 9, strict=False):
+        curves.psnr[image, point] = value
+    return curves
+
+
+@pytest.mark.parametrize(
+    ("cells", "images", "points"),
+    [
+        ([(2, 3)], "01345", "01234"),  # one null
+        ([(4, 1), (4, 2), (4, 3), (4, 4)], "01235", "01234"),  # a white image
+        ([(i, 4) for i in range(6)], "012345", "0123"),  # a lossless setting
+        ([*((i, 4) for i in range(6)), (1, 0)], "02345", "0123"),
+        ([(i, i) for i in range(5)], None, None),
+    ],
+)
+def test_a_value_that_is_not_finite_leaves_out_what_it_spoils(
+    cells: list[tuple[int, int]], images: str | None, points: str | None
+) -> None:
+    curves, sound = spoiled(cells), spoiled([])
+    own = curves.whole("psnr")
+    if images is not None and points is not None:
+        assert ["".join(map(str, part)) for part in own] == [images, points]
+    assert min(map(len, own)) > 0
+    mean = curves.mean()
+    expected = sound.part(*own).mean()
+    for line, theirs in zip(mean.lines["psnr"], expected.lines["psnr"], strict=True):
+        np.testing.assert_array_equal(line, theirs)
+    for line, theirs in zip(
+        mean.lines["ms_ssim_db"], sound.mean().lines["ms_ssim_db"], strict=True
+    ):
+        np.testing.assert_array_equal(line, theirs)
+    assert all(text.startswith("PSNR") for text in mean.left_out)
+    assert len(mean.left_out) == (len(own[0]) < 6) + (len(own[1]) < 5)
+
+
+def test_both_sides_of_a_difference_leave_out_the_same_images() -> None:
+    anchor, test = simulated(6, 0)
+    anchor.psnr[1, 2], test.psnr[3, :3], test.bpp[0, 1] = np.nan, np.inf, 0
+    for quality, count in (("psnr", 3), ("ms_ssim_db", 5)):
+        interval = bd_rate_interval(anchor, test, quality, samples=5)  # type: ignore[arg-type]
+        assert interval.images == count
+        assert interval.low <= interval.estimate.percent <= interval.high
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("key", ["bpp", "psnr-rgb", "ms-ssim-rgb"])
+def test_a_published_point_that_is_not_finite_is_named(
+    bad: float | None, key: str, tmp_path: Path
+) -> None:
+    results: dict[str, list[float | None]] = {
+        "bpp": [*BPP, 2.0], "psnr-rgb": [*PSNR, 40.0], "ms-ssim-rgb": [0.8, 0.85, 0.9, 0.95, 0.97, 0.99],
+    }  # fmt: skip
+    results[key][1] = bad
+    (tmp_path / "c.json").write_text(json.dumps({"name": "c", "results": results}))
+    read = read_curve(tmp_path / "c.json")
+    spoils = {"bpp": ["psnr", "ms_ssim_db"], "psnr-rgb": ["psnr"], "ms-ssim-rgb": ["ms_ssim_db"]}
+    for quality, (rates, values) in read.lines.items():
+        assert len(read.points(quality)[0]) == (5 if quality in spoils[key] else 6)  # type: ignore[arg-type]
+        assert np.isfinite(rates).all()
+        assert np.isfinite(values).all()
+    assert len(read.left_out) == len(spoils[key])
+    assert all("at points 2 of 6" in text for text in read.left_out)

@@ -4,6 +4,7 @@ Sources are read by `sources`, numbers made here, pictures by `gallery`, the pag
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from lightning_tucodec.curves import (
+    QUALITIES,
     Curve,
     Quality,
     bd_quality,
     bd_rate,
     bd_rate_interval,
     convex_hull,
+    paired,
     quality_at_rate,
 )
 from lightning_tucodec.errors import ConfigError, TucodecError
@@ -29,8 +32,6 @@ from lightning_tucodec.report.page import Chart, Limits, Page, Table, Trace, wri
 from lightning_tucodec.report.sources import Entry, Evaluation, Material, Run, read_sources
 
 Row = dict[str, Any]
-
-QUALITIES: dict[Quality, str] = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM"}
 
 _TRAINING = {
     "train/loss": "Loss",
@@ -69,8 +70,8 @@ def bd_rows(
     Returns:
         A row a curve and quality: `codec`, `quality`, `at` (a pair a rate: bpp, and the difference in dB or
         None where one of the curves does not reach), then `percent` (BD-rate), `low` and `high` (95 %
-        interval; None without rows of images), `decibels` (BD-quality, or None), `range`, `overlap`,
-        `method`, `images`, or `refused`, why there is none.
+        interval; None without rows of images), `samples` and `kept` (of the bootstrap), `decibels`
+        (BD-quality, or None), `range`, `overlap`, `method`, `images`, or `refused`, why there is none.
     """
     reference = next(entry for entry in entries if entry.curve.name == anchor)
     rows: list[Row] = []
@@ -78,12 +79,12 @@ def bd_rows(
         if entry is reference:
             continue
         for quality in QUALITIES:
-            if quality not in entry.curve.quality or quality not in reference.curve.quality:
+            if quality not in entry.curve.lines or quality not in reference.curve.lines:
                 continue
             row: Row = {"codec": entry.curve.name, "quality": quality}
             row["at"] = [[r, None] for r in rates]
             try:
-                curves = _comparable(reference, entry)
+                curves = _comparable(reference, entry, quality)
                 row["at"] = [[r, _gain(*curves, quality, r)] for r in rates]
                 row.update(_bd(reference, entry, quality, samples))
             except ConfigError as error:
@@ -92,7 +93,7 @@ def bd_rows(
     return rows
 
 
-def _comparable(anchor: Entry, test: Entry) -> tuple[Curve, Curve]:
+def _comparable(anchor: Entry, test: Entry, quality: Quality) -> tuple[Curve, Curve]:
     """Means over the images that both have, where both are known image by image.
 
     Raises:
@@ -100,12 +101,8 @@ def _comparable(anchor: Entry, test: Entry) -> tuple[Curve, Curve]:
     """
     if anchor.images is None or test.images is None:
         return anchor.curve, test.curve
-    names = [list(side.images.images) for side in (anchor, test) if side.images is not None]
-    shared = [name for name in names[0] if name in set(names[1])]
-    if not shared:
-        raise ConfigError(f"{anchor.curve.name} and {test.curve.name} share no image")
-    rows = [np.array([own.index(name) for name in shared]) for own in names]
-    return anchor.images.mean(rows[0]), test.images.mean(rows[1])
+    first, second = paired(anchor.images, test.images, quality)
+    return first.mean(), second.mean()
 
 
 def _gain(anchor: Curve, test: Curve, quality: Quality, bpp: float) -> float | None:
@@ -115,17 +112,17 @@ def _gain(anchor: Curve, test: Curve, quality: Quality, bpp: float) -> float | N
 
 
 def _bd(anchor: Entry, test: Entry, quality: Quality, samples: int) -> Row:
-    row: Row = {"low": None, "high": None, "images": None}
+    row: Row = {"low": None, "high": None, "images": None, "samples": None, "kept": None}
     if anchor.images is not None and test.images is not None:
         interval = bd_rate_interval(anchor.images, test.images, quality, samples=samples)
         estimate = interval.estimate
-        row |= {"low": interval.low, "high": interval.high, "images": interval.images}
+        row |= {key: getattr(interval, key) for key in ("low", "high", "images", "samples", "kept")}
     else:
         estimate = bd_rate(anchor.curve, test.curve, quality)
     row |= {"percent": estimate.percent, "range": [estimate.low, estimate.high]}
     row |= {"overlap": estimate.overlap, "method": estimate.method}
     try:
-        row["decibels"] = bd_quality(*_comparable(anchor, test), quality)
+        row["decibels"] = bd_quality(*_comparable(anchor, test, quality), quality)
     except ConfigError:
         row["decibels"] = None
     return row
@@ -143,7 +140,7 @@ def choose_anchor(entries: Sequence[Entry], name: str | None) -> str | None:
             raise ConfigError(f"no curve is called {name}; there are {', '.join(names) or 'none'}")
         return name
     for entry in entries:
-        if any(len(entry.curve.points(q)[0]) >= 4 for q in QUALITIES if q in entry.curve.quality):
+        if any(len(entry.curve.points(q)[0]) >= 4 for q in QUALITIES if q in entry.curve.lines):
             return entry.curve.name
     return None
 
@@ -225,29 +222,24 @@ def _rd_charts(material: Material) -> list[Chart]:
     entries, ceiling = material.entries, _ceiling(material.evaluations)
     for quality, label in QUALITIES.items():
         own = [
-            (index, entry) for index, entry in enumerate(entries) if quality in entry.curve.quality
+            (index, entry) for index, entry in enumerate(entries) if quality in entry.curve.lines
         ]
         if not own:
             continue
         traces = []
         for index, entry in own:
-            bpp, values = entry.curve.bpp, entry.curve.quality[quality]
+            bpp, values = entry.curve.lines[quality]
             look = style(index, entry.measured)
             traces.append(Trace(entry.curve.name, bpp.tolist(), values.tolist(), look))
-        measured = [entry.curve for _, entry in own if entry.measured]
-        if sum(len(curve.bpp) for curve in measured) > 2:
-            bpp, values = (
-                np.concatenate(parts)
-                for parts in zip(*((c.bpp, c.quality[quality]) for c in measured), strict=True)
-            )
-            finite = np.isfinite(values)
-            x, y = convex_hull(bpp[finite], values[finite])
+        measured = [entry.curve.lines[quality] for _, entry in own if entry.measured]
+        if sum(len(bpp) for bpp, _ in measured) > 2:
+            x, y = convex_hull(*map(np.concatenate, zip(*measured, strict=True)))
             traces.append(Trace("convex hull", x.tolist(), y.tolist(), HULL))
         note = "Dotted: published. Gray dashes: convex hull of what was measured here."
         caption = f"Rate and {label}"
         limits = _limits(entries, quality)
         if quality == "psnr" and ceiling is not None:
-            right = max(float(entry.curve.bpp[-1]) for _, entry in own)
+            right = max(float(entry.curve.lines[quality][0][-1]) for _, entry in own)
             traces.append(Trace("4:2:0 ceiling", [0, right], [ceiling] * 2, CEILING))
             note += (
                 f" H.266 and whatever else works behind 4:2:0 stays below {ceiling:.1f} dB here."
@@ -261,31 +253,27 @@ def _limits(entries: Sequence[Entry], quality: Quality) -> tuple[Limits, Limits]
 
     Published curves may reach far beyond what was measured; None where nothing was.
     """
-    own = [e.curve for e in entries if e.measured and quality in e.curve.quality]
-    if sum(len(curve.bpp) for curve in own) < 2:
+    lines = [(e.measured, *e.curve.lines[quality]) for e in entries if quality in e.curve.lines]
+    rates = [bpp for measured, bpp, _ in lines if measured]
+    if sum(map(len, rates)) < 2:
         return None, None
-    right = 1.15 * max(float(curve.bpp[-1]) for curve in own)
-    values = np.concatenate(
-        [
-            e.curve.quality[quality][e.curve.bpp <= right]
-            for e in entries
-            if quality in e.curve.quality
-        ]
-    )
-    values = values[np.isfinite(values)]
+    right = 1.15 * max(float(bpp[-1]) for bpp in rates)
+    values = np.concatenate([values[bpp <= right] for _, bpp, values in lines])
     margin = 0.04 * (values.max() - values.min()) + 0.05
     return (0.0, right), (float(values.min() - margin), float(values.max() + margin))
 
 
 def _point_table(entries: Sequence[Entry]) -> Table:
-    rows = []
+    rows: list[list[Any]] = []
     for entry in entries:
-        curve = entry.curve
-        for index, bpp in enumerate(curve.bpp.tolist()):
-            values = [
-                float(curve.quality[q][index]) if q in curve.quality else None for q in QUALITIES
+        lines = [entry.curve.lines.get(quality, (np.empty(0),) * 2) for quality in QUALITIES]
+        # What is left out of one quality only leaves a rate without the other, or two rates.
+        for bpp in sorted({float(bpp) for rates, _ in lines for bpp in rates}):
+            at = [[v for b, v in zip(*line, strict=True) if b == bpp] for line in lines]
+            rows += [
+                [entry.curve.name, (bpp, f"{bpp:.4f}"), *(_cell(v, 3) for v in values)]
+                for values in itertools.zip_longest(*at)
             ]
-            rows.append([curve.name, (bpp, f"{bpp:.4f}"), *(_cell(v, 3) for v in values)])
     return Table(
         "All points of the curves",
         ["codec", "bpp", "PSNR, dB", "MS-SSIM, dB"],
@@ -303,7 +291,7 @@ def _bd_table(rows: Sequence[Row], anchor: str) -> Table:
             continue
         interval, verdict = "–", "one curve each; no interval"
         if row["low"] is not None:
-            interval = f"{_signed(row['low'])} … {_signed(row['high'])} %"
+            interval = f"{_signed(row['low'])} … {_signed(row['high'])} %{_kept(row)}"
             apart = row["low"] > 0 or row["high"] < 0
             better = "needs fewer bits" if row["percent"] < 0 else "needs more bits"
             verdict = better if apart else "not told apart by these images"
@@ -322,11 +310,11 @@ def _bd_table(rows: Sequence[Row], anchor: str) -> Table:
             ]
         )
     method = next((row["method"] for row in rows if "method" in row), "akima")
-    images = next((row["images"] for row in rows if row.get("images")), None)
+    images = sorted({row["images"] for row in rows if row.get("images")})
     note = f"Rate at equal quality against {anchor}; negative: fewer bits. Interpolation: {method}, by the "
     note += "bjontegaard package; refused below 30 % of shared range. "
     if images:
-        note += f"Interval: 95 %, bootstrap over the {images} images that both have."
+        note += f"Interval: 95 %, bootstrap over the {' or '.join(map(str, images))} images that both have."
     columns = ["codec", "quality", "BD-rate", "95 % interval", "verdict", "BD-quality", "range"]
     return Table(f"BD-rate against {anchor}", [*columns, "overlap"], cells, note)
 
@@ -340,6 +328,12 @@ def _rate_table(rows: Sequence[Row], anchor: str) -> Table:
     note = f"Quality minus that of {anchor}, in dB; interpolated over the logarithm of the rate by PCHIP. "
     note += "Empty where one of the two curves does not reach."
     return _without_empty(Table(f"Quality against {anchor} at equal rate", columns, cells, note))
+
+
+def _kept(row: Row) -> str:
+    """Of how many samples an interval is, where some have no BD-rate."""
+    lacking = row["kept"] < row["samples"]
+    return f" ({row['kept']} of {row['samples']} samples)" if lacking else ""
 
 
 def _signed(value: float, digits: int = 1) -> str:
@@ -508,7 +502,7 @@ def bd_text(rows: Sequence[Row], anchor: str | None) -> str:
             continue
         interval = ""
         if row["low"] is not None:
-            interval = f"  [{row['low']:+.1f}, {row['high']:+.1f}]"
+            interval = f"  [{row['low']:+.1f}, {row['high']:+.1f}]{_kept(row)}"
         lines.append(f"{head}{row['percent']:+7.1f} %{interval}")
     rates = [bpp for bpp, _ in rows[0]["at"]]
     lines += ["", f"dB above {anchor} at equal rate, bpp"]
@@ -558,13 +552,15 @@ def run_compare(arguments: argparse.Namespace) -> int:
         drawn = [
             (entry.curve, style(index, entry.measured))
             for index, entry in enumerate(material.entries)
-            if quality in entry.curve.quality
+            if quality in entry.curve.lines
         ]
         if drawn:
             curves, styles = zip(*drawn, strict=True)
             limits = _limits(material.entries, quality)[0]
             written += rd_figure(curves, path, quality, bpp_range=limits, styles=styles)
     anchor = choose_anchor(material.entries, arguments.anchor)
+    for note in material.notes:
+        print(note, file=sys.stderr)
     print(json.dumps(rows) if arguments.json else bd_text(rows, anchor))
     print("wrote", ", ".join(map(str, written)), file=sys.stderr)
     return 0

@@ -72,10 +72,13 @@ def scenes(
 
 
 def matched(rows: Sequence[Row], bpp: float | None) -> list[Row]:
-    """One row a curve: the one whose rate is nearest to the target, see `scenes`."""
+    """One row a curve: the one whose rate is nearest to the target, see `scenes`; none without a rate."""
+    rows = [row for row in rows if row["bpp"] is not None and 0 < row["bpp"] < math.inf]
     families: dict[str, list[Row]] = {}
     for row in rows:
         families.setdefault(family(row["codec"]), []).append(row)
+    if not families:
+        return []
     if bpp is None:
         first = sorted(row["bpp"] for row in next(iter(families.values())))
         bpp = first[(len(first) - 1) // 2]

@@ -111,19 +111,19 @@ def read_sources(sources: Iterable[str]) -> Material:
             _add_path(material, Path(source))
     names = [entry.curve.name for entry in material.entries]
     for index, entry in enumerate(material.entries):
+        label = names[index]
         # Two results of one codec are what is compared as often as two codecs.
         if names.count(entry.curve.name) > 1:
             label = f"{entry.curve.name} ({names[: index + 1].count(entry.curve.name)})"
             material.notes.append(f"{label}: {entry.curve.source}")
             material.entries[index] = _renamed(entry, label)
+        material.notes += [f"{label}: {text}" for text in entry.curve.left_out]
     return material
 
 
 def _renamed(entry: Entry, name: str) -> Entry:
-    curve, images = entry.curve, entry.images
-    if images is not None:
-        images = ImageCurves(name, images.images, images.bpp, images.psnr, images.ms_ssim)
-    return Entry(Curve(name, curve.bpp, curve.quality, curve.source), images, entry.measured)
+    images = None if entry.images is None else replace(entry.images, name=name)
+    return Entry(replace(entry.curve, name=name), images, entry.measured)
 
 
 def _add_path(material: Material, path: Path) -> None:
@@ -165,8 +165,7 @@ def _add_file(material: Material, path: Path) -> None:
         return
     for images in read_results(path):
         mean = images.mean()
-        curve = Curve(mean.name, mean.bpp, mean.quality, f"{path}, {mean.source}")
-        material.entries.append(Entry(curve, images))
+        material.entries.append(Entry(replace(mean, source=f"{path}, {mean.source}"), images))
     parts = {key: content.get(key, {}) for key in ("codecs", "definitions")}
     sets = content.get("sets", [])
     material.evaluations.append(Evaluation(path, sets, content["rows"], **parts))
@@ -181,7 +180,7 @@ def _add_runs(material: Material, source: str, groups: dict[str, list[Run]]) -> 
             continue
         bpp, psnr, similar = zip(*points, strict=True)
         quality: dict[str, Any] = {"psnr": psnr}
-        if all(value is not None for value in similar):
+        if any(value is not None for value in similar):
             quality["ms_ssim_db"] = similar
         curve = Curve.of(name, bpp, quality, f"last validation of each run of {source}")
         material.entries.append(Entry(curve))

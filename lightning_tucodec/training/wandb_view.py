@@ -121,7 +121,7 @@ class View:
         rate, *qualities = point
         percents = {}
         for name, value in zip(_QUALITIES, qualities, strict=True):
-            if value is not None and name in self.baseline.quality:
+            if value is not None and name in self.baseline.lines:
                 with contextlib.suppress(ConfigError):  # beyond the baseline's ends
                     same = rate_at_quality(*self.baseline.points(name), value)
                     percents[f"baseline/rate_percent_at_{name}"] = 100 * (rate / same - 1)

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,9 @@ def test_a_sweep_is_one_curve(sweep: Path) -> None:
     material = read_sources([str(sweep)])
     (entry,) = material.entries
     assert entry.curve.name == "lambdas-0123: mse"
-    assert entry.curve.bpp == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])
-    assert entry.curve.quality["psnr"] == pytest.approx([26, 29, 32, 35, 38])
-    assert entry.curve.quality["ms_ssim_db"] == pytest.approx([10.0] * 5)
+    assert entry.curve.lines["psnr"][0] == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6])
+    assert entry.curve.lines["psnr"][1] == pytest.approx([26, 29, 32, 35, 38])
+    assert entry.curve.lines["ms_ssim_db"][1] == pytest.approx([10.0] * 5)
     assert [run.name for run in material.runs] == [f"mse-{i}" for i in range(5)]
     table = differences(material.runs)
     assert table["model.lmbda"] == [100.0, 200.0, 400.0, 800.0, 1600.0]
@@ -149,7 +150,8 @@ def test_published_points_name_their_source() -> None:
         assert table["source"]
         assert table["averaging"]
         material = read_sources([f"published:{name}"])
-        assert sum(len(entry.curve.bpp) for entry in material.entries) == len(table["points"])
+        lines = [entry.curve.lines["psnr"][0] for entry in material.entries]
+        assert sum(map(len, lines)) == len(table["points"])
         assert all(table["source"] in entry.curve.source for entry in material.entries)
     with pytest.raises(ConfigError, match="clic2019-valid"):
         read_sources(["published:x"])
@@ -182,7 +184,7 @@ def test_wandb_against_a_stub(monkeypatch: pytest.MonkeyPatch) -> None:
     material = read_sources(["wandb:me/project/group"])
     assert StubApi.asked == ("me/project", {"group": "group"})
     assert [run.name for run in material.runs] == ["mse-2", "mse-3", "mse-4", "mse-10"]
-    assert material.entries[0].curve.bpp == pytest.approx([0.2, 0.3, 0.4, 1.0])
+    assert material.entries[0].curve.lines["psnr"][0] == pytest.approx([0.2, 0.3, 0.4, 1.0])
     assert [row["opt_step"] for row in material.runs[0].metrics] == [10, 20]
     with pytest.raises(ConfigError, match="has no such run"):
         read_sources(["wandb:me/empty"])
@@ -338,3 +340,36 @@ def test_numbers_out_of_range_are_named(
     assert cli.main(["compare", "published:clic2019-valid", "-o", str(out), option]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not out.exists()
+
+
+def edited(source: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a results.json, or of one that was edited, whose rows have changed."""
+    content = json.loads(source.read_text())
+    for row in content["rows"]:
+        edit(row)
+    target.write_text(json.dumps(content))
+    return target
+
+
+def test_an_image_without_a_psnr_is_named_and_left_out(evaluated: Path, tmp_path: Path) -> None:
+    """As of a white image, or of a null: PSNR has no `cat`, MS-SSIM all."""
+
+    def white(row: dict[str, Any]) -> None:
+        if row["image"] == "cat.png" and row["codec"] in JPEG[1:]:
+            row["psnr"] = None
+        if row["image"] == "cat.png" and row["codec"] in WEBP[:2]:
+            row["bpp"] = None
+
+    path = edited(evaluated / "results.json", tmp_path / "r.json", white)
+    material = read_sources([str(path)])
+    assert material.notes == [
+        "jpeg: PSNR is not finite and leaves out cat.png",
+        "webp: PSNR is not finite and leaves out cat.png",
+        "webp: MS-SSIM is not finite and leaves out cat.png",
+    ]
+    page, rows = build_page(material, None, "t", samples=5)
+    assert [(row["quality"], row["images"]) for row in rows] == [("psnr", 1), ("ms_ssim_db", 1)]
+    table = page.tables["points"][0]
+    assert len(table.rows) == 4 + 4 + 4
+    gallery = scenes(material.evaluations, [str(evaluated / "images")], None, 1)
+    assert len(gallery[0].views) == 3
