@@ -2,18 +2,52 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_tucodec.errors import OutputError
+from lightning_tucodec.errors import ConfigError, OutputError
 
 
 def expanded(location: str) -> str:
     """A path or URL of a user, with `~` and `$NAME` replaced as a shell would; unknown names stay."""
     return os.path.expanduser(os.path.expandvars(location))
+
+
+def check_name(name: object, what: str) -> str:
+    """A name of the user that becomes part of paths, of job names and of lists of them.
+
+    Args:
+        name: as it was given.
+        what: entry that it stands in.
+
+    Raises:
+        ConfigError: it could leave its folder, or cut a path, a list or an option in two.
+    """
+    if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}", name):
+        return name
+    raise ConfigError(
+        f"{what}: {name!r} is no name: at most 100 letters (A-Z, a-z), digits and . _ + = -, "
+        "a letter or digit first"
+    )
+
+
+def read_text(path: str | Path) -> str:
+    """A text file that a user wrote.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from None
 
 
 def target_check(

@@ -14,6 +14,7 @@ A task is complete when its last line in attempts/ is an end with status 0.
 """
 
 import argparse
+import copy
 import hashlib
 import io
 import itertools
@@ -33,12 +34,20 @@ from typing import Any
 
 import yaml
 
-from lightning_tucodec.errors import ConfigError, ExternalToolError
-from lightning_tucodec.files import atomic_write, read_json_lines
+from lightning_tucodec.errors import ConfigError, ExternalToolError, TucodecError
+from lightning_tucodec.files import atomic_write, check_name, read_json_lines, read_text
+from lightning_tucodec.training.identity import arguments
 
 Config = dict[str, Any]
 
-_STAGE_KEYS = {"config", "set", "grid", "init_from", "chain"}
+_STAGE: dict[str, tuple[Any, str]] = {
+    "config": ((str, list), "a file or a list of files"),
+    "set": (dict, "KEY: VALUE"),
+    "grid": (dict, "KEY: [VALUE, …]"),
+    "init_from": ((str, dict), "a path, the name of a model, or {stage: NAME}"),
+    "chain": (bool, "true or false"),
+}
+"""What a stage may say: types, and the same in words."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,103 @@ class Task:
 # --- From a sweep's file to tasks ------------------------------------------------------------
 
 
-def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[str, dict[Task, Config]]:
-    """Name and tasks of a sweep's file, each task with its merged configuration, defaults not yet filled in.
+class Draft:
+    """A task's configuration before defaults: files as `fit --config A --config B` reads them, and values.
+
+    Args:
+        files: contents, later ones win.
+    """
+
+    def __init__(self, files: Sequence[Config]) -> None:
+        self.files = files
+        self.values: Config = {}
+
+    def layers(self) -> list[Config]:
+        """What `fit` is to read, one file after the other."""
+        values: Config = {}
+        for group, options in self.values.items():
+            if isinstance(options, dict) and "class_path" in options:
+                inner = {name: value for name, value in options.items() if name != "class_path"}
+                values[group] = {"class_path": options["class_path"], "init_args": inner}
+            else:
+                values[group] = options
+        return [*self.files, values] if values else list(self.files)
+
+    def get(self, key: str) -> Any:
+        """The value of an entry, None where there is none; keys as those of `set`."""
+        group, option, rest = _parts(key)
+        for layer in (self.values, *reversed(self.files)):
+            if not option and group in layer:
+                return layer[group]
+            values = arguments(layer, group) if isinstance(layer.get(group), dict) else None
+            if isinstance(values, dict) and option in values:
+                return _at(values[option], rest)
+        return None
+
+    def set(self, key: str, value: Any) -> None:
+        """Put in a value.
+
+        Args:
+            key: as in `model.lmbda`, the same as `model.init_args.lmbda`. Names inside an option hold
+                dots themselves, as in `model.codec.hyper.channels`.
+            value: replaces the option's value, as `fit` does.
+
+        Raises:
+            ConfigError: it is an entry of something that has none.
+        """
+        group, option, rest = _parts(key)
+        if not option:
+            if isinstance(value, dict):
+                for name, inner in value.items():
+                    self.set(f"{group}.{name}", inner)
+            else:
+                self.values[group] = value
+            return
+        if rest:
+            whole = copy.deepcopy(self.get(f"{group}.{option}"))
+            whole = {} if whole is None else whole
+            if not isinstance(whole, dict):
+                raise ConfigError(f"{key}: no such entry")
+            _put(whole, rest, value)
+            value = whole
+        options = self.values.setdefault(group, {})
+        if not isinstance(options, dict):
+            raise ConfigError(f"{key}: no such entry")
+        options[option] = value
+
+
+def _parts(key: str) -> tuple[str, str, str]:
+    """Group, option and what is inside the option of a key.
+
+    Raises:
+        ConfigError: it is no key.
+    """
+    found = re.fullmatch(r"(\w+)(?:\.init_args)?(?:\.(\w+)(?:\.(\S+))?)?", str(key))
+    if found is None:
+        raise ConfigError(f"{key}: a key is written as in model.lmbda")
+    return found[1], found[2] or "", found[3] or ""
+
+
+def _at(value: Any, key: str) -> Any:
+    """An entry inside a value, None where there is none; names in it may hold dots."""
+    if not key:
+        return value
+    if not isinstance(value, dict):
+        return None
+    head, _, rest = key.partition(".")
+    return value[key] if key in value else _at(value.get(head), rest) if rest else None
+
+
+def _put(into: Config, key: str, value: Any) -> None:
+    head, _, rest = key.partition(".")
+    if rest and isinstance(into.get(head), dict):
+        _put(into[head], rest, value)
+    else:
+        into[key] = value
+
+
+def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[str, dict[Task, Draft]]:
+    """Name and tasks of a sweep's file, each task with its configuration, defaults not yet filled in.
 
     Args:
         path: YAML with `name` and `stages`; see docs/cluster.md.
@@ -79,115 +183,125 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[str, dict[Tas
     content = _read_yaml(path)
     if set(content) != {"name", "stages"} or not isinstance(content["stages"], dict):
         raise ConfigError(f"{path}: a sweep has two entries, `name` and `stages`")
-    last = {}
-    for text in overrides:
-        key, sign, value = text.partition("=")
+    name = check_name(content["name"], f"{path}: name")
+    last = dict(map(_setting, overrides))
+    tasks: dict[Task, Draft] = {}
+    for stage, entries in content["stages"].items():
+        where = f"{path}: stage {stage}"
+        if not isinstance(stage, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,49}", stage):
+            raise ConfigError(f"{where}: a name consists of at most 50 letters and digits")
+        try:
+            tasks |= _read_stage(path.parent, stage, entries, last, tasks)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    if not tasks:
+        raise ConfigError(f"{path}: stages: there is none")
+    return name, tasks
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Key and value of a --set."""
+    key, sign, value = text.partition("=")
+    try:
         if not sign:
-            raise ConfigError(f"--set {text}: write KEY=VALUE, as in data.shards=shards/train")
-        last[key] = yaml.safe_load(value)
-    tasks: dict[Task, Config] = {}
-    for name, stage in content["stages"].items():
-        where = f"{path}: stage {name}"
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", str(name)):
-            raise ConfigError(f"{where}: a name consists of letters and digits")
-        unknown = set(stage) - _STAGE_KEYS
-        if unknown or "config" not in stage:
-            raise ConfigError(f"{where}: needs `config`, knows {', '.join(sorted(_STAGE_KEYS))}")
-        base: Config = {}
-        files = stage["config"]
-        for file in [files] if isinstance(files, str) else files:
-            _merge(base, _read_yaml(path.parent / file))
-        grid: dict[str, list[Any]] = stage.get("grid") or {}
-        for key, values in grid.items():
-            if not isinstance(values, list) or not values:
-                raise ConfigError(f"{where}: grid.{key} must be a list of values")
-        made: list[Task] = []
-        points = list(itertools.product(*grid.values()))
-        for number, point in enumerate(points):
-            label = dict(zip(grid, point, strict=True))
-            config: Config = json.loads(json.dumps(base))
-            for key, value in {**(stage.get("set") or {}), **label, **last}.items():
-                _assign(config, key, value, where)
-            after: str | None
-            if stage.get("chain") and number:
-                after = made[-1].name
-            else:
-                after = _predecessor(stage.get("init_from"), number, len(points), tasks, where)
-            task = Task(name, number, label, after)
-            made.append(task)
-            tasks[task] = config
-            if isinstance(stage.get("init_from"), str) and after is None:
-                _assign(config, "run.init_from", stage["init_from"], where)
-    return str(content["name"]), tasks
+            raise ConfigError("write KEY=VALUE, as in data.shards=shards/train")
+        _parts(key)
+        return key, yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: not YAML ({' '.join(str(error).split())})") from None
+    except ConfigError as error:
+        raise ConfigError(f"--set {text}: {error}") from None
 
 
-def _predecessor(
-    init_from: Any, number: int, count: int, tasks: dict[Task, Config], where: str
-) -> str | None:
-    """The task that `init_from` of a stage means for its task `number`; None: no task.
+def _read_stage(
+    folder: Path, name: str, entries: Any, last: Config, earlier: dict[Task, Draft]
+) -> dict[Task, Draft]:
+    """Tasks of one stage.
+
+    Args:
+        folder: what the names of its configuration files are relative to.
+        name: of the stage.
+        entries: what the file says about it.
+        last: values that are put into every configuration.
+        earlier: tasks of the stages before it.
+
+    Raises:
+        ConfigError: something has no meaning.
+    """
+    if not isinstance(entries, dict) or set(entries) - _STAGE.keys() or "config" not in entries:
+        raise ConfigError(f"needs `config`, knows {', '.join(sorted(_STAGE))}")
+    for key, (kinds, words) in _STAGE.items():
+        if entries.get(key) is not None and not isinstance(entries[key], kinds):
+            raise ConfigError(f"{key}: must be {words}")
+    files = entries["config"] if isinstance(entries["config"], list) else [entries["config"]]
+    if not files or not all(isinstance(file, str) for file in files):
+        raise ConfigError(f"config: must be {_STAGE['config'][1]}")
+    contents = [_read_yaml(folder / file) for file in files]
+    grid: dict[str, list[Any]] = entries.get("grid") or {}
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"grid.{key} must be a list of values")
+    init_from = entries.get("init_from")
+    made: dict[Task, Draft] = {}
+    points = list(itertools.product(*grid.values()))
+    for number, point in enumerate(points):
+        label = dict(zip(grid, point, strict=True))
+        draft = Draft(contents)
+        for key, value in {**(entries.get("set") or {}), **label, **last}.items():
+            draft.set(key, value)
+        after: str | None = None
+        if entries.get("chain") and number:
+            after = f"{name}-{number - 1}"
+        elif isinstance(init_from, dict):
+            after = _predecessor(init_from, number, len(points), earlier)
+        elif init_from is not None:
+            draft.set("run.init_from", init_from)
+        made[Task(name, number, label, after)] = draft
+    return made
+
+
+def _predecessor(init_from: Config, number: int, count: int, tasks: dict[Task, Draft]) -> str:
+    """The task that `init_from` of a stage means for its task `number`.
 
     Raises:
         ConfigError: none or several fit.
     """
-    if init_from is None or isinstance(init_from, str):
-        return None
     wanted = dict(init_from)
     stage = wanted.pop("stage", None)
     found = [task for task in tasks if task.stage == stage]
     if not found:
-        raise ConfigError(f"{where}: init_from: no earlier stage {stage!r}")
-    chosen = [task for task in found if all(_at(tasks[task], k) == v for k, v in wanted.items())]
+        raise ConfigError(f"init_from: no earlier stage {stage!r}")
+    chosen = [task for task in found if all(tasks[task].get(k) == v for k, v in wanted.items())]
     if len(chosen) == 1:
         return chosen[0].name
     if not wanted and len(found) == count:
         return found[number].name
     raise ConfigError(
-        f"{where}: init_from: {len(chosen)} of the {len(found)} tasks of {stage} fit; one must, "
+        f"init_from: {len(chosen)} of the {len(found)} tasks of {stage} fit; one must, "
         f"or both stages must have equally many"
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-4` is a number, as it is for `fit`."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
 def _read_yaml(path: Path) -> Config:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(read_text(path), _Loader)
+    # ValueError: a date that no calendar has; TypeError: a list as a key.
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds no entries")
     return content
-
-
-def _merge(into: Config, other: Config) -> None:
-    """Entries of `other` over those of `into`, group by group."""
-    for key, value in other.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def _path(key: str) -> list[str]:
-    """Of a key as in `model.codec.hyper.channels`; names below `model.codec` hold dots themselves."""
-    return key.split(".", 2)
-
-
-def _assign(config: Config, key: str, value: Any, where: str) -> None:
-    *groups, last = _path(key)
-    target: Any = config
-    for group in groups:
-        target = target.setdefault(group, {}) if isinstance(target, dict) else None
-    if not isinstance(target, dict):
-        raise ConfigError(f"{where}: {key}: no such entry")
-    target[last] = value
-
-
-def _at(config: Config, key: str) -> Any:
-    found: Any = config
-    for part in _path(key):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
 
 
 # --- Plans -----------------------------------------------------------------------------------
@@ -210,7 +324,10 @@ class Plan:
         if not (folder / "plan.yaml").is_file():
             raise ConfigError(f"{folder}: holds no plan (plan.yaml is missing)")
         content = _read_yaml(folder / "plan.yaml")
-        return cls(folder, [Task(**entry) for entry in content["tasks"]])
+        try:
+            return cls(folder, [Task(**entry) for entry in content["tasks"]])
+        except (KeyError, TypeError):
+            raise ConfigError(f"{folder / 'plan.yaml'}: damaged; plan the sweep again") from None
 
     @classmethod
     def make(cls, sweep: Path, overrides: Sequence[str], parent: Path) -> "tuple[Plan, Writer]":
@@ -223,11 +340,16 @@ class Plan:
         from lightning_tucodec.training.runs import RunFolder
 
         name, drafts = read_sweep(sweep, overrides)
-        resolved = {task: resolve_config(config) for task, config in drafts.items()}
-        for config in resolved.values():
-            check_config(config)
-            RunFolder.of(config)  # looks at shards and initial weights; better now than in the jobs
-        text = json.dumps([[asdict(t), c] for t, c in resolved.items()], sort_keys=True)
+        resolved: dict[Task, Config] = {}
+        for task, draft in drafts.items():
+            try:
+                resolved[task] = resolve_config(*draft.layers())
+                check_config(resolved[task])
+                RunFolder.of(resolved[task])  # looks at shards and weights; better now than in jobs
+            except TucodecError as error:
+                raise ConfigError(f"{sweep}: {task.name}: {error}") from None
+        named = [[asdict(task), config] for task, config in resolved.items()]
+        text = json.dumps(named, sort_keys=True, default=str)
         folder = parent / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         for task, config in resolved.items():
             _tag(config, folder.name, task)
@@ -324,8 +446,11 @@ def _dump(path: Path, content: Any) -> None:
         yaml.safe_dump(content, stream, sort_keys=False, allow_unicode=True)
 
 
-def resolve_config(config: Config) -> Config:
+def resolve_config(*layers: Config) -> Config:
     """A configuration as `tucodec fit` understands it, with all defaults filled in.
+
+    Args:
+        layers: contents of its files; later ones win as those of `fit --config A --config B`.
 
     Raises:
         ConfigError: it is not one.
@@ -334,16 +459,21 @@ def resolve_config(config: Config) -> Config:
     from lightning_tucodec.training.identity import expand_locations, flat
 
     out, err = io.StringIO(), io.StringIO()
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as stream:
-        yaml.safe_dump(config, stream)
-        stream.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["fit"]
+        for number, layer in enumerate(layers):
+            path = Path(folder, f"{number}.yaml")
+            path.write_text(yaml.safe_dump(layer), encoding="utf-8")
+            words += ["--config", str(path)]
         with redirect_stdout(out), redirect_stderr(err):
             try:
-                status = fit(["fit", "--config", stream.name, "--print_config"])
+                status = fit([*words, "--print_config"])
             except SystemExit as end:  # how that option ends
                 status = int(end.code or 0)
         if status:
-            message = " ".join(err.getvalue().split()).replace(stream.name, "configuration")
+            message = re.sub(
+                rf"{folder}/\d+\.yaml", "configuration", " ".join(err.getvalue().split())
+            )
             raise ConfigError(message.removeprefix("tucodec fit: "))
     resolved: Config = yaml.safe_load(out.getvalue())
     resolved.pop("config", None)
@@ -384,17 +514,19 @@ def queued(plan: Plan) -> dict[str, Job]:
     Raises:
         ExternalToolError: Slurm is there but does not answer.
     """
-    stages = sorted({task.stage for task in plan.tasks.values()})
-    names = [f"{plan.folder.name}-{stage}" for stage in stages]
+    # Only this user's: others may have jobs of the same names.
     command = [
         "squeue",
         "--noheader",
         "--array",
-        "--format=%j|%F|%K|%T|%r",
-        f"--name={','.join(names)}",
+        f"--user={os.getuid()}",
+        "--format=%F|%K|%T|%r|%j",
     ]
+    stages = {f"{plan.folder.name}-{task.stage}": task.stage for task in plan.tasks.values()}
     try:
-        printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        printed = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=60, check=False
+        )
     except FileNotFoundError:
         return {}
     except subprocess.TimeoutExpired:
@@ -403,9 +535,9 @@ def queued(plan: Plan) -> dict[str, Job]:
         raise ExternalToolError(f"squeue failed: {' '.join(printed.stderr.split())}")
     found = {}
     for line in printed.stdout.splitlines():
-        name, array, number, state, reason = line.split("|", 4)
-        stage = name.removeprefix(f"{plan.folder.name}-")
-        found[f"{stage}-{number}"] = Job(array, state.lower(), reason)
+        array, number, state, reason, name = line.split("|", 4)
+        if name in stages:
+            found[f"{stages[name]}-{number}"] = Job(array, state.lower(), reason)
     return found
 
 
@@ -477,7 +609,7 @@ def _sbatch(plan: Plan, stage: str, after: str, tasks: Sequence[Task], dry: bool
         str(launcher / "submit.sh"), *(["--dry-run"] if dry else []),
         f"--job-name={plan.folder.name}-{stage}",
         f"--array={','.join(str(task.number) for task in tasks)}",
-        f"--output={plan.folder}/logs/{stage}-%a.log",
+        f"--output={str(plan.folder).replace('%', '%%')}/logs/{stage}-%a.log",
         *([f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []),
         "--", str(launcher / "train.sh"), "--sweep", str(plan.folder), stage,
     ]  # fmt: skip
@@ -738,7 +870,9 @@ def run_status(arguments: argparse.Namespace) -> int:
     plan = Plan.open(arguments.plan)
     rows = status(plan, _queued_or_unknown(plan))
     print(
-        json.dumps([asdict(row) for row in rows], indent=1) if arguments.json else table_text(rows)
+        json.dumps([asdict(row) for row in rows], indent=1, default=str)
+        if arguments.json
+        else table_text(rows)
     )
     return 0
 

@@ -24,7 +24,7 @@ import yaml
 
 from lightning_tucodec.curves import decibels
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.files import atomic_write, read_json_lines
+from lightning_tucodec.files import atomic_write, check_name, read_json_lines
 from lightning_tucodec.training.identity import CHECKPOINTS, digest, identity, plain, run_id
 
 if TYPE_CHECKING:
@@ -105,8 +105,12 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "RunFolder":
-        """The folder that this config always gets."""
-        name = f"{config['run']['name']}-{run_id(config)}"
+        """The folder that this config always gets.
+
+        Raises:
+            ConfigError: `run.name` is no name; and see `identity`.
+        """
+        name = f"{check_name(config['run']['name'], 'run.name')}-{run_id(config)}"
         return cls(Path(config["run"]["runs_dir"]) / name)
 
     def write_config(self, config: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """Sweeps without a cluster: files to plans, plans to the commands of sbatch, files to the status table."""
 
+import datetime
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -11,7 +13,18 @@ import yaml
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.sweeps import Job, Plan, read_sweep, status, submit
+from lightning_tucodec.sweeps import (
+    Config,
+    Job,
+    Plan,
+    queued,
+    read_sweep,
+    resolve_config,
+    status,
+    submit,
+)
+from lightning_tucodec.training.identity import flat
+from lightning_tucodec.training.runs import RunFolder
 from tests.campaigns.cluster import REPOSITORY, wait_for, write_recipe
 
 STAGES: dict[str, Any] = {
@@ -66,8 +79,8 @@ def test_a_grid_is_a_product_and_overrides_come_last(recipe: Path) -> None:
     _, tasks = read_sweep(write(recipe.parent, STAGES), ["data.batch_size=4"])
     assert [task.name for task in tasks] == ["mse-0", "ssim-0", "ssim-1", "ssim-2", "ssim-3"]
     found = [
-        (c["model"]["lmbda"], c["data"].get("seed"), c["data"]["batch_size"])
-        for c in tasks.values()
+        tuple(draft.get(key) for key in ("model.lmbda", "data.seed", "data.batch_size"))
+        for draft in tasks.values()
     ]
     assert found == [(100.0, None, 4), (1.0, 5, 4), (1.0, 6, 4), (2.0, 5, 4), (2.0, 6, 4)]
     assert [task.after for task in tasks] == [None, *["mse-0"] * 4]
@@ -101,16 +114,173 @@ def test_where_tasks_start_from(
         ({"config": "recipe.yaml", "set": {"model.lmbda.x": 3}}, "no such entry"),
         ({"config": "recipe.yaml", "set": {"model.lamda": 3}}, "lamda"),
         ({"config": "recipe.yaml", "set": {"data.shards": "/nowhere"}}, "/nowhere"),
+        (None, "stage one: needs `config`"),
+        ([], "stage one: needs `config`"),
+        ({"config": 3}, "config: must be a file or a list of files"),
+        ({"config": []}, "config: must be a file or a list of files"),
+        ({"config": [3]}, "config: must be a file or a list of files"),
+        ({"config": "latin.yaml"}, "latin.yaml: line 2 is not UTF-8"),
+        ({"config": "date.yaml"}, "date.yaml: not YAML"),
+        ({"config": "list.yaml"}, "list.yaml: not YAML"),
+        ({"config": "recipe.yaml", "grid": []}, "grid: must be"),
+        ({"config": "recipe.yaml", "grid": ["model.lmbda"]}, "grid: must be"),
+        ({"config": "recipe.yaml", "set": 3}, "set: must be"),
+        ({"config": "recipe.yaml", "set": {3: 4}}, "3"),
+        ({"config": "recipe.yaml", "set": {"model..lmbda": 4}}, "a key is written as in"),
+        ({"config": "recipe.yaml", "set": {"model": 3}}, "model"),
+        ({"config": "recipe.yaml", "set": {"seed_everything.x": 3}}, "seed_everything"),
+        ({"config": "recipe.yaml", "grid": {"data.seed": [datetime.date(2026, 1, 1)]}}, "seed"),
+        ({"config": "recipe.yaml", "init_from": 3}, "init_from: must be"),
+        ({"config": "recipe.yaml", "init_from": {3: 4}}, "no earlier stage None"),
+        ({"config": "recipe.yaml", "chain": "no"}, "chain: must be"),
+        ({"config": "recipe.yaml", "set": {"run.name": "x/../../up"}}, "run.name: 'x/../../up'"),
     ],
 )
 def test_mistakes_are_one_line(
-    recipe: Path, stage: dict[str, Any], text: str, capsys: pytest.CaptureFixture[str]
+    recipe: Path, stage: Any, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (recipe.parent / "latin.yaml").write_bytes("run:\n  name: grün\n".encode("latin-1"))
+    (recipe.parent / "date.yaml").write_text("run: 2026-99-99\n")
+    (recipe.parent / "list.yaml").write_text("? [a, b]\n: 3\n")
     assert main(["sweep", "plan", str(write(recipe.parent, {"one": stage}))]) == 1
     errors = capsys.readouterr().err
     assert text in errors
     assert len(errors.splitlines()) == 1
     assert not (recipe.parent / "sweeps").exists()
+
+
+@pytest.mark.parametrize("setting", ["x", "x=[", "=3", "a..b=3", "model.lmbda.x=1"])
+def test_a_mistake_in_set_is_one_line(
+    recipe: Path, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = str(write(recipe.parent, {"one": {"config": "recipe.yaml"}}))
+    assert main(["sweep", "plan", sweep, "--set", setting]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert setting.partition("=")[0] in line
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "../up", "a/b", "a,b", "p|q", "50%A", "a b", "a\nb", "-x", "é", "x" * 101, None],
+)
+def test_names_cannot_leave_their_place(recipe: Path, name: Any) -> None:
+    """Those of sweeps and of runs, which stand in paths, in names of jobs and in lists of them."""
+    path = recipe.parent / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"name": name, "stages": {"one": {"config": "recipe.yaml"}}}))
+    with pytest.raises(ConfigError, match=r"name: .* is no name"):
+        read_sweep(path)
+    config = {"run": {"name": name, "runs_dir": "runs"}}
+    with pytest.raises(ConfigError, match=r"run\.name: .* is no name"):
+        RunFolder.of(config)
+
+
+@pytest.mark.parametrize("name", ["try", "a.b_c-2+x=3", "2019", "x" * 100])
+def test_names_that_are_fine(recipe: Path, name: str) -> None:
+    path = recipe.parent / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"name": name, "stages": {"one": {"config": "recipe.yaml"}}}))
+    assert read_sweep(path)[0] == name
+
+
+VAE = "lightning_tucodec.training.vae.VAE"
+GAN = "lightning_tucodec.training.gan.GANCodec"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"model": {"codec": {"centres": 9}}}, {"model": {"codec": {"hyper.channels": 8}}}),
+        (
+            {"model": {"codec": {"centres": 9}}},
+            {"model": {"class_path": VAE, "init_args": {"lr": 0.5}}},
+        ),
+        ({"model": {"class_path": GAN, "init_args": {"lr": 0.5}}}, {"model": {"lmbda": 3.0}}),
+        ({"trainer": {"max_steps": 9}}, {"trainer": {"devices": 2}}),
+    ],
+)
+def test_several_files_are_read_as_fit_reads_them(
+    recipe: Path, capsys: pytest.CaptureFixture[str], first: Config, second: Config
+) -> None:
+    """A later file's dictionary takes the place of an earlier one's; groups and classes are merged."""
+    names = ["recipe.yaml"]
+    for name, content in (("first.yaml", first), ("second.yaml", second)):
+        (recipe.parent / name).write_text(yaml.safe_dump(content))
+        names.append(name)
+    _, tasks = read_sweep(write(recipe.parent, {"one": {"config": names}}))
+    (draft,) = tasks.values()
+    with pytest.raises(SystemExit):
+        main(["fit", *(word for name in names for word in ("--config", name)), "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    printed.pop("config", None)
+    assert resolve_config(*draft.layers()) == flat(printed)
+
+
+@pytest.mark.parametrize("base", [{}, {"class_path": VAE}])
+@pytest.mark.parametrize("dots", ["model", "model.init_args"])
+def test_values_go_into_either_way_to_write_a_class(recipe: Path, base: Config, dots: str) -> None:
+    """`model.codec.x` and `model.init_args.codec.x` are the same, whatever way the file is written."""
+    content = yaml.safe_load(recipe.read_text())
+    codec = content["model"]["codec"]
+    content["model"] = {**base, "init_args": content["model"]} if base else content["model"]
+    recipe.write_text(yaml.safe_dump(content))
+    values = {
+        f"{dots}.codec.quantizer": "round",
+        f"{dots}.codec.hyper.channels": 9,
+        f"{dots}.lr": 0.5,
+    }
+    stage = {"config": "recipe.yaml", "set": values}
+    (draft,) = read_sweep(write(recipe.parent, {"one": stage}))[1].values()
+    model = resolve_config(*draft.layers())["model"]
+    assert model["codec"] == {**codec, "quantizer": "round", "hyper.channels": 9}
+    assert (model["lr"], model["lmbda"]) == (0.5, 200.0)
+    assert draft.get("model.codec.hyper.channels") == 9
+
+
+def test_numbers_of_a_grid_are_those_of_fit(recipe: Path) -> None:
+    """`1e-4` is text in YAML 1.1."""
+    path = recipe.parent / "sweep.yaml"
+    path.write_text(
+        "name: try\nstages:\n"
+        "  a: {config: recipe.yaml, grid: {model.lr: [1e-4, 2E-4, -1.e+3, .5e1]}}\n"
+        "  b: {config: recipe.yaml, init_from: {stage: a, model.lr: 0.0001}}\n"
+        "  c: {config: recipe.yaml, init_from: {stage: a, model.init_args.lr: 2e-4}}\n"
+    )
+    tasks = list(read_sweep(path)[1])
+    assert [task.label["model.lr"] for task in tasks[:4]] == [1e-4, 2e-4, -1e3, 5.0]
+    assert [task.after for task in tasks[4:]] == ["a-0", "a-1"]
+
+
+def test_the_queue_is_that_of_this_user(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of others' jobs none counts, of one's own those of this plan, whatever stands in their names."""
+    made = plan(recipe.parent, {"one": {"config": "recipe.yaml"}})
+    tools = recipe.parent / "bin"
+    tools.mkdir()
+    (tools / "squeue").write_text(
+        f"""#!/bin/bash
+fields="7|0|RUNNING|None"
+user=""
+for word in "$@"; do
+    [[ $word != --user=* ]] || user=${{word#--user=}}
+    [[ $word != --name=* ]] || exit 9
+done
+[[ $user == {os.getuid()} ]] || echo "$fields|{made.folder.name}-one"
+[[ -z $OWN ]] || echo "$fields|$OWN"
+echo "$fields|p|q-$'\\xfc'-one"
+"""
+    )
+    (tools / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setenv("OWN", "")
+    assert queued(made) == {}
+    monkeypatch.setenv("OWN", f"{made.folder.name}-one")
+    assert queued(made) == {"one-0": Job("7", "running", "None")}
+
+
+def test_a_percent_sign_in_a_path_is_none_of_sbatch(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = write(recipe.parent, {"one": {"config": "recipe.yaml"}})
+    assert main(["sweep", "submit", str(sweep), "--dry-run", "--out", "50%A"]) == 0
+    assert "--output=50%%A/try-" in capsys.readouterr().out
 
 
 def test_a_plan_is_immutable_and_finds_its_runs(recipe: Path) -> None:
