@@ -3,9 +3,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import example, settings
-from hypothesis import given as drawn
-from hypothesis import strategies as st
 
 from lightning_tucodec.allocation import Table, allocate, solve_limits, solve_one_limit
 from lightning_tucodec.errors import ConfigError
@@ -172,45 +169,6 @@ def test_states_that_outgrow_the_beam_still_come_with_a_bound() -> None:
     assert solution.bound <= solution.cost <= solution.bound + 1
     greedy = solve_one_limit(cost, weight, limit, beam_max=0)
     assert greedy.bound <= solution.cost <= greedy.cost
-
-
-def optimum(cost: np.ndarray, weight: np.ndarray, limit: int) -> int:
-    """Least Σ cost of all choices, by the plain programme over every sum of weights."""
-    infinite = np.iinfo(np.int64).max // 2
-    best = np.zeros(limit + 1, np.int64)  # of sums up to the index
-    for values, sizes in zip(cost, weight, strict=True):
-        following = np.full(limit + 1, infinite)
-        for size, value in zip(sizes, values, strict=True):
-            if size <= limit:
-                shifted = best[: limit + 1 - size] + value
-                following[size:] = np.minimum(following[size:], shifted)
-        best = following
-    return int(best[limit])
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@drawn(
-    st.integers(2, 3), st.integers(1, 2000), st.integers(0, 10**6), st.floats(0.1, 0.9),
-    st.sampled_from([0, 0, 1, 1000]),
-)  # fmt: skip
-@example(2, 600, 3, 0.5, 0)
-@example(2, 2000, 5, 0.3, 0)
-def test_optimal_with_up_to_2000_options(
-    n: int, k: int, seed: int, tightness: float, spread: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    weight = rng.integers(0, 4000, (n, k))
-    # Nearly on a line, so that the programme has to look at most of the options.
-    cost = 4000 - weight + rng.integers(0, 1 + spread, (n, k))
-    least, most = int(weight.min(1).sum()), int(weight.max(1).sum())
-    limit = least + int(tightness * (most - least))
-    solution = solve_one_limit(cost, weight, limit)
-    rows = np.arange(n)
-    assert weight[rows, solution.choice].sum() <= limit
-    assert cost[rows, solution.choice].sum() == solution.cost
-    assert solution.bound <= optimum(cost, weight, limit) <= solution.cost
-    if n * k < 1000:
-        assert solution.bound == solution.cost
 
 
 def test_many_alike_options_end_with_a_bound() -> None:

@@ -1,11 +1,12 @@
 """Optimality of the set-level allocation: against brute force and against HiGHS.
 
-    python -m tests.campaigns.allocation [--small 2000] [--medium 200] [--pairs 200]
+    python -m tests.campaigns.allocation [--small 2000] [--medium 200] [--pairs 200] [--many 300]
 
-Small instances (up to 6 images and 6 candidates, missing ones among them) equal brute force over
-all choices; medium ones (up to 60 × 12, realistic and random) equal HiGHS; those with two limits
-equal brute force. Instance i of a seed is always the same. Counts go to docs/campaigns.json under
-the key "allocation"; the exit status is 1 when any instance differs.
+Small instances (up to 6 images and 6 candidates, missing ones among them) equal brute force over all
+choices; medium ones (up to 60 × 12, realistic and random) equal HiGHS; those with two limits equal brute
+force; those with many candidates (2 or 3 images, up to 2,000 each) stay within the limit, and the optimum
+of the plain programme lies between bound and cost. Instance i of a seed is always the same. Counts go to
+docs/campaigns.json under the key "allocation"; the exit status is 1 when any instance differs.
 """
 
 import argparse
@@ -70,6 +71,41 @@ def brute_force(
     return best
 
 
+def many(seed: int) -> tuple[Ints, Ints, int]:
+    """Cost, weight and limit: candidates nearly on a line, so that most of them come into question."""
+    rng = np.random.default_rng([seed, 3])
+    n, k = int(rng.integers(2, 4)), int(rng.integers(1, 2001))
+    weight = rng.integers(0, 4000, (n, k))
+    cost = 4000 - weight + rng.integers(0, int(rng.choice([1, 1, 2, 1000])), (n, k))
+    least, most = int(weight.min(1).sum()), int(weight.max(1).sum())
+    return cost, weight, least + int(rng.random() * (most - least))
+
+
+def plain_programme(cost: Ints, weight: Ints, limit: int) -> int:
+    """The least cost, over every sum of weights."""
+    best = np.zeros(limit + 1, np.int64)  # of sums up to the index
+    for values, sizes in zip(cost, weight, strict=True):
+        following = np.full(limit + 1, np.iinfo(np.int64).max // 2)
+        for size, value in zip(sizes, values, strict=True):
+            if size <= limit:
+                shifted = best[: limit + 1 - size] + value
+                following[size:] = np.minimum(following[size:], shifted)
+        best = following
+    return int(best[limit])
+
+
+def check_many(seed: int) -> bool:
+    """One limit and up to 2,000 candidates an image against the plain programme."""
+    cost, weight, limit = many(seed)
+    solution = solve_one_limit(cost, weight, limit)
+    rows = np.arange(len(cost))
+    return (
+        solution.bound <= plain_programme(cost, weight, limit) <= solution.cost
+        and solution.cost == int(cost[rows, solution.choice].sum())
+        and int(weight[rows, solution.choice].sum()) <= limit
+    )
+
+
 def check_small(seed: int) -> bool:
     """One limit against brute force, certificate and feasibility included."""
     cost, weights, limits, exists = small(seed)
@@ -106,11 +142,12 @@ def check_pair(seed: int) -> bool:
 
 
 def main() -> int:
-    """Run all three parts and record the counts."""
+    """Run all parts and record the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", type=int, default=2000)
     parser.add_argument("--medium", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--many", type=int, default=300)
     arguments = parser.parse_args()
     record: dict[str, object] = {}
     wrong = 0
@@ -118,6 +155,7 @@ def main() -> int:
         ("one_limit_equals_brute_force", check_small, arguments.small),
         ("one_limit_equals_highs", check_medium, arguments.medium),
         ("two_limits_equal_brute_force", check_pair, arguments.pairs),
+        ("many_candidates_equal_plain_programme", check_many, arguments.many),
     ):
         started = time.perf_counter()
         differ = [seed for seed in tqdm(range(count), name) if not check(seed)]

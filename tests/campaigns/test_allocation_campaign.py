@@ -15,3 +15,7 @@ def test_medium_instances_equal_highs() -> None:
 
 def test_two_limits_equal_brute_force() -> None:
     assert [seed for seed in range(20) if not allocation.check_pair(seed)] == []
+
+
+def test_many_candidates_equal_the_plain_programme() -> None:
+    assert [seed for seed in range(8) if not allocation.check_many(seed)] == []
