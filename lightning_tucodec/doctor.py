@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.errors import ConfigError, TucodecError, redacted
 from lightning_tucodec.storage import Storage
 
 LOCAL_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "ramfs"}
@@ -314,7 +314,8 @@ def examine(config: dict[str, Any] | None, script: Path | None) -> list[Finding]
         lambda: check_ranks(config),
         lambda: check_wandb(config),
     ]
-    return findings + [finding for check in checks for finding in check()]
+    findings += [finding for check in checks for finding in check()]
+    return [replace(finding, text=redacted(finding.text)) for finding in findings]
 
 
 def table_text(findings: list[Finding]) -> str:

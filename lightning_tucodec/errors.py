@@ -6,7 +6,7 @@
 import re
 
 _SECRET = re.compile(
-    r"(?<=://)[^/\s@'\"]+(?=@)"  # user and password of a URL
+    r"(?<=://)[^/\s'\"]+(?=@)"  # user and password of a URL
     r"|(?<=[?&;])([\w-]*(?:sig|signature|token|key|secret|password|credential)=)[^&\s'\"]+",
     re.IGNORECASE,
 )

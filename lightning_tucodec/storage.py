@@ -48,6 +48,7 @@ class Storage:
     def __init__(self, location: str | Path) -> None:
         self.location = str(location).removeprefix("file://").rstrip("/") or "/"
         self.remote = is_remote(location)
+        self._made: set[str] = set()
 
     def path(self, name: str) -> str:
         """Path or URL of a file."""
@@ -77,6 +78,7 @@ class Storage:
             return
 
         def put(fs: Any, path: str) -> None:
+            self._make_parent(fs, path)
             fs.pipe_file(path, data)
             if fs.cat_file(path) != data:
                 raise OSError("what was stored is not what was sent")
@@ -87,6 +89,7 @@ class Storage:
         """Copy a local file to a remote storage and read it back to compare hashes."""
 
         def put(fs: Any, path: str) -> None:
+            self._make_parent(fs, path)
             fs.put_file(str(source), path)
             digest = hashlib.sha256()
             with fs.open(path, "rb", block_size=_PIECE) as stream:
@@ -133,7 +136,6 @@ class Storage:
             return sorted(_walk(Path(self.location)))
 
         def find(fs: Any, path: str) -> list[tuple[str, int]]:
-            fs.invalidate_cache()
             entries = fs.find(path, detail=True)
             return sorted(
                 (PurePosixPath(key).relative_to(path).as_posix(), int(entry["size"]))
@@ -150,13 +152,21 @@ class Storage:
         elif self.size(name) is not None:
             self._retry(name, lambda fs, path: fs.rm_file(path))
 
+    def _make_parent(self, fs: Any, path: str) -> None:
+        """Make the folder of a file where folders are made: a bucket has none, and is never made."""
+        parent = path.rpartition("/")[0]
+        if path.startswith("/") and parent not in self._made:
+            fs.makedirs(parent, exist_ok=True)
+            self._made.add(parent)
+
     def _retry(self, name: str, action: Callable[[Any, str], T]) -> T:
         import fsspec
 
         url = self.path(name)
         for attempt in range(ATTEMPTS):
             try:
-                fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+                fs, path = fsspec.core.url_to_fs(url)
+                fs.invalidate_cache()  # others write here too; not every backend can do without one
                 return action(fs, path)
             except (FileNotFoundError, IsADirectoryError):
                 raise

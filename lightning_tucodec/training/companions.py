@@ -29,9 +29,10 @@ class Companion:
         module: its full name.
         arguments: words for it.
         log: file that gets what it says.
+        secrets: more of its environment, which other users do not see, as they see arguments.
     """
 
-    def __init__(self, module: str, arguments: list[str], log: Path) -> None:
+    def __init__(self, module: str, arguments: list[str], log: Path, **secrets: str) -> None:
         self.name = module.rpartition(".")[2]
         # Slurm sends USR1 and TERM to every process of a step. The mask is inherited for good.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -42,7 +43,7 @@ class Companion:
                     stdin=subprocess.PIPE,
                     stdout=stream,
                     stderr=stream,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    env={**os.environ, "OMP_NUM_THREADS": "1", **secrets},
                     start_new_session=True,
                 )
         except OSError as error:

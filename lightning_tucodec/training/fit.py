@@ -25,7 +25,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_tucodec.curves import read_named
-from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError
+from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError, redacted
 from lightning_tucodec.files import expanded
 from lightning_tucodec.losses import check_crop
 from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
@@ -36,6 +36,7 @@ from lightning_tucodec.training.identity import (
     expand_locations,
     flat,
     identity,
+    locations,
     run_id,
 )
 from lightning_tucodec.training.identity import arguments as class_arguments
@@ -109,8 +110,14 @@ def check_config(config: dict[str, Any]) -> None:
     """Refuse what a resolved configuration alone shows to be impossible.
 
     Raises:
-        ConfigError: crops that the recipe's distortion cannot be measured on, or no such baseline.
+        ConfigError: crops that the recipe's distortion cannot be measured on, no such baseline, or URLs out
+            of a run folder's `config.yaml`, which has no credentials.
     """
+    for values, name in locations(config):
+        if "://" in values[name] and "***" in values[name]:
+            raise ConfigError(
+                f"{name}: {values[name]} has lost its credentials; give the URL again"
+            )
     if baseline := config["run"].get("baseline"):
         read_named(baseline)
     recipe = class_arguments(config, "model").get("recipe")
@@ -246,7 +253,7 @@ class TucodecCLI(LightningCLI):
             return step
         if pulled is None:
             return step
-        print(f"run {folder.path}: step {pulled} comes from {mirror}", file=sys.stderr)
+        print(f"run {folder.path}: step {pulled} comes from {redacted(mirror)}", file=sys.stderr)
         self.resume = folder.latest()
         return pulled
 
@@ -256,7 +263,8 @@ class TucodecCLI(LightningCLI):
         path = str(self.folder.path)
         if run["mirror"]:
             log = self.folder.path / "mirror.log"
-            self.mirror = Companion(f"{package}.mirror", [path, run["mirror"]], log)
+            url = run["mirror"]
+            self.mirror = Companion(f"{package}.mirror", [path], log, TUCODEC_MIRROR=url)
         if run["wandb"] and mode() != "disabled":
             log = self.folder.path / "wandb.log"
             self.wandb = Companion(f"{package}.wandb_view", [path], log)
@@ -278,7 +286,8 @@ class TucodecCLI(LightningCLI):
         if error is not None:
             self.outcome = reason = "failed"
             status = 1
-            text = (str(error).strip() or type(error).__name__).splitlines()[-1][:500]
+            lines = redacted(str(error)).strip().splitlines() or [type(error).__name__]
+            text = lines[-1][:500]
         elif self.preempted:
             assert self.preemption.received is not None
             self.outcome = "preempted"
@@ -422,7 +431,8 @@ def main(arguments: Sequence[str]) -> int:
                 preemption=preemption,
             )
     except ArgumentError as error:
-        print(f"tucodec {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        text = redacted(" ".join(str(error).split()))
+        print(f"tucodec {arguments[0]}: {text}", file=sys.stderr)
         return 2
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from None

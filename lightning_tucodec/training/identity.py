@@ -210,8 +210,17 @@ def run_id(config: dict[str, Any]) -> str:
 
 def plain(value: dict[str, Any]) -> dict[str, Any]:
     """An identity as a manifest holds it."""
-    result: dict[str, Any] = json.loads(json.dumps(value, default=str))
+    result: dict[str, Any] = without_credentials(json.loads(json.dumps(value, default=str)))
     return result
+
+
+def without_credentials(value: Any) -> Any:
+    """A copy of a configuration in which every text is `redacted`."""
+    if isinstance(value, dict):
+        return {key: without_credentials(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_credentials(inner) for inner in value]
+    return redacted(value) if isinstance(value, str) else value
 
 
 def digest(value: dict[str, Any]) -> str:

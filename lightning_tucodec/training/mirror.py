@@ -6,22 +6,25 @@
         metrics.jsonl manifest.json config.yaml images/
 
 `mirror.json` is written last, so what it names is complete, and what a lost connection leaves half-done is
-never looked at. The copying is done by a process of its own: it costs a training step nothing, and a server
-that hangs holds up nobody. It ends when its parent closes its standard input or dies.
+never looked at. It may name nothing but these files, whoever wrote it. The copying is done by a process of
+its own: it costs a training step nothing, and a server that hangs holds up nobody. It ends when its parent
+closes its standard input or dies.
 
-    python -m lightning_tucodec.training.mirror RUN_FOLDER URL
+    TUCODEC_MIRROR=URL python -m lightning_tucodec.training.mirror RUN_FOLDER
 """
 
 import hashlib
 import io
 import json
+import os
 import pickle
+import re
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
-from lightning_tucodec.errors import DatasetError, TucodecError
+from lightning_tucodec.errors import DatasetError, TucodecError, redacted
 from lightning_tucodec.files import atomic_write
 from lightning_tucodec.storage import Storage, sha256_file
 from lightning_tucodec.training.companions import wait
@@ -32,6 +35,7 @@ POLL_SECONDS = 2.0
 """Pause between two looks at the run folder."""
 
 _SMALL = ("metrics.jsonl", MANIFEST, "config.yaml")
+_PICTURE = re.compile(r"images/step-\d{8}[^/\0]*\.(png|json)")
 _GENERATIONS = 2
 
 
@@ -43,15 +47,42 @@ def read_index(folder: RunFolder, url: str) -> dict[str, Any]:
     """What the mirror of a run holds; empty when there is none.
 
     Raises:
-        DatasetError: the storage cannot be reached.
+        DatasetError: the storage cannot be reached, or the index is damaged or names what no mirror holds.
     """
+    storage = _mirror_of(folder, url)
     try:
-        index: dict[str, Any] = json.loads(_mirror_of(folder, url).read(INDEX))
+        index: dict[str, Any] = json.loads(storage.read(INDEX))
+        problem = _problem(index)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except ValueError as error:
-        raise DatasetError(f"{_mirror_of(folder, url).path(INDEX)}: damaged ({error})") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        problem = repr(error)
+    if problem:
+        raise DatasetError(f"{storage.path(INDEX)}: damaged ({problem}); remove the mirror")
     return index
+
+
+def _mirrored(name: str) -> bool:
+    """Whether a file of a run folder, besides its checkpoints, belongs to the mirror."""
+    return name in _SMALL or _PICTURE.fullmatch(name) is not None
+
+
+def _problem(index: dict[str, Any]) -> str | None:
+    """What cannot be; names become paths."""
+    for name, entry in index["files"].items():
+        if not _mirrored(name) or entry["name"] != name:
+            return f"{entry['name']!r} as {name!r}"
+    for entry in index["checkpoints"]:
+        if entry["name"] != _checkpoint(entry["step"]):
+            return f"{entry['name']!r} as step {entry['step']}"
+    for entry in (*index["files"].values(), *index["checkpoints"]):
+        if type(entry["size"]) is not int or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+            return f"{entry['name']} has no size or SHA-256"
+    return None
+
+
+def _checkpoint(step: int) -> str:
+    return f"checkpoints/step-{step:08d}.ckpt"
 
 
 class Mirror:
@@ -79,7 +110,7 @@ class Mirror:
         changed = self._push_checkpoint()
         names = list(_SMALL)
         names += [f"images/{p.name}" for p in sorted(self.folder.images.glob("step-*"))]
-        for name in names:
+        for name in filter(_mirrored, names):
             changed |= self._push_file(name)
         if changed:
             self.storage.write(INDEX, json.dumps(self.index, indent=1).encode())
@@ -108,7 +139,7 @@ class Mirror:
         step = _step_of(data)
         if step is None:
             return False
-        entry = self._put(f"checkpoints/step-{step:08d}.ckpt", data)
+        entry = self._put(_checkpoint(step), data)
         older = [e for e in self.index["checkpoints"] if e["step"] < step]
         self.index["checkpoints"] = [{"step": step, **entry}, *older][:_GENERATIONS]
         self._seen[str(path)] = stamp
@@ -203,7 +234,7 @@ def pull(folder: RunFolder, url: str, own_step: int) -> int | None:
             target = folder.path / name
             data = storage.read(file["name"])
             if name == MANIFEST:
-                Manifest(folder).merge(json.loads(data))
+                Manifest(folder).merge(data)
             elif not target.exists() or name in _SMALL:
                 with atomic_write(target) as stream:
                     stream.write(data)
@@ -239,12 +270,12 @@ def follow(folder: RunFolder, url: str) -> None:
             mirror = mirror or Mirror(folder, url)
             mirror.push()
             if said:
-                print(f"tucodec: mirror {url}: works again", file=sys.stderr, flush=True)
+                print(f"tucodec: mirror {redacted(url)}: works again", file=sys.stderr, flush=True)
             said = ""
         except Exception as error:  # whatever a storage does, the run goes on
             text = " ".join(str(error).split()) or type(error).__name__
             if text != said:
-                print(f"tucodec: mirror {url}: {text}", file=sys.stderr, flush=True)
+                print(redacted(f"tucodec: mirror {url}: {text}"), file=sys.stderr, flush=True)
             said = text
         if last_time:
             return
@@ -252,4 +283,4 @@ def follow(folder: RunFolder, url: str) -> None:
 
 
 if __name__ == "__main__":
-    follow(RunFolder(Path(sys.argv[1])), sys.argv[2])
+    follow(RunFolder(Path(sys.argv[1])), os.environ["TUCODEC_MIRROR"])

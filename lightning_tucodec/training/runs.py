@@ -23,9 +23,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lightning_tucodec.curves import decibels
-from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.errors import ConfigError, redacted
 from lightning_tucodec.files import atomic_write, check_name, read_json_lines
-from lightning_tucodec.training.identity import CHECKPOINTS, digest, identity, plain, run_id
+from lightning_tucodec.training.identity import (
+    CHECKPOINTS,
+    digest,
+    identity,
+    plain,
+    run_id,
+    without_credentials,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +82,9 @@ def network_weights(checkpoint: dict[str, Any]) -> "dict[str, torch.Tensor]":
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics file; a line cut short by a kill is left out."""
-    return read_json_lines(path)
+    """All complete lines of a metrics file; what a kill has cut short, or is no such line, is left out."""
+    rows = read_json_lines(path)
+    return [row for row in rows if isinstance(row, dict) and type(row.get("opt_step")) is int]
 
 
 def validation_point(rows: Sequence[dict[str, Any]]) -> tuple[float, float, float | None] | None:
@@ -114,9 +122,9 @@ class RunFolder:
         return cls(Path(config["run"]["runs_dir"]) / name)
 
     def write_config(self, config: dict[str, Any]) -> None:
-        """Leave the fully resolved config beside the results."""
+        """Leave the fully resolved config, without credentials, beside the results."""
         with atomic_write(self.path / "config.yaml", "w") as stream:
-            yaml.safe_dump(config, stream, sort_keys=False, allow_unicode=True)
+            yaml.safe_dump(without_credentials(config), stream, sort_keys=False, allow_unicode=True)
 
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
         """Newest checkpoint that loads, with its content; None when there is none to go on from.
@@ -183,10 +191,9 @@ class Manifest:
     def read(self) -> dict[str, Any]:
         """Its content; empty when there is none or it is damaged."""
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return _manifest(self.path.read_bytes())
+        except OSError:
             return {}
-        return content if isinstance(content, dict) else {}
 
     def check(self, own: dict[str, Any]) -> None:
         """Refuse a folder that was begun with something else.
@@ -240,11 +247,12 @@ class Manifest:
                     self._write(content)
                 return
 
-    def merge(self, other: dict[str, Any]) -> None:
-        """Add what another cluster wrote about this run."""
-        own = self.read()
-        codes = other.setdefault("code", [])
-        attempts = other.setdefault("attempts", [])
+    def merge(self, data: bytes) -> None:
+        """Add what another cluster wrote about this run; nothing when that is damaged."""
+        own, other = self.read(), _manifest(data)
+        if not other:
+            return
+        codes, attempts = other["code"], other["attempts"]
         known = {(a["start"], a["host"], a["pid"]) for a in attempts}
         for attempt in own.get("attempts", []):
             if (attempt["start"], attempt["host"], attempt["pid"]) not in known:
@@ -265,7 +273,7 @@ class Manifest:
         deadline = time.monotonic() + _ANNOUNCE
         while key is not None:
             attempts = self.read().get("attempts", [])
-            if attempts and attempts[-1]["key"] == key:
+            if attempts and attempts[-1].get("key") == key:
                 return
             if time.monotonic() > deadline:
                 raise ConfigError(
@@ -277,6 +285,29 @@ class Manifest:
     def _write(self, content: dict[str, Any]) -> None:
         with atomic_write(self.path, "w") as stream:
             json.dump(content, stream, indent=1, default=str)
+
+
+_ATTEMPT = {"start": str, "host": str, "pid": int, "code": int, "exit": str | None}
+"""Entries of an attempt that are looked at: what tells it from others, its place in `code`, its end."""
+
+
+def _manifest(data: bytes) -> dict[str, Any]:
+    """A manifest, from here or from elsewhere; empty when it is damaged."""
+    try:
+        content = {"code": [], "attempts": [], **json.loads(data)}
+        codes, attempts = content["code"], content["attempts"]
+        sound = (
+            isinstance(codes, list)
+            and all(
+                isinstance(attempt[name], kind)
+                for attempt in attempts
+                for name, kind in _ATTEMPT.items()
+            )
+            and all(0 <= attempt["code"] < len(codes) for attempt in attempts)
+        )
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return content if sound else {}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -327,7 +358,7 @@ def _code() -> dict[str, Any]:
     diff = _git(root, "diff", "HEAD") if commit else None
     return {
         "commit": commit.strip() if commit else None,
-        "diff": diff[:_DIFF_LIMIT] if diff else None,
+        "diff": redacted(diff[:_DIFF_LIMIT]) if diff else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,

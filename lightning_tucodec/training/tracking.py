@@ -34,7 +34,7 @@ class JsonlLogger(Logger):
         """
         kept = [row for row in read_metrics(self.path) if row["opt_step"] <= step]
         text = "".join(json.dumps(row) + "\n" for row in kept)
-        if self.path.exists() and self.path.read_text(encoding="utf-8") != text:
+        if self.path.exists() and self.path.read_bytes() != text.encode():
             with atomic_write(self.path, "w") as stream:
                 stream.write(text)
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,9 @@ class View:
             config=config,
             mode="online" if online else "offline",
             resume="allow" if online else None,
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+            settings=wandb.Settings(
+                silent=True, console="off", x_disable_stats=True, disable_git=True
+            ),
         )
         self.run.define_metric("opt_step")
         self.run.define_metric("images_seen")
