@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -800,8 +801,6 @@ def run_submit(arguments: argparse.Namespace) -> int:
 
 def run_here(arguments: argparse.Namespace) -> int:
     """`tucodec sweep run`: without Slurm; called again it goes on where it was stopped."""
-    from lightning_tucodec.training.fit import main as fit
-
     plan = _planned(arguments)
     for task in plan.tasks.values():
         if plan.is_complete(task):
@@ -811,13 +810,43 @@ def run_here(arguments: argparse.Namespace) -> int:
         status = 1
         try:
             print(f"task {task.name}", file=sys.stderr)
-            status = fit(["fit", "--config", str(config)])
+            status = _fit(config)
         finally:
             _note(plan, task, "end", status)
         if status:
             return status
     print(plan.folder)
     return 0
+
+
+def _fit(config: Path) -> int:
+    """Train in a process of its own, and return its exit status.
+
+    Lightning starts the other ranks with the words and the environment of its own process; what one task
+    leaves in them is nothing to the next. Whoever stops this process stops that one.
+    """
+    from lightning_tucodec.training.companions import SIGNALS
+
+    children: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        received.append(number)
+        for child in children:
+            if number != signal.SIGINT:  # the terminal gives it to both
+                child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        words = [sys.executable, "-m", "lightning_tucodec.cli", "fit", "--config", str(config)]
+        children.append(subprocess.Popen(words))
+        if received:  # in the moment before
+            children[0].terminate()
+        status = children[0].wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
 
 
 def _note(plan: Plan, task: Task, event: str, status: int | None) -> None:

@@ -3,7 +3,9 @@
 import datetime
 import json
 import os
+import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -469,21 +471,54 @@ def test_without_scontrol_a_job_says_so(
 
 
 def test_a_sweep_runs_here_stage_by_stage(
-    tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, recipe: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Two tasks of two processes each, the second from the weights of the first."""
     write_recipe(recipe, {"shards": yaml.safe_load(recipe.read_text())["data"]["shards"]}, steps=3)
-    stages = {**STAGES, "ssim": {**STAGES["ssim"], "grid": {"model.lmbda": [1.0, 2.0]}}}
+    two = {"trainer.devices": 2, "trainer.strategy": "ddp"}
+    stages = {
+        "mse": {"config": "recipe.yaml", "set": two},
+        "ssim": {"config": "recipe.yaml", "set": two, "init_from": {"stage": "mse"}},
+    }
+    stages["ssim"]["grid"] = {"model.lmbda": [2.0]}
     words = ["sweep", "run", str(write(tmp_path, stages)), "--out", str(tmp_path / "sweeps")]
     assert main(words) == 0
-    captured = capsys.readouterr()
-    assert captured.err.count("starts") == 3
+    assert not {"LOCAL_RANK", "TUCODEC_ATTEMPT"} & os.environ.keys()
+    captured = capfd.readouterr()
+    assert len(re.findall("^run .* starts$", captured.err, re.MULTILINE)) == 4  # two ranks a task
     made = Plan.open(Path(captured.out.strip().splitlines()[-1]))
-    assert [row.state for row in status(made, {})] == ["complete"] * 3
-    config = yaml.safe_load((made.folder / "configs" / "ssim-1.yaml").read_text())
+    assert [row.state for row in status(made, {})] == ["complete"] * 2
+    for task in made.tasks.values():
+        folder = made.run_folder(task)
+        assert folder is not None
+        (attempt,) = json.loads((folder / "manifest.json").read_text())["attempts"]
+        assert (attempt["world_size"], attempt["status"]) == (2, 0)
+    config = yaml.safe_load((made.folder / "configs" / "ssim-0.yaml").read_text())
     first = made.run_folder(made.task("mse-0"))
     assert config["run"]["init_from"] == f"{first}/checkpoints/last.ckpt"
     assert main(words) == 0
-    assert "starts" not in capsys.readouterr().err
+    assert "starts" not in capfd.readouterr().err
+
+
+def test_a_sweep_that_is_stopped_stops_its_task(tmp_path: Path, recipe: Path) -> None:
+    """TERM at the sweep's process: the task saves itself, no process stays, the sweep says 75."""
+    write(tmp_path, {"one": {"config": "recipe.yaml", "set": {"trainer.max_steps": 1000000}}})
+    words = [sys.executable, "-m", "lightning_tucodec.cli", "sweep", "run", "sweep.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(words, cwd=tmp_path, env=environment)
+    try:
+        wait_for("a step", lambda: any(tmp_path.glob("runs/*/metrics.jsonl")))
+        process.terminate()
+        assert process.wait(timeout=300) == 75
+    finally:
+        process.kill()
+    (manifest,) = tmp_path.glob("runs/*/manifest.json")
+    (attempt,) = json.loads(manifest.read_text())["attempts"]
+    assert attempt["exit"] == "preempted (SIGTERM)"
+    assert not Path(f"/proc/{attempt['pid']}").exists()
+    assert (manifest.parent / "checkpoints" / "last.ckpt").exists()
+    (attempts,) = tmp_path.glob("sweeps/*/attempts/one-0.jsonl")
+    assert json.loads(attempts.read_text().splitlines()[-1])["status"] == 75
 
 
 def test_an_attempt_that_goes_on_elsewhere_ends(tmp_path: Path) -> None:
