@@ -357,7 +357,7 @@ def _submit(arguments: argparse.Namespace, candidates: Candidates) -> None:
     if not arguments.dry_run:
         log.mkdir(parents=True, exist_ok=True)
     options = ["--cpu", f"--cpus-per-task={arguments.workers or 4}"]
-    array = [*options, "--job-name=candidates", f"--array=1-{count}", f"--output={log}/%A-%a.log"]
+    array = [*options, "--job-name=candidates", "--shares", str(count), f"--output={log}/%A-%a.log"]
     job = _sbatch(array, ["--share", str(count), *words], arguments.dry_run)
     last = [*options, "--job-name=allocate", f"--output={log}/%j.log"]
     last.append(f"--dependency=afterany:{'ARRAY' if arguments.dry_run else job}")

@@ -16,7 +16,7 @@ if [[ $# -lt 1 ]] || ! in_slurm; then
 fi
 part=()
 if [[ $1 == --share ]]; then
-    part=(--part "$SLURM_ARRAY_TASK_ID/$2")
+    part=(--part "$(own_share)/$2")
     shift 2
 fi
 site_setup

@@ -23,10 +23,10 @@ if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
     exit 2
 fi
 
-if in_slurm; then # PART or nothing, then the words
+if in_slurm; then # --share PARTS or nothing, then the words
     part=()
     if [[ $1 == --share ]]; then
-        part=(--part "$SLURM_ARRAY_TASK_ID/$2")
+        part=(--part "$(own_share)/$2")
         shift 2
     fi
     site_setup
@@ -49,9 +49,9 @@ submit() { # submit NAME OPTION... -- WORDS: sets `job`
 }
 
 self=$TUCODEC_ROOT/slurm/build_shards.sh
-submit shards-inspect --array="1-$parts" -- "$self" --share "$parts" "$@"
+submit shards-inspect --shares "$parts" -- "$self" --share "$parts" "$@"
 inspect=$job
-submit shards-write --array="1-$parts" --dependency="afterany:$inspect" -- "$self" --share "$parts" "$@"
+submit shards-write --shares "$parts" --dependency="afterany:$inspect" -- "$self" --share "$parts" "$@"
 write=$job
 submit shards-merge --dependency="afterany:$write" -- "$self" "$@"
 echo "inspect $inspect, write $write, merge $job; logs in $logs"

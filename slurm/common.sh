@@ -28,6 +28,7 @@ SITE_CPUS_PER_TASK=4
 SITE_TIME=1-00:00:00
 SITE_SIGNAL_SECONDS=300
 SITE_MAX_RESTARTS=100
+SITE_FENCE_SECONDS=66
 SITE_ACCELERATOR=""
 SITE_CONTAINER=""
 SITE_TUCODEC=""
@@ -39,18 +40,27 @@ if [[ ! -f $TUCODEC_SITE ]]; then
     say "no site file $TUCODEC_SITE"
     exit 1
 fi
+TUCODEC_SITE=$(cd "$(dirname "$TUCODEC_SITE")" && pwd)/${TUCODEC_SITE##*/}
 export TUCODEC_SITE
 # shellcheck source=slurm/site.sh
 source "$TUCODEC_SITE"
 
-if [[ -z $SITE_TUCODEC ]]; then
-    SITE_TUCODEC=tucodec
-    if [[ -x $TUCODEC_ROOT/.venv/bin/tucodec ]]; then
-        SITE_TUCODEC=$TUCODEC_ROOT/.venv/bin/tucodec
-    fi
+# Words before every command: a container, the program. A path to a program may hold spaces.
+program=tucodec
+if [[ -x $TUCODEC_ROOT/.venv/bin/tucodec ]]; then
+    program=$TUCODEC_ROOT/.venv/bin/tucodec
 fi
-# Words before every command: a container, the program.
+program=${SITE_TUCODEC:-$program}
 # shellcheck disable=SC2206,SC2034 # the site file gives words; the launchers use them
-tucodec=($SITE_CONTAINER $SITE_TUCODEC)
+tucodec=($SITE_CONTAINER)
+if [[ -x $program ]]; then
+    tucodec+=("$program")
+else
+    # shellcheck disable=SC2206
+    tucodec+=($program)
+fi
 
 in_slurm() { [[ -n ${SLURM_JOB_ID:-} ]]; }
+
+# In an element of the arrays that `submit.sh --shares N` makes: which of the N shares is its own.
+own_share() { echo $((${TUCODEC_SHARES_BEFORE:-0} + SLURM_ARRAY_TASK_ID)); }

@@ -4,7 +4,7 @@
 #   slurm/evaluate.sh [--dry-run] IMAGES OUT.json RUN... [-- options of `tucodec evaluate`]
 #
 # RUN is a run folder, or a sweep's folder of them (sweeps/NAME-ID/runs/*). Models are written beside OUT.json, in
-# OUT-models/. Classical codecs join with: -- --codec jpeg:q={10,30,50}
+# OUT-models/, under the run's name, or its whole path where two runs have one name. Classical codecs join with: -- --codec jpeg:q={10,30,50}
 #SBATCH --job-name=tucodec-evaluate
 for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
     [[ ! -f $here/common.sh ]] || break
@@ -23,7 +23,7 @@ if [[ $# -lt 3 ]]; then
 fi
 if ! in_slurm; then
     [[ ${#dry[@]} -gt 0 ]] || mkdir -p slurm-logs
-    exec "$TUCODEC_ROOT/slurm/submit.sh" --cpu "${dry[@]}" --cpus-per-task="$SITE_CPUS_PER_TASK" \
+    exec "$TUCODEC_ROOT/slurm/submit.sh" --cpu "${dry[@]}" --job-name=tucodec-evaluate --cpus-per-task="$SITE_CPUS_PER_TASK" \
         --output="slurm-logs/%x-%j.log" -- "$TUCODEC_ROOT/slurm/evaluate.sh" "$@"
 fi
 
@@ -43,8 +43,16 @@ shift 2
 models=${out%.json}-models
 specs=()
 extra=()
+runs=()
+for word in "$@"; do
+    [[ $word != -- ]] || break
+    runs+=("$(realpath -s -m "$word")")
+done
+twice=$(for run in "${runs[@]}"; do basename "$run"; done | sort | uniq -d)
 while [[ $# -gt 0 && $1 != -- ]]; do
-    model=$models/$(basename "$1").safetensors
+    run=$(realpath -s -m "$1")
+    [[ -n $twice ]] || run=$(basename "$run")
+    model=$models/${run#/}.safetensors
     do_or_show "${tucodec[@]}" export "$1" -o "$model" --force
     specs+=("$model")
     shift

@@ -17,6 +17,8 @@ SITE_TIME=1-00:00:00
 SITE_SIGNAL_SECONDS=300
 # A job that was started again this often stays down.
 SITE_MAX_RESTARTS=100
+# Seconds after which a line written on one node is surely seen on another; NFS keeps what it knows for up to a minute.
+SITE_FENCE_SECONDS=66
 
 # `--trainer.accelerator`, if it is not to be what the recipe says: cpu, gpu.
 SITE_ACCELERATOR=""

@@ -77,21 +77,12 @@ else
     words=("${@:2}")
 fi
 
-# Each process runs under this. srun ends with the highest status of all, so it orders them by what the cause was:
-# 128 and more, a process was killed by itself; 100 + n, the program failed with n; 75, it was told to stop and saved
-# itself; 76, it was told to stop (as srun tells all when one has failed) and could not end well.
-# shellcheck disable=SC2016 # expanded where it runs
-process='trap "told=1" TERM; trap : USR1; told=0; "$@"; status=$?
-if ((status == 0 || status == 75)); then exit "$status"; fi
-if ((told)); then exit 76; fi
-if ((status < 28)); then exit $((100 + status)); fi
-if ((status < 128)); then exit 101; fi
-exit "$status"'
-
 shape=(--trainer.num_nodes "${SLURM_JOB_NUM_NODES:-1}" --trainer.devices "${SLURM_NTASKS_PER_NODE:-1}")
 [[ -z $SITE_ACCELERATOR ]] || shape+=(--trainer.accelerator "$SITE_ACCELERATOR")
-command=(srun --kill-on-bad-exit=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}"
-    bash -c "$process" train.sh "${tucodec[@]}" fit --config "$config" "${shape[@]}" "${words[@]}")
+# Nothing stands between Slurm and the program: where cgroups tell what belongs to a job, signals reach only the
+# processes that Slurm started itself.
+command=(srun --kill-on-bad-exit=1 --export=ALL "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}"
+    "${tucodec[@]}" fit --config "$config" "${shape[@]}" "${words[@]}")
 if [[ ${#dry[@]} -gt 0 ]]; then
     printf '%q ' "${command[@]}"
     echo
@@ -99,14 +90,15 @@ if [[ ${#dry[@]} -gt 0 ]]; then
 fi
 
 # --- A fence. When Slurm loses a node, the processes there may live on while the job has started elsewhere. An
-# attempt that is no longer the latest ends itself; one that finds a predecessor without an end waits for that.
+# attempt that is no longer the latest ends itself; one that finds a predecessor without an end waits for that, as long
+# as another node may take to see the line (NFS: a minute). Besides, the program saves nothing once it was overtaken.
 watch_seconds=3
 mine=""
 if [[ -n $attempts ]]; then
     mkdir -p "$(dirname "$attempts")"
     if [[ -s $attempts && $(tail -n 1 "$attempts") == *'"event": "start"'* ]]; then
         note lost
-        sleep $((4 * watch_seconds))
+        sleep $((SITE_FENCE_SECONDS + 3 * watch_seconds))
     fi
     note start
     mine=$(tail -n 1 "$attempts")
@@ -129,7 +121,7 @@ while :; do
         sleep 0.5 || true
     done
     if ((stopping < 2)) && superseded; then
-        # TERM lets it save; the second time it is killed.
+        # srun kills its processes at TERM: what they could save now is not wanted any more.
         ((stopping == 0)) && say "job $job goes on elsewhere; this attempt ends" && kill -TERM "$step"
         ((stopping == 1)) && kill -KILL "$step"
         stopping=$((stopping + 1))
@@ -137,12 +129,12 @@ while :; do
 done
 wait "$step" || status=$?
 if ((stopping > 0)) || superseded; then
-    exit 0
+    exit 75 # not 0, for which jobs that start from this one's weights may wait
 fi
-if ((status == 76)); then
-    status=75
-elif ((status > 100 && status < 128)); then
-    status=$((status - 100))
+# srun ends with the highest status of all. A process of several that failed with n ends with 200 + n (see
+# lightning_tucodec/training/preemption.py); 128 + n means that signal n killed it.
+if ((status > 200)); then
+    status=$((status - 200))
 fi
 note end "$status"
 if ((status == 0)); then

@@ -24,7 +24,7 @@ from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning_tucodec.errors import TucodecError
 from lightning_tucodec.training.module import NonFiniteLossError
 from lightning_tucodec.training.preemption import Preemption
-from lightning_tucodec.training.runs import CHECKPOINTS, RunFolder, load_checkpoint
+from lightning_tucodec.training.runs import CHECKPOINTS, Manifest, RunFolder, load_checkpoint
 
 
 class SaveError(TucodecError):
@@ -127,6 +127,9 @@ class BackgroundWriter(CheckpointIO):
             if self._abandoned:
                 aside.unlink()
                 return
+            if Manifest(self.folder).overtaken():
+                aside.unlink()
+                raise SaveError(f"{path}: not saved, the run goes on in another job")
             if self.folder.metrics.exists():
                 _flush(self.folder.metrics)
             last, previous = (self.folder.checkpoints / name for name in CHECKPOINTS)

@@ -42,7 +42,7 @@ from lightning_tucodec.training.identity import (
 from lightning_tucodec.training.identity import arguments as class_arguments
 from lightning_tucodec.training.mirror import pull
 from lightning_tucodec.training.module import TrainingModule
-from lightning_tucodec.training.preemption import PREEMPTED, Preemption
+from lightning_tucodec.training.preemption import PREEMPTED, Preemption, in_step
 from lightning_tucodec.training.runs import Manifest, RunFolder, attempt_key
 from lightning_tucodec.training.tracking import Counters, JsonlLogger
 from lightning_tucodec.training.wandb_view import mode
@@ -220,7 +220,7 @@ class TucodecCLI(LightningCLI):
         self.folder = folder
         manifest = Manifest(folder)
         if not trainer.is_global_zero:
-            manifest.wait_for_rank_0()
+            manifest.wait_for_rank_0(lambda: self.preemption.received is not None)
             self.resume = folder.latest()
             return
         if attempt_key() is None:  # the ranks that Lightning starts inherit it
@@ -394,11 +394,18 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns:
         Exit status: 0; 2 when the words or the file are not understood; 75 when a signal stopped the
-        run after it had saved itself.
+        run after it had saved itself. In a step of several processes see `preemption.in_step`.
 
     Raises:
         ConfigError: the configuration cannot work.
     """
+    preemption = Preemption()
+    if arguments[0] == "fit":
+        return in_step(lambda: _main(arguments, preemption), preemption)
+    return _main(arguments, preemption)
+
+
+def _main(arguments: Sequence[str], preemption: Preemption) -> int:
     # Advice that says nothing to a user of this command: tips, devices found, deprecations inside.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning_fabric.utilities.seed").setLevel(logging.WARNING)
@@ -415,7 +422,6 @@ def main(arguments: Sequence[str]) -> int:
     ):
         warnings.filterwarnings("ignore", message=message)
     raising = {"exit_on_error": False}
-    preemption = Preemption()
     try:
         with preemption if arguments[0] == "fit" else contextlib.nullcontext():
             cli = TucodecCLI(

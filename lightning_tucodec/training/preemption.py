@@ -6,16 +6,59 @@ remembers. Loader workers inherit handlers; the process id tells them apart.
 
 import os
 import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
+from lightning_tucodec.errors import TucodecError
 from lightning_tucodec.training.companions import SIGNALS
 
 PREEMPTED = 75
 """Exit status of a run that saved itself and wants to be started again (sysexits' EX_TEMPFAIL)."""
+
+FAILED = 200
+"""Added to the status of a process that failed by itself beside others in a step of Slurm."""
+
+_PEER_SECONDS = 30.0
+"""How long after the death of one process srun's TERM may take to reach the others."""
+
+
+def in_step(run: Callable[[], int], preemption: "Preemption") -> int:
+    """The exit status of one process of a Slurm step.
+
+    srun ends with the highest status of all processes, and once one has ended with another than 0 it sends TERM to
+    the others and later KILL (143, 137). So whoever failed by itself must come out above those. An error of ours
+    is such a failure. Any other may only say that the connection to a dead process is gone: then TERM is on its
+    way. TERM must not kill a process that has saved itself either: the signals stay ours until the status is known
+    and are ignored from then on, because Python gives handlers back while it ends.
+
+    Args:
+        run: what the process does; returns a status.
+        preemption: knows whether it was told to stop.
+    """
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return run()
+    preemption.__enter__()
+    try:
+        status = run()
+    except TucodecError as error:
+        print(f"tucodec: {error}", file=sys.stderr)
+        status = 1
+    except Exception:
+        traceback.print_exc()
+        deadline = time.monotonic() + _PEER_SECONDS
+        while preemption.received is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        status = 1 if preemption.received is None else PREEMPTED
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    return status if status in (0, PREEMPTED) else FAILED + status
 
 
 class Preemption(pl.Callback):

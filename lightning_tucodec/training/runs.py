@@ -7,6 +7,7 @@ no PyTorch until a checkpoint is read, so that whoever only looks at runs is qui
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -14,8 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +46,7 @@ _PACKAGES = (
 )  # fmt: skip
 _DIFF_LIMIT = 1 << 20  # characters of a diff that are kept
 _OWN_START = 120.0  # seconds to wait for whoever still holds the folder
+_MAX_WITHOUT_PROGRESS = 2
 _ANNOUNCE = 1800.0  # seconds to wait for rank 0, which may be fetching a checkpoint from far away
 
 
@@ -214,7 +217,11 @@ class Manifest:
             )
 
     def begin(self, config: dict[str, Any], from_step: int, world_size: int) -> None:
-        """Add this attempt, before the first step."""
+        """Add this attempt, before the first step.
+
+        Raises:
+            ConfigError: this job was started anew and anew at this step, and killed before it could save.
+        """
         own = identity(config)
         content = self.read() or {"created": _now()}
         content |= {"run_id": digest(own), "name": config["run"]["name"], "identity": own}
@@ -226,6 +233,12 @@ class Manifest:
         for attempt in attempts:
             if attempt["exit"] is None:
                 attempt["exit"] = "killed"
+        if _restarts_without_progress(attempts, from_step) >= _MAX_WITHOUT_PROGRESS:
+            raise ConfigError(
+                f"{self.path.parent}: {_MAX_WITHOUT_PROGRESS} starts of this job in a row were killed or failed at "
+                f"step {from_step} before they could save: out of memory? see the log; when the cause is gone, "
+                "submit it again"
+            )
         attempts.append(
             {
                 "start": _now(), "end": None, "host": socket.gethostname(), "pid": os.getpid(),
@@ -247,6 +260,12 @@ class Manifest:
                     self._write(content)
                 return
 
+    def overtaken(self) -> bool:
+        """Whether the run has been started elsewhere since this process announced its attempt."""
+        attempts = self.read().get("attempts", [])
+        own = (os.getpid(), socket.gethostname())
+        return bool(attempts) and (attempts[-1]["pid"], attempts[-1]["host"]) != own
+
     def merge(self, data: bytes) -> None:
         """Add what another cluster wrote about this run; nothing when that is damaged."""
         own, other = self.read(), _manifest(data)
@@ -263,11 +282,15 @@ class Manifest:
         attempts.sort(key=lambda attempt: attempt["start"])
         self._write(other)
 
-    def wait_for_rank_0(self) -> None:
+    def wait_for_rank_0(self, told: Callable[[], bool]) -> None:
         """Return once rank 0 of this attempt has announced it, and so has fetched what there is.
+
+        Args:
+            told: whether this process was told to stop.
 
         Raises:
             ConfigError: it has not, or this node does not see its folder.
+            SystemExit: it was told to stop; there is nothing to save yet.
         """
         key = attempt_key()
         deadline = time.monotonic() + _ANNOUNCE
@@ -280,6 +303,10 @@ class Manifest:
                     f"{self.path}: rank 0 does not show up in it; run.runs_dir must be on storage "
                     "that all nodes share"
                 )
+            if told():
+                from lightning_tucodec.training.preemption import PREEMPTED
+
+                raise SystemExit(PREEMPTED)
             time.sleep(0.2)
 
     def _write(self, content: dict[str, Any]) -> None:
@@ -321,6 +348,25 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name}: {old} -> {new}"]
 
 
+def _restarts_without_progress(attempts: Sequence[dict[str, Any]], step: int) -> int:
+    """How many starts of this job of Slurm, the latest ones in a row, ended badly without getting further."""
+    job, restart = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT"))
+    count = 0
+    for attempt in reversed(attempts):
+        slurm = attempt["slurm"]
+        # Starts by hand inside one allocation share its number of restarts; they are nobody's loop.
+        before = int(restart or 0) - 1 - count
+        if (
+            job is None
+            or (slurm.get("job_id"), int(slurm.get("restart_count", 0))) != (job, before)
+            or attempt["from_step"] != step
+            or attempt["exit"] not in ("killed", "failed")
+        ):
+            break
+        count += 1
+    return count
+
+
 def slurm_ids() -> dict[str, str]:
     """What Slurm says about this job; empty outside of it."""
     names = (
@@ -336,11 +382,27 @@ def attempt_key() -> str | None:
     for names in (
         ("TUCODEC_ATTEMPT",),  # set by rank 0 for the ranks that Lightning starts
         ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
-        ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
     ):
         if names[0] in os.environ:
             return "/".join(os.environ.get(name, "0") for name in names)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _torchrun_key(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     return None
+
+
+@functools.cache
+def _torchrun_key(restart: str) -> str:
+    """A word of rank 0 for all ranks that torchrun starts: its own id is `none` unless the user gives one."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return f"{os.environ['TORCHELASTIC_RUN_ID']}/{restart}"
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_ANNOUNCE))
+    name = f"tucodec/attempt/{restart}"
+    if os.environ["RANK"] == "0":
+        store.set(name, uuid.uuid4().hex)
+    return str(store.get(name).decode())
 
 
 def _now() -> str:

@@ -9,10 +9,12 @@
 # clusters can run side by side, and none touches /etc/slurm. The nodes are names only: processors are
 # counted, not bound. Needs the packages slurm-wlm and munge; runs as any user. Partition `normal` is the
 # default, jobs of partition `urgent` preempt it. FINISH=N (seconds, 20): what a job is given to save itself.
+# PROCTRACK=cgroup|linuxproc: how Slurm finds a job's processes. With cgroup, as most sites have it, signals reach
+# only the processes that Slurm started itself; that is the default where cgroups of version 1 can be written to.
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
-    sed -n '2,11s/^# \{0,1\}//p' "$0"
+    sed -n '2,13s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 for program in munged slurmctld slurmd sbatch; do
@@ -26,6 +28,14 @@ here=$(cd "$(dirname "$0")" && pwd)
 nodes=${2:-2}
 cpus=${3:-4}
 finish=${FINISH:-20}
+groups=/sys/fs/cgroup
+tracker=linuxproc
+[[ ! -w $groups/freezer/tasks ]] || tracker=cgroup
+tracker=${PROCTRACK:-$tracker}
+if [[ $tracker != @(cgroup|linuxproc) ]]; then
+    echo "localcluster: PROCTRACK=$tracker: cgroup or linuxproc" >&2
+    exit 2
+fi
 if [[ -e $1 && -n $(ls -A "$1" 2>/dev/null) ]]; then
     echo "localcluster: $1 is not empty" >&2
     exit 1
@@ -74,9 +84,9 @@ SlurmctldPidFile=$dir/slurmctld.pid
 SlurmdPidFile=$dir/slurmd-%n.pid
 SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/slurmd-%n.log
-# Ports of DDP follow from job ids: those of clusters side by side differ.
-FirstJobId=$(((port / 10 % 100) * 100 + 1))
-ProctrackType=proctrack/linuxproc
+# Ports of DDP follow from the last four digits of job ids, cgroups from all: clusters side by side differ in both.
+FirstJobId=$((port * 1000 + port / 10 % 100 * 100 + 1))
+ProctrackType=proctrack/$tracker
 TaskPlugin=task/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
@@ -107,6 +117,11 @@ CONF
     echo "PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=UNLIMITED State=UP"
 } >"$dir/slurm.conf"
 
+cat >"$dir/cgroup.conf" <<CONF
+CgroupPlugin=cgroup/v1
+CgroupMountpoint=$groups
+CgroupAutomount=no
+CONF
 cat >"$dir/site.sh" <<SITE
 # Site file of the local cluster: two processes, one a node, that talk over the loopback.
 SITE_SBATCH="--partition=normal"
@@ -114,6 +129,7 @@ SITE_NODES=$nodes
 SITE_TASKS_PER_NODE=1
 SITE_CPUS_PER_TASK=1
 SITE_TIME=1-00:00:00
+SITE_FENCE_SECONDS=3 # one file system
 SITE_ACCELERATOR=cpu
 export MASTER_ADDR=127.0.0.1 # the nodes' names do not resolve
 export GLOO_SOCKET_IFNAME=lo

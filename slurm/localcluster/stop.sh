@@ -47,4 +47,8 @@ for _ in $(seq 20); do
     sleep 0.2
 done
 rmdir "/tmp/.tucodec-localcluster-$(<"$dir/port")" 2>/dev/null || true
+# The nodes' cgroups bear the nodes' names only; the last cluster to go takes them along.
+if ! compgen -G "/tmp/.tucodec-localcluster-*" >/dev/null; then
+    find /sys/fs/cgroup/freezer/slurm_n* -depth -type d -exec rmdir {} + 2>/dev/null || true
+fi
 rm -rf "$dir"

@@ -215,10 +215,17 @@ class Subject:
         config: configuration file of `tucodec fit`.
         disk: parent of the run folder; None: a folder of its own.
         sets: more words for --set.
+        site: variables of a site file that goes on from the box's.
     """
 
     def __init__(
-        self, box: Box, name: str, config: Path, disk: Path | None = None, sets: Sequence[str] = ()
+        self,
+        box: Box,
+        name: str,
+        config: Path,
+        disk: Path | None = None,
+        sets: Sequence[str] = (),
+        **site: object,
     ) -> None:
         self.box = box
         folder = box.work / name
@@ -231,7 +238,17 @@ class Subject:
         words: list[object] = ["--out", folder / "sweeps"]
         for text in (f"run.runs_dir={self.disk}", *sets):
             words += ["--set", text]
-        self.plan = Plan.open(Path(box.tucodec("sweep", "submit", sweep, *words)))
+        site_file = folder / "site.sh"
+        lines = [f"source {shlex.quote(box.env['TUCODEC_SITE'])}"]
+        site_file.write_text("\n".join([*lines, *(f"{k}={v}" for k, v in site.items())]) + "\n")
+        self.plan = Plan.open(
+            Path(
+                box.call(
+                    "env", f"TUCODEC_SITE={site_file}",
+                    sys.executable, "-m", "lightning_tucodec.cli", "sweep", "submit", sweep, *words,
+                )
+            )
+        )  # fmt: skip
         self.task = next(iter(self.plan.tasks.values()))
 
     @property

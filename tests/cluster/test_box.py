@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,6 +136,46 @@ def test_a_task_that_cannot_work_is_shown_and_retried(box: Box, box_recipe: Path
     assert list(box.queue(plan)) == ["one-0"]
     box.call("scancel", box.queue(plan)["one-0"].array)
     wait_for("the end", lambda: not box.queue(plan), 0.5)
+
+
+def test_what_one_process_refuses_ends_the_job(box: Box, box_recipe: Path) -> None:
+    """Rank 0 alone finds that the folder is another run's; the other one waits for it. No requeue."""
+    subject = Subject(box, "refused", box_recipe, sets=["model.lmbda=201"], SITE_STAGGER_SECONDS=0)
+    subject.run.mkdir(parents=True)
+    (subject.run / "manifest.json").write_text('{"identity": {"model": "another"}}')
+    assert subject.wait_end() == 1
+    wait_for("its job to leave the queue", lambda: not box.queue(subject.plan), 0.5)
+    (row,) = rows(box, subject.plan).values()
+    assert (row["state"], row["restarts"]) == ("failed", 0)
+    assert "was begun with another configuration" in str(row["note"])
+
+
+def test_signals_reach_the_program_and_two_processes_a_node_are_one_run(
+    box: Box, box_recipe: Path, straight: Subject
+) -> None:
+    """`scancel --signal` to a job of one process a GPU: both times it saves itself, is requeued and goes on."""
+    shape = {"SITE_NODES": 1, "SITE_TASKS_PER_NODE": 2}
+    subject = Subject(box, "one-node", box_recipe, **shape)
+    for number, name in enumerate(("USR1", "TERM")):
+        ranks = subject.freeze_at(10 + 60 * number)
+        assert {_node_of(pid) for pid in ranks} == {"0"}
+        starts = len(subject.events("start"))
+        box.call("scancel", f"--signal={name}", subject.job)
+        for pid in ranks:
+            os.kill(pid, signal.SIGCONT)
+        assert subject.wait_end() == 75
+        subject.keep_going(starts)
+    subject.finish()
+    straight.finish()
+    manifest = json.loads((subject.run / "manifest.json").read_text())
+    exits = [attempt["exit"] for attempt in manifest["attempts"]]
+    assert exits == ["preempted (SIGUSR1)", "preempted (SIGTERM)", "finished"]
+    assert difference(straight.run, subject.run) == ""
+
+
+def _node_of(pid: int) -> str:
+    text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    return dict(part.split("=", 1) for part in text.split("\0") if "=" in part)["SLURM_NODEID"]
 
 
 def test_hit_by_every_kind_a_run_ends_as_the_straight_one(
