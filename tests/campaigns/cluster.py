@@ -2,7 +2,7 @@
 
     python -m tests.campaigns.cluster --hits 32 --seed 1
 
-A cluster of two nodes (slurm/localcluster) trains a small network by DDP over two processes. A case is hit
+Clusters of two nodes (slurm/localcluster) train a small network by DDP over two processes. A case is hit
 once by each kind, in an order and at optimiser steps that follow from seed and case, as nearly as watching a
 file allows. Its weights, optimiser state, counters and metrics must then equal those of the run that nothing
 hit, to the last bit. Counts go to docs/campaigns.json under the key "cluster"; an interrupted campaign goes
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import queue
 import random
 import resource
 import shlex
@@ -24,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,12 @@ class Box:
         """End every process of the cluster."""
         stop = REPOSITORY / "slurm" / "localcluster" / "stop.sh"
         subprocess.run([stop, self.cluster], check=True)
+
+    @property
+    def tracker(self) -> str:
+        """How Slurm finds a job's processes: cgroup or linuxproc."""
+        text = (self.cluster / "slurm.conf").read_text()
+        return text.partition("proctrack/")[2].split()[0]
 
     def call(self, *words: object) -> str:
         """Run a command in the work folder and return what it prints.
@@ -584,46 +592,55 @@ def _same(first: Any, second: Any) -> bool:
 # --- The campaign ----------------------------------------------------------------------------
 
 
-def campaign(seed: int, hits: int, results: Path) -> int:
-    """Run cases until there were `hits` hits; returns the number of broken cases."""
+def campaign(seed: int, hits: int, results: Path, boxes: int) -> int:
+    """Run cases until there were `hits` hits, as many at a time as there are boxes; returns the broken ones."""
     everything = json.loads(results.read_text()) if results.exists() else {}
     counts = everything.get("cluster", {})
     if counts.get("seed") != seed:
         counts = {"seed": seed, "cases": 0, "hits": {}, "broken": []}  # hits: of cases that held
+    cases = range(counts["cases"], -(-hits // len(HITS)))
+    if not cases:
+        return len(counts["broken"])
     with tempfile.TemporaryDirectory(prefix="tucodec-cluster-") as scratch:
-        box: Box | None = None
-        straight: Path | None = None
+        recipe = Path(scratch) / "recipe.yaml"
+        write_recipe(recipe, make_data(Path(scratch) / "data"))
+        free: queue.SimpleQueue[Box] = queue.SimpleQueue()
+        started: list[Box] = []
         try:
-            while counts["cases"] * len(HITS) < hits:
-                if box is None or straight is None:
-                    recipe = Path(scratch) / "recipe.yaml"
-                    write_recipe(recipe, make_data(Path(scratch) / "data"))
-                    box = Box(Path(scratch) / "box")
-                    reference = Subject(box, "straight", recipe)
-                    reference.finish()
-                    straight = reference.run
-                case = counts["cases"]
+            for number in range(min(boxes, len(cases))):
+                started.append(Box(Path(scratch) / f"box-{number}"))
+                free.put(started[-1])
+            reference = Subject(started[0], "straight", recipe)
+            reference.finish()
+
+            def run(case: int) -> tuple[list[str], str]:
                 rng = random.Random(f"cluster {seed} {case}")
                 kinds = rng.sample(sorted(HITS), len(HITS))
+                box = free.get()
                 with small_disk(Path(scratch) / f"disk-{case}") as disk:
                     try:
                         subject = Subject(box, f"case-{case}", recipe, disk)
                         endure(subject, kinds, rng)
-                        wrong = difference(straight, subject.run)
+                        return kinds, difference(reference.run, subject.run)
                     except (RuntimeError, TimeoutError) as error:
-                        wrong = str(error)
                         box.call("scancel", "--partition=normal")
-                counts["cases"] += 1
-                if wrong:
-                    counts["broken"].append({"case": case, "kinds": kinds, "what": wrong})
-                else:
-                    for kind in kinds:
-                        counts["hits"][kind] = counts["hits"].get(kind, 0) + 1
-                _save(results, counts)
-                said = f"{counts['cases'] * len(HITS)}/{hits} hits: {', '.join(kinds)}"
-                print(f"{said}: {wrong or 'the same'}", file=sys.stderr, flush=True)
+                        return kinds, str(error)
+                    finally:
+                        free.put(box)
+
+            with ThreadPoolExecutor(len(started)) as threads:
+                for case, (kinds, wrong) in zip(cases, threads.map(run, cases), strict=True):
+                    counts |= {"cases": case + 1, "proctrack": started[0].tracker}
+                    if wrong:
+                        counts["broken"].append({"case": case, "kinds": kinds, "what": wrong})
+                    else:
+                        for kind in kinds:
+                            counts["hits"][kind] = counts["hits"].get(kind, 0) + 1
+                    _save(results, counts)
+                    said = f"{counts['cases'] * len(HITS)}/{hits} hits: {', '.join(kinds)}"
+                    print(f"{said}: {wrong or 'the same'}", file=sys.stderr, flush=True)
         finally:
-            if box is not None:
+            for box in started:
                 box.stop()
     return len(counts["broken"])
 
@@ -640,6 +657,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--hits", type=int, default=32)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--boxes", type=int, default=2, help="clusters at a time")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     why = missing_programs()
@@ -647,7 +665,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no cluster: {why}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster is stopped on the way out
-    broken = campaign(arguments.seed, arguments.hits, arguments.results)
+    broken = campaign(arguments.seed, arguments.hits, arguments.results, arguments.boxes)
     print(f"at least {arguments.hits} hits, {broken} broken cases")
     return int(broken > 0)
 
