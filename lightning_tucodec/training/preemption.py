@@ -32,11 +32,11 @@ _PEER_SECONDS = 30.0
 def in_step(run: Callable[[], int], preemption: "Preemption") -> int:
     """The exit status of one process of a Slurm step.
 
-    srun ends with the highest status of all processes, and once one has ended with another than 0 it sends TERM to
-    the others and later KILL (143, 137). So whoever failed by itself must come out above those. An error of ours
-    is such a failure. Any other may only say that the connection to a dead process is gone: then TERM is on its
-    way. TERM must not kill a process that has saved itself either: the signals stay ours until the status is known
-    and are ignored from then on, because Python gives handlers back while it ends.
+    srun ends with the highest status of all processes. Once one has ended with another than 0, it sends TERM
+    to the others and later KILL (143, 137), so whoever failed by itself must come out above those. An error
+    of ours is such a failure. Any other may only say that the connection to a dead process is gone: then TERM
+    is on its way. It must not kill a process that has saved itself either: the signals stay ours until the
+    status is known and are ignored from then on, because Python gives handlers back while it ends.
 
     Args:
         run: what the process does; returns a status.

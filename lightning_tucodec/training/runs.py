@@ -235,9 +235,9 @@ class Manifest:
                 attempt["exit"] = "killed"
         if _restarts_without_progress(attempts, from_step) >= _MAX_WITHOUT_PROGRESS:
             raise ConfigError(
-                f"{self.path.parent}: {_MAX_WITHOUT_PROGRESS} starts of this job in a row were killed or failed at "
-                f"step {from_step} before they could save: out of memory? see the log; when the cause is gone, "
-                "submit it again"
+                f"{self.path.parent}: {_MAX_WITHOUT_PROGRESS} starts of this job in a row were killed or "
+                f"failed at step {from_step} before they could save: out of memory? see the log; when the "
+                "cause is gone, submit it again"
             )
         attempts.append(
             {

@@ -593,7 +593,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def campaign(seed: int, hits: int, results: Path, boxes: int) -> int:
-    """Run cases until there were `hits` hits, as many at a time as there are boxes; returns the broken ones."""
+    """Run cases until there were `hits` hits, one at a time on each box; returns how many broke."""
     everything = json.loads(results.read_text()) if results.exists() else {}
     counts = everything.get("cluster", {})
     if counts.get("seed") != seed:

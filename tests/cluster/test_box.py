@@ -153,7 +153,7 @@ def test_what_one_process_refuses_ends_the_job(box: Box, box_recipe: Path) -> No
 def test_signals_reach_the_program_and_two_processes_a_node_are_one_run(
     box: Box, box_recipe: Path, straight: Subject
 ) -> None:
-    """`scancel --signal` to a job of one process a GPU: both times it saves itself, is requeued and goes on."""
+    """`scancel --signal` to a job of one process a GPU: it saves itself, is requeued and goes on."""
     shape = {"SITE_NODES": 1, "SITE_TASKS_PER_NODE": 2}
     subject = Subject(box, "one-node", box_recipe, **shape)
     for number, name in enumerate(("USR1", "TERM")):

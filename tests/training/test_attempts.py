@@ -1,4 +1,4 @@
-"""Starts and ends of a run's processes: exit statuses, starts without progress, attempts that are overtaken."""
+"""Starts and ends of a run's processes: exit statuses, starts without progress, overtaken attempts."""
 
 import os
 import signal
@@ -109,7 +109,7 @@ def test_a_job_that_is_killed_twice_without_progress_stays_down(
             monkeypatch.setenv("SLURM_JOB_ID", job)
             monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         if refused and number == len(starts):
-            with pytest.raises(ConfigError, match="2 starts of this job .* out of memory"):
+            with pytest.raises(ConfigError, match=r"2 starts of this job .* out of memory"):
                 manifest.begin(CONFIG, step, 1)
         else:
             manifest.begin(CONFIG, step, 1)
