@@ -479,6 +479,12 @@ def _register_clic(subparsers: Any) -> None:
     decode = _command(commands, "decode", run, "decode a submission to PNG files")
     decode.add_argument("submission", metavar="DIR")
     decode.add_argument("-o", "--out", required=True, metavar="DIR")
+    add_force(decode)
+    add = verify.add_argument
+    add("--max-bpp", type=float, help="limits that the set is held to; the manifest's are claims")
+    add("--max-bytes", type=int)
+    add("--min-psnr", type=float, metavar="DB", help="pooled over the set")
+    add("--min-ms-ssim", type=float, help="weighted by pixels")
     for command in (verify, compare):
         command.add_argument("--originals", nargs="+", required=True, metavar="IMAGE|DIR")
     for command in (verify, compare, decode):

@@ -5,10 +5,10 @@ the models of this machine and without a network, and the pictures are compared 
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
+import site
 import subprocess
 import sys
 import tempfile
@@ -20,17 +20,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lightning_tucodec.allocation import Quantity
+from lightning_tucodec.allocation import Quantity, Table
 from lightning_tucodec.codecs import ffmpeg
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.evaluate import Row, allocation_table, compare, find_images, finite
 from lightning_tucodec.images import read_image
-from lightning_tucodec.submission import (
+from lightning_tucodec.manifest import (
     MANIFEST,
     Limits,
     byte_budget,
+    contents,
     png_name,
     read_manifest,
+    wrong_files,
 )
 
 MAX_DECODER_BYTES = 500_000_000
@@ -83,12 +85,19 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def verify(folder: Path, originals: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def verify(
+    folder: Path,
+    originals: Sequence[str],
+    asked: Limits | None = None,
+    max_bpp: float | None = None,
+) -> tuple[dict[str, Any], list[str]]:
     """Decode everything in a clean process and measure it anew.
 
     Args:
         folder: the submission.
         originals: files and folders that hold the images.
+        asked: what the set must keep to, whatever limits the manifest claims; those count as well.
+        max_bpp: a limit on bytes in bits a pixel, beside `asked.max_bytes`.
 
     Returns:
         The measured totals (`images, pixels, bytes, bpp, psnr, ms_ssim, ms_ssim_mean,
@@ -96,15 +105,22 @@ def verify(folder: Path, originals: Sequence[str]) -> tuple[dict[str, Any], list
         values that differ from the manifest's, missed limits, a decoder above `MAX_DECODER_BYTES`.
 
     Raises:
-        ConfigError: there is no readable manifest, or an original is missing.
+        ConfigError: there is no readable manifest, an original is missing, or two have one name.
     """
     manifest = read_manifest(folder)
-    paths = {path.name: path for path in find_images(originals)}
+    asked = asked or Limits()
+    if max_bpp is not None:
+        byte_budget(max_bpp, 1)  # refused now if it is no rate
+    paths: dict[str, Path] = {}
+    for path in find_images(originals):
+        other = paths.setdefault(path.name, path)
+        if not other.samefile(path):
+            raise ConfigError(f"{other} and {path}: two originals have the same name")
     for entry in manifest["images"]:
         if entry["image"] not in paths:
             raise ConfigError(f"the original {entry['image']} is missing")
     wrong = [f"{name}: has no stream" for name in sorted(set(paths) - _names(manifest))]
-    wrong += _wrong_files(folder, manifest)
+    wrong += wrong_files(folder, manifest)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as out:
         decoded = zip(manifest["images"], _decode_elsewhere(folder, Path(out)), strict=False)
@@ -126,9 +142,12 @@ def verify(folder: Path, originals: Sequence[str]) -> tuple[dict[str, Any], list
             wrong += _wrong_values(label, entry, row)
     if not rows:
         return {}, wrong
-    totals, missed = _totals(rows, Limits(**manifest["limits"]))
+    totals, table = _totals(rows)
     totals["decoder_bytes"] = decoder_bytes(folder, manifest)
-    wrong += missed
+    if max_bpp is not None:
+        wrong += _missed(table, Limits(byte_budget(max_bpp, totals["pixels"])), "limit")
+    wrong += _missed(table, asked, "limit")
+    wrong += _missed(table, Limits(**manifest["limits"]), "claimed limit")
     if totals["decoder_bytes"] > MAX_DECODER_BYTES:
         wrong.append(f"the decoder has {totals['decoder_bytes']} bytes, over {MAX_DECODER_BYTES}")
     for key in ("bytes", "bpp", "psnr", "ms_ssim"):
@@ -151,33 +170,17 @@ def decoder_bytes(folder: Path, manifest: dict[str, Any]) -> int:
     binary when a codec calls it.
     """
     package = Path(__file__).parent
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    size = sum(path.stat().st_size for path in files if path.parent.name != "streams")
+    streams = {entry["file"] for entry in manifest["images"]}
+    rest = [name for name in contents(folder) if name not in streams and name != MANIFEST]
+    size = sum((folder / name).lstat().st_size for name in rest)
     size += sum(path.stat().st_size for path in package.rglob("*.py"))
     if any("command" in described for described in manifest["codecs"].values()):
         size += Path(ffmpeg.executable()).stat().st_size
-    return size - (folder / MANIFEST).stat().st_size
+    return size
 
 
 def _names(manifest: dict[str, Any]) -> set[str]:
     return {entry["image"] for entry in manifest["images"]}
-
-
-def _wrong_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
-    """Models that are not what the manifest means, and files that it does not name."""
-    wrong = []
-    for file, told in manifest["models"].items():
-        try:
-            data = (folder / file).read_bytes()
-        except OSError as error:
-            wrong.append(f"{file}: {error.strerror}")
-            continue
-        if hashlib.sha256(data).hexdigest() != told["sha256"]:
-            wrong.append(f"{file}: is damaged or another model")
-    listed = {entry["file"] for entry in manifest["images"]} | set(manifest["models"])
-    listed |= {MANIFEST, "decode"}
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    return wrong + [f"{file}: not in the manifest" for file in sorted(present - listed)]
 
 
 def _decode_elsewhere(folder: Path, out: Path) -> Iterator[dict[str, Any]]:
@@ -187,13 +190,16 @@ def _decode_elsewhere(folder: Path, out: Path) -> Iterator[dict[str, Any]]:
         ConfigError: the process ended before the last image.
     """
     elsewhere = str(out / "none")
-    environment = {**os.environ, "TUCODEC_MODELS": elsewhere, "HOME": elsewhere}
+    # What is installed for the user alone is found through HOME.
+    packages = {"PYTHONUSERBASE": site.getuserbase()}
+    environment = {**os.environ, **packages, "TUCODEC_MODELS": elsewhere, "HOME": elsewhere}
     words = ["clic", "decode", str(folder), "-o", str(out), "--json"]
     count = 0
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
-            [sys.executable, "-c", _ISOLATED, *words],
+            # -P: no module from the folder that the user stands in, which may be the submission.
+            [sys.executable, "-P", "-c", _ISOLATED, *words],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -226,8 +232,8 @@ def _wrong_values(label: str, entry: dict[str, Any], row: Row) -> list[str]:
     return wrong
 
 
-def _totals(rows: Sequence[Row], limits: Limits) -> tuple[dict[str, Any], list[str]]:
-    """The set's values, and the limits that they miss."""
+def _totals(rows: Sequence[Row]) -> tuple[dict[str, Any], Table]:
+    """The set's values, and the images' own as a table of one candidate."""
     from lightning_tucodec.metrics import bits_per_pixel, psnr_from_sse
 
     table = allocation_table([{**row, "image": i, "codec": ""} for i, row in enumerate(rows)])
@@ -242,6 +248,11 @@ def _totals(rows: Sequence[Row], limits: Limits) -> tuple[dict[str, Any], list[s
         "ms_ssim_mean": float(table.ms_ssim[:, 0].mean()),
         "decode_seconds": math.fsum(row["decode_seconds"] for row in rows),
     }
+    return totals, table
+
+
+def _missed(table: Table, limits: Limits, called: str) -> list[str]:
+    """The limits that a set misses, a line each."""
     quantities: dict[Quantity, float | None] = {
         "bytes": limits.max_bytes,
         "sse": limits.min_psnr,
@@ -253,8 +264,8 @@ def _totals(rows: Sequence[Row], limits: Limits) -> tuple[dict[str, Any], list[s
         if value is not None:
             total, limit = int(table.amounts(quantity).sum()), table.limit(quantity, value)
             if total > limit:
-                missed.append(f"the limit on {quantity} is missed: {total} against {limit}")
-    return totals, missed
+                missed.append(f"the {called} on {quantity} is missed: {total} against {limit}")
+    return missed
 
 
 def comparison(measured: dict[str, dict[str, Any]], minimised: dict[str, Quantity]) -> str:
@@ -297,11 +308,17 @@ def comparison(measured: dict[str, dict[str, Any]], minimised: dict[str, Quantit
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """`tucodec clic verify`: status 1 when anything is wrong, a line each on stderr."""
-    totals, wrong = verify(Path(arguments.submission), arguments.originals)
+    asked = Limits(arguments.max_bytes, arguments.min_psnr, arguments.min_ms_ssim)
+    folder = Path(arguments.submission)
+    totals, wrong = verify(folder, arguments.originals, asked, arguments.max_bpp)
+    claimed = Limits(**read_manifest(folder)["limits"]).given()
     if arguments.json:
-        print(json.dumps(finite({**totals, "wrong": wrong})))
+        print(json.dumps(finite({**totals, "claimed": claimed, "wrong": wrong})))
     elif totals:
         print(", ".join(f"{key} {value:.6g}" for key, value in totals.items()))
+        if claimed and not (asked.given() or arguments.max_bpp is not None):
+            limits = ", ".join(f"{key} {value:.10g}" for key, value in claimed.items())
+            print(f"limits claimed by the submission, not asked for by --max-bpp, …: {limits}")
     return _complain(arguments.submission, wrong)
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import threading
 import time
@@ -64,6 +65,13 @@ DEFINITIONS = {
 """The averaging rules, which stand in every result."""
 
 Row = dict[str, Any]
+
+_NUMBERS = (
+    *("width", "height", "bytes", "bpp", "sse", "sse_y", "psnr", "psnr_y"),
+    *("encode_seconds", "decode_seconds"),
+)
+_SIMILARITY = ("ms_ssim", "ms_ssim_db")
+"""What every row of `measure` holds; MS-SSIM may be None."""
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
@@ -530,13 +538,29 @@ def _read_rows(path: Path) -> dict[str, Row]:
         for line in stream:
             try:
                 row = json.loads(line)
-                rows[row.pop("key")] = row
-            except (ValueError, KeyError):
+            except (ValueError, RecursionError):
                 continue
+            if (
+                isinstance(row, dict)
+                and isinstance(key := row.pop("key", None), str)
+                and _whole(row)
+            ):
+                rows[key] = row
         # A killed process may have left half a line.
         if not line.endswith("\n"):
             stream.write("\n")
     return rows
+
+
+def _whole(row: Row) -> bool:
+    """Whether a row that was read holds all of a measurement, of the right kinds."""
+    if isinstance(row.get("peak_memory"), int):
+        return True
+    numbers = all(type(row.get(key)) in (int, float) for key in _NUMBERS)
+    similarity = all(row.get(key, "") is None or type(row.get(key)) is float for key in _SIMILARITY)
+    digest = row.get("sha256")
+    kept = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+    return numbers and similarity and kept
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:

@@ -1,10 +1,4 @@
-"""A set coded under one budget, as CLIC takes it: choose, write and decode.
-
-    submission/
-        manifest.json     image, candidate, file, bytes and hashes of each; limits and totals
-        streams/<n>.bin   the coded files, as the candidates' codecs wrote them
-        models/<id>.safetensors   the learned models that the streams need
-        decode            one command: everything to PNG files, without a network
+"""A set coded under one budget, as CLIC takes it: choose, write and decode (`manifest` has the format).
 
 The rate that counts is the streams' bytes. Coded candidates and their measurements stay in a folder
 beside (`<submission>-candidates`), so that a stopped run continues, several machines share the work,
@@ -12,18 +6,20 @@ and another budget costs only the choice.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
-import math
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +27,7 @@ from tqdm import tqdm
 
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.registry import codec, expand, model_of
-from lightning_tucodec.errors import ConfigError, ExternalToolError, TucodecError
+from lightning_tucodec.errors import ConfigError, ExternalToolError, OutputError, TucodecError
 from lightning_tucodec.evaluate import (
     Part,
     Row,
@@ -40,43 +36,24 @@ from lightning_tucodec.evaluate import (
     find_images,
     finite,
 )
-from lightning_tucodec.files import atomic_write
+from lightning_tucodec.files import atomic_write, check_targets, expanded
 from lightning_tucodec.images import write_png
+from lightning_tucodec.manifest import (
+    DECODE,
+    DECODE_TEXT,
+    FORMAT,
+    MANIFEST,
+    Limits,
+    byte_budget,
+    foreign,
+    is_image_name,
+    png_name,
+    read_manifest,
+    told_file,
+)
 
 if TYPE_CHECKING:
     from lightning_tucodec.allocation import Allocation, Quantity
-
-FORMAT = "tucodec-submission-2"
-MANIFEST = "manifest.json"
-
-_DECODE = """\
-#!/bin/sh
-# Decodes this submission to PNG files in the folder $1 (default: decoded). Needs the Python package
-# lightning_tucodec and no network.
-exec "${PYTHON:-python3}" -m lightning_tucodec.cli clic decode "$(dirname "$0")" -o "${1:-decoded}"
-"""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the set must keep to; None: no such limit.
-
-    Attributes:
-        max_bytes: sum of the streams' bytes.
-        min_psnr: pooled PSNR, dB.
-        min_ms_ssim: pixel-weighted MS-SSIM.
-        max_seconds: sum of decoding times.
-    """
-
-    max_bytes: int | None = None
-    min_psnr: float | None = None
-    min_ms_ssim: float | None = None
-    max_seconds: float | None = None
-
-
-def byte_budget(bpp: float, pixels: int) -> int:
-    """Most bytes that `pixels` pixels may take at `bpp` bits each."""
-    return math.floor(Fraction(str(bpp)) * pixels / 8)
 
 
 @dataclass(frozen=True)
@@ -95,12 +72,21 @@ class Candidates:
 
     @classmethod
     def of(cls, images: Sequence[str], specifications: Sequence[str], out: Path) -> "Candidates":
-        """Find the images and build the codecs.
+        """Find the images and build the codecs for a submission in the folder `out`.
 
         Raises:
             ConfigError: there is no image, two would be decoded to one name, or a codec is unknown.
+            OutputError: `out` holds something that must not be replaced.
         """
         paths = find_images(images)
+        named = [part for text in specifications for part in re.split("[:,=]", text)]
+        for path in [*paths, *(Path(part) for part in named if part.endswith(".safetensors"))]:
+            if path.resolve().is_relative_to(out.resolve()):
+                raise OutputError(f"{path}: lies in {out}, which is to be replaced")
+        _check_replaceable(out, out)
+        for path in paths:
+            if not is_image_name(path.name):
+                raise ConfigError(f"{str(path)!r}: a name with control characters; rename it")
         twice = [stem for stem, n in Counter(path.stem for path in paths).items() if n > 1]
         if twice:
             raise ConfigError(f"two images are called {twice[0]}; rename one")
@@ -113,6 +99,13 @@ class Candidates:
         others = [path for path in sorted(self.folder.glob("rows*.jsonl")) if path.name != own]
         streams = self.folder / "streams"
         return evaluate(self.paths, self.codecs, self.folder / own, workers, streams, part, others)
+
+    def forget_damaged(self) -> None:
+        """Remove coded files whose content is not that of their name, so that they are coded again."""
+        for path in (self.folder / "streams").glob("*.bin"):
+            ours = re.fullmatch("[0-9a-f]{64}", path.stem) and path.is_file()
+            if ours and hashlib.sha256(path.read_bytes()).hexdigest() != path.stem:
+                path.unlink()
 
 
 def build(
@@ -127,21 +120,23 @@ def build(
 
     Args:
         candidates: what there is to choose from.
-        out: the submission's folder; a former submission in it is replaced.
+        out: the submission's folder. A former submission there is replaced if every file of it is one that
+            this program wrote; at each moment the former or the new one exists.
         minimise: `sse` or `ms_ssim` for the best quality, or `bytes`.
         limits: what the set must keep to.
         max_bpp: a limit on bytes in bits a pixel, instead of `limits.max_bytes`.
         workers: codings at a time; all processors when None.
 
     Raises:
-        ConfigError: no choice keeps to the limits, or the folder holds something else.
+        ConfigError: no choice keeps to the limits.
+        OutputError: the folder holds something else.
         TucodecError: an image cannot be read or coded.
     """
     # Only where something is chosen: a decoder need not wait for numba.
     from lightning_tucodec.allocation import allocate
 
-    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).exists():
-        raise ConfigError(f"{out} holds something else than a submission; name a new folder")
+    out = out.resolve()
+    candidates.forget_damaged()
     rows = candidates.code(workers)
     table = allocation_table(rows)
     if max_bpp is not None:
@@ -149,8 +144,29 @@ def build(
     best = allocate(table, minimise, **asdict(limits))
     codecs = candidates.codecs
     chosen = [rows[i * len(codecs) + int(j)] for i, j in enumerate(best.choice)]
-    new = out.with_name(f".{out.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: nothing that lies beside is ever in the way.
+    work = Path(tempfile.mkdtemp(prefix=".tucodec.", dir=out.parent))
+    try:
+        new = work / "new"
+        about = {"minimised": minimise, "limits": asdict(limits), "totals": finite(summary(best))}
+        _write(new, candidates, chosen, about)
+        if reason := foreign(new):
+            raise ConfigError(f"{candidates.folder}: is damaged, remove it ({reason})")
+        _put(new, out)
+    except BaseException:
+        shutil.rmtree(work / "new", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            work.rmdir()
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+    return best
+
+
+def _write(
+    new: Path, candidates: Candidates, chosen: Sequence[Row], about: Mapping[str, Any]
+) -> None:
+    """A submission of the chosen codings in a new folder; `about` are further keys of the manifest."""
     for folder in ("streams", "models"):
         (new / folder).mkdir(parents=True)
     entries = []
@@ -162,7 +178,7 @@ def build(
     used = {row["codec"] for row in chosen}
     described = {}
     models: dict[str, dict[str, Any]] = {}
-    for coder in codecs:
+    for coder in candidates.codecs:
         if coder.name not in used:
             continue
         described[coder.name] = coder.describe()
@@ -174,21 +190,50 @@ def build(
             described[coder.name]["model"] = file
     content = {
         "format": FORMAT,
-        "minimised": minimise,
-        "limits": asdict(limits),
-        "totals": finite(summary(best)),
+        **about,
         "codecs": described,
         "models": models,
         "images": entries,
     }
-    (new / "decode").write_text(_DECODE, encoding="utf-8")
-    (new / "decode").chmod(0o755)
+    (new / DECODE).write_text(DECODE_TEXT, encoding="utf-8")
+    (new / DECODE).chmod(0o755)
     with atomic_write(new / MANIFEST, "w") as stream:
         json.dump(content, stream, indent=1)
         stream.write("\n")
-    shutil.rmtree(out, ignore_errors=True)
-    new.rename(out)
-    return best
+
+
+def _check_replaceable(folder: Path, shown: Path) -> None:
+    """Raise OutputError unless nothing is lost with `folder`, which the message calls `shown`."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise OutputError(f"{shown}: is not a folder; name another place")
+    try:
+        reason = foreign(folder)
+    except OSError as error:
+        raise OutputError(f"{shown}: {error.strerror}") from None
+    if reason is not None:
+        raise OutputError(
+            f"{shown} holds something else than a submission of this program ({reason}); "
+            "name a new folder"
+        )
+
+
+def _put(new: Path, out: Path) -> None:
+    """Rename `new` to `out`; a former submission there ends in `former` beside `new`."""
+    former = new.with_name("former")
+    if not os.path.lexists(out):
+        new.rename(out)
+        return
+    _check_replaceable(out, out)
+    out.rename(former)
+    try:
+        # Whatever somebody put there meanwhile: now nobody finds it by its name any more.
+        _check_replaceable(former, out)
+        new.rename(out)
+    except BaseException:
+        former.rename(out)
+        raise
 
 
 def summary(best: "Allocation") -> dict[str, Any]:
@@ -197,30 +242,6 @@ def summary(best: "Allocation") -> dict[str, Any]:
         key: getattr(best, key)
         for key in ("bytes", "bpp", "psnr", "ms_ssim", "bound", "gap", "method")
     }
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a submission.
-
-    Raises:
-        ConfigError: there is none, or it is not one.
-    """
-    try:
-        content: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}")
-        for entry in content["images"]:
-            described = content["codecs"][entry["codec"]]
-            for file in (entry["file"], described.get("model", "models"), *content["models"]):
-                if Path(file).is_absolute() or ".." in Path(file).parts:
-                    raise ValueError(f"file {file}")
-    except OSError as error:
-        raise ConfigError(f"{folder / MANIFEST}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{folder / MANIFEST}: not the manifest of a submission ({error})"
-        ) from None
-    return content
 
 
 def decode(folder: Path, out: Path) -> Iterator[dict[str, Any]]:
@@ -240,56 +261,45 @@ def decode(folder: Path, out: Path) -> Iterator[dict[str, Any]]:
         row = {"file": entry["file"], "image": entry["image"]}
         name = entry["codec"]
         try:
-            data = stream_of(folder, entry)
+            data = told_file(folder, entry["file"], entry)
             if name not in decoders:
-                decoders[name] = _decoder(folder, name, manifest["codecs"][name])
+                decoders[name] = _decoder(folder, name, manifest)
             started = time.perf_counter()
             image = decoders[name].decode(data)
             seconds = time.perf_counter() - started
+            height, width = image.shape[:2]
+            if (width, height) != (entry["width"], entry["height"]):
+                raise ConfigError(f"decodes to {width}×{height} pixels")
             write_png(out / png_name(entry), image)
             yield {**row, "seconds": seconds}
         except TucodecError as error:
-            yield {**row, "error": str(error)}
+            yield {**row, "error": " ".join(str(error).split())}
+        except OSError as error:
+            yield {**row, "error": f"{out / png_name(entry)}: {error.strerror}"}
 
 
-def png_name(entry: dict[str, Any]) -> str:
-    """What a manifest's image is decoded to."""
-    return f"{Path(entry['image']).stem}.png"
-
-
-def _decoder(folder: Path, name: str, described: dict[str, Any]) -> ImageCodec:
+def _decoder(folder: Path, name: str, manifest: Mapping[str, Any]) -> ImageCodec:
     """The codec that decodes; a learned one from the file in the submission and nowhere else."""
-    if "model" not in described:
-        return codec(name)
-    from lightning_tucodec.codecs.h266 import H266
-    from lightning_tucodec.codecs.models import load
+    model = manifest["codecs"][name].get("model")
+    if model is not None:
+        from lightning_tucodec.codecs.h266 import H266
+        from lightning_tucodec.codecs.models import load
 
-    file = folder / described["model"]
-    if name.partition(":")[0] != H266.codec_name:
-        return load(file)
+        told_file(folder, model, manifest["models"][model])
+        if name.partition(":")[0] != H266.codec_name:
+            return load(folder / model)
     coder = codec(name)
+    if coder.name != name:
+        raise ConfigError(f"the codec {name} is written {coder.name}")
+    if model is None:
+        return coder
     assert isinstance(coder, H266)
-    return dataclasses.replace(coder, filter=str(file))
-
-
-def stream_of(folder: Path, entry: dict[str, Any]) -> bytes:
-    """One coded file, checked against its hash.
-
-    Raises:
-        ConfigError: it is missing or not the one the manifest means.
-    """
-    try:
-        data = (folder / entry["file"]).read_bytes()
-    except OSError as error:
-        raise ConfigError(str(error.strerror)) from None
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise ConfigError("is damaged or another file: its SHA-256 is not the manifest's")
-    return data
+    return dataclasses.replace(coder, filter=str(folder / model))
 
 
 def run_allocate(arguments: argparse.Namespace) -> int:
     """`tucodec allocate`."""
-    out = Path(arguments.out)
+    out = Path(os.path.abspath(expanded(arguments.out)))
     candidates = Candidates.of(arguments.images, arguments.candidate, out)
     if arguments.part:
         part = Part(*arguments.part)
@@ -390,10 +400,10 @@ def _sbatch(options: list[str], words: list[str], dry: bool) -> str:
 
 def run_decode(arguments: argparse.Namespace) -> int:
     """`tucodec clic decode`: status 1 when a stream could not be decoded, a line each on stderr."""
-    folder, status = Path(arguments.submission), 0
-    total = len(read_manifest(folder)["images"])
-    rows = decode(folder, Path(arguments.out))
-    for row in tqdm(rows, "decode", total, disable=None):
+    folder, out, status = Path(arguments.submission), Path(arguments.out), 0
+    entries = read_manifest(folder)["images"]
+    check_targets([out / png_name(entry) for entry in entries], force=arguments.force)
+    for row in tqdm(decode(folder, out), "decode", len(entries), disable=None):
         if arguments.json:
             print(json.dumps(row), flush=True)
         if "error" in row:

@@ -56,6 +56,7 @@ _NAMES = {
 _FIT = "--trainer.max_steps 2 --trainer.val_check_interval 2 --data.batch_size 2 --run.threads 1"
 _SMALL = {
     "allocate": "--max-bpp 6 --workers 1",
+    "clic verify": "--max-bpp 6",
     "bench codec": "--models tiny-mse-2 --bpp 0.5 --size 64 64 --repeats 1 --peers",
     "bench entropy": "--models tiny-mse-2 --bpp 0.5 --size 64 64 --repeats 1 --peers",
     "bench h266": "--preset faster --qp 22 30 38 46 --bpp 1 --workers 1",

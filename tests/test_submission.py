@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from skimage.data import astronaut
 from lightning_tucodec import cli, clic
 from lightning_tucodec.codecs.model_file import freeze
 from lightning_tucodec.codecs.registry import codec
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.manifest import DECODE_TEXT, Limits, byte_budget, foreign, read_manifest
 from lightning_tucodec.nn.codec import TucodecVAE
-from lightning_tucodec.submission import byte_budget
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO
 
@@ -45,9 +47,9 @@ def copy(submission: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(submission, tmp_path / "copy"))
 
 
-def verify(folder: Path, submission: Path) -> int:
-    originals = submission.parent / "photos"
-    return cli.main(["clic", "verify", str(folder), "--originals", str(originals), "--json"])
+def verify(folder: Path, submission: Path, *options: str) -> int:
+    words = ["clic", "verify", str(folder), "--originals", str(submission.parent / "photos")]
+    return cli.main([*words, "--json", *options])
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -138,13 +140,48 @@ def leave_an_image_out(folder: Path) -> None:
     edit(folder, lambda m: m["images"].pop())
 
 
+def change_the_script(folder: Path) -> None:
+    (folder / "decode").write_text(DECODE_TEXT + "rm -rf ~\n")
+
+
+def link_to_the_outside(folder: Path) -> None:
+    (folder / "streams/more").symlink_to(folder.parent)
+
+
+def link_a_stream(folder: Path) -> None:
+    outside = (folder / "streams/0.bin").rename(folder.parent / "outside")
+    (folder / "streams/0.bin").symlink_to(outside)
+
+
+def stop_at_a_pipe(folder: Path) -> None:
+    (folder / "decode").unlink()
+    os.mkfifo(folder / "decode")
+
+
+def hide_a_file_deep(folder: Path) -> None:
+    (folder / "models/streams").mkdir()
+    (folder / "models/streams/0.bin").write_bytes(b"bits from elsewhere")
+
+
+def a_bomb(folder: Path) -> None:
+    """A JPEG that claims 60000×60000 pixels."""
+    entry = json.loads((folder / "manifest.json").read_text())["images"][0]
+    assert entry["codec"].startswith("jpeg")
+    data = (folder / "streams/0.bin").read_bytes()
+    at = data.index(b"\xff\xc0") if b"\xff\xc0" in data else data.index(b"\xff\xc2")
+    data = data[: at + 5] + struct.pack(">HH", 60000, 60000) + data[at + 9 :]
+    (folder / "streams/0.bin").write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    edit(folder, lambda m: m["images"][0].update(sha256=digest))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (flip_a_byte, "streams/1.bin (1.png): is damaged or another file"),
         (swap_files, "streams/0.bin (0.png): is damaged or another file"),
         (swap_files_and_hashes, "sse is"),
-        (one_byte_over, "the limit on bytes is missed"),
+        (one_byte_over, "the claimed limit on bytes is missed"),
         (lie_about_quality, "in total psnr is"),
         (lie_about_an_image, "streams/2.bin (2.png): sse is"),
         (append_a_byte, "in total bytes is"),
@@ -152,6 +189,12 @@ def leave_an_image_out(folder: Path) -> None:
         (hide_a_model, "models/more.safetensors: not in the manifest"),
         (hide_a_file, "streams/extra.bin: not in the manifest"),
         (leave_an_image_out, "2.png: has no stream"),
+        (change_the_script, "decode: is not the script that"),
+        (stop_at_a_pipe, "decode: is not a file"),
+        (link_to_the_outside, "streams/more: not in the manifest"),
+        (link_a_stream, "streams/0.bin (0.png): is a link, or lies behind one"),
+        (hide_a_file_deep, "models/streams/0.bin: not in the manifest"),
+        (a_bomb, "streams/0.bin (0.png): not a whole JPEG file: Image size (3600000000 pixels)"),
     ],
 )
 def test_verify_catches(
@@ -167,6 +210,62 @@ def test_verify_catches(
     assert message in captured.err
     assert message in "\n".join(json.loads(captured.out)["wrong"])
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "missed"),
+    [
+        ("--max-bpp", "0.8", "the limit on bytes is missed: 4650 against 4200"),
+        ("--max-bytes", "4649", "the limit on bytes is missed: 4650 against 4649"),
+        ("--min-psnr", "40", "the limit on sse is missed"),
+        ("--min-ms-ssim", "0.999", "the limit on ms_ssim is missed"),
+        ("--max-bpp", "nan", "nan bits a pixel cannot be a limit"),
+        ("--min-psnr", "nan", "the limit min_psnr cannot be nan"),
+        ("--max-bytes", "-1", "the limit max_bytes cannot be -1"),
+        ("--max-bytes", "4650", ""),
+    ],
+)
+def test_the_caller_sets_the_limits(
+    option: str, value: str, missed: str, submission: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verify(submission, submission, option, value) == int(missed != "")
+    assert missed in capsys.readouterr().err
+
+
+def test_limits_that_nobody_asked_for_are_claims(
+    copy: Path, submission: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = str(submission.parent / "photos")
+    (copy / ".DS_Store").write_bytes(b"of the Finder")
+    assert cli.main(["clic", "verify", str(copy), "--originals", photos]) == 0
+    assert "limits claimed by the submission, not asked for by --max-bpp, …: max_bytes 4725" in (
+        capsys.readouterr().out
+    )
+
+
+def test_equal_names_of_originals_are_named(
+    submission: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = submission.parent / "photos"
+    other = Path(shutil.copy(photos / "1.png", tmp_path / "0.png"))
+    words = ["clic", "verify", str(submission), "--originals", str(photos)]
+    assert cli.main([*words, str(other)]) == 1
+    assert f"{photos / '0.png'} and {other}: two originals" in capsys.readouterr().err
+
+
+def test_nothing_runs_from_the_submission(
+    copy: Path, submission: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who stands in a hostile folder: neither `verify` nor `decode` takes modules from there."""
+    (copy / "lightning_tucodec.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(copy)
+    assert verify(Path("."), submission) == 1
+    environment = {**os.environ, "PYTHON": sys.executable}
+    (tmp_path / "link").symlink_to(copy / "decode")
+    out = str(tmp_path / "out")
+    subprocess.run([str(tmp_path / "link"), out], check=True, env=environment, timeout=300)
+    assert len(list(Path(out).iterdir())) == 3
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_decoder_above_the_limit_is_refused(
@@ -209,7 +308,7 @@ def test_models_travel_with_the_submission(
     data[-1] ^= 1
     (folder / "models" / models[0].name).write_bytes(data)
     assert verify(folder, submission) == 1
-    assert f"models/{models[0].name}: is damaged or another model" in capsys.readouterr().err
+    assert f"models/{models[0].name}: is damaged or another file" in capsys.readouterr().err
 
 
 def test_the_decode_command_in_the_submission(submission: Path, tmp_path: Path) -> None:
@@ -325,18 +424,143 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert not (tmp_path / "s").exists()
 
 
+def web_app(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"name": "app", "icons": []}')
+    (folder / "index.html").write_text("years of work")
+
+
+def empty_folder_inside(folder: Path) -> None:
+    (folder / "plans").mkdir()
+
+
+def only_the_manifest(folder: Path) -> None:
+    shutil.rmtree(folder / "streams")
+
+
+def a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("years of work")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        web_app,
+        hide_a_file,
+        hide_a_model,
+        flip_a_byte,
+        change_the_script,
+        link_to_the_outside,
+        empty_folder_inside,
+        only_the_manifest,
+        a_file,
+    ],
+)
 def test_a_folder_of_something_else_is_not_replaced(
+    damage: Callable[[Path], None],
+    copy: Path,
+    submission: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage(copy)
+    before = tree(copy)
+    words = ["allocate", str(submission.parent / "photos"), "--candidate", "jpeg:q=5"]
+    assert cli.main([*words, "--max-bpp", "9", "-o", str(copy)]) == 1
+    assert str(copy) in capsys.readouterr().err
+    assert tree(copy) == before
+    assert [path.name for path in copy.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder with its content; links are not followed."""
+    return {
+        str(path): path.read_bytes() if path.is_file() and not path.is_symlink() else None
+        for path in sorted([folder, *folder.rglob("*")])
+    }
+
+
+def test_a_former_submission_is_replaced_and_never_lost(
+    copy: Path,
+    submission: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whole ones exist whenever a process may be killed; what comes in at the last moment is kept."""
+    (copy / ".DS_Store").write_bytes(b"of the Finder")
+    (copy.parent / ".copy.new").mkdir()
+    (copy.parent / ".copy.new" / "thesis.tex").write_text("years of work")
+    photos = str(submission.parent / "photos")
+    words = ["allocate", photos, "--candidate", *CANDIDATES, "--max-bpp", "2", "-o", str(copy)]
+    rename, seen = Path.rename, []
+
+    def spy(self: Path, target: Path) -> Path:
+        moved = rename(self, target)
+        found = [foreign(path.parent) for path in copy.parent.rglob("manifest.json")]
+        seen.append(found.count(None))
+        return moved
+
+    monkeypatch.setattr(Path, "rename", spy)
+    assert cli.main(words) == 0
+    assert seen == [2, 2]
+    assert read_manifest(copy)["limits"]["max_bytes"] == byte_budget(2, 3 * 100 * 140)
+    assert (copy.parent / ".copy.new" / "thesis.tex").exists()
+    assert {path.name for path in copy.parent.iterdir()} == {"copy", "copy-candidates", ".copy.new"}
+    capsys.readouterr()
+
+    before = tree(copy)
+
+    def late(self: Path, target: Path) -> Path:
+        if self == copy:
+            (copy / "thesis.tex").write_text("years of work")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    assert cli.main(words) == 1
+    assert "thesis.tex: not in the manifest" in capsys.readouterr().err
+    assert tree(copy) == {**before, str(copy / "thesis.tex"): b"years of work"}
+    assert {path.name for path in copy.parent.iterdir()} == {"copy", "copy-candidates", ".copy.new"}
+
+
+def test_inputs_inside_the_target_are_kept(
+    learned: Path, submission: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(learned)
+    (model,) = (learned / "models").iterdir()
+    photos = str(submission.parent / "photos")
+    for words in ([str(learned / "streams/0.bin"), "--candidate", "jpeg:q=5"],
+                  [photos, "--candidate", "jpeg:q=5", f"{model}:effort=1"]):  # fmt: skip
+        assert cli.main(["allocate", *words, "--max-bpp", "9", "-o", str(learned)]) == 1
+        assert "which is to be replaced" in capsys.readouterr().err
+    assert tree(learned) == before
+
+
+def test_junk_in_the_cache_is_coded_again(
     submission: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
+    beside = Path(
+        shutil.copytree(submission.with_name("submission-candidates"), tmp_path / "s-candidates")
+    )
+    for path in (beside / "streams").iterdir():
+        path.write_bytes(b"junk")
+    rows = [json.loads(line) for line in (beside / "rows.jsonl").read_text().splitlines()]
+    rows[0]["sha256"] = "../../x"
+    rows[1].pop("sse")
+    rows[2]["bytes"] = "many"
+    lines = [json.dumps(row) for row in [*rows, [1], {"key": []}, {"key": "x"}]]
+    (beside / "rows.jsonl").write_text("\n".join([*lines, "[" * 100_000]))
     photos = str(submission.parent / "photos")
-    words = ["allocate", photos, "--candidate", "jpeg:q=5", "--max-bpp", "9", "-o", str(tmp_path)]
-    assert cli.main(words) == 1
-    assert "holds something else" in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").exists()
+    words = ["allocate", photos, "--candidate", *CANDIDATES, "-o", str(tmp_path / "s")]
+    assert cli.main([*words, "--max-bpp", "0.9", "--maximise", "psnr"]) == 0
+    assert verify(tmp_path / "s", submission) == 0
+    expected = json.loads((submission / "manifest.json").read_text())
+    assert json.loads((tmp_path / "s/manifest.json").read_text()) == expected
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"format": "tucodec-submission-9"}', "[1"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"format": "tucodec-submission-9"}', "[1", "[" * 100_000, "[]", "\xff"]
+)
 def test_manifests_that_are_none(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,9 +569,90 @@ def test_manifests_that_are_none(
     assert "not the manifest of a submission" in capsys.readouterr().err
 
 
-def test_files_outside_of_the_submission_are_not_read(
-    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def several_times(manifest: dict[str, Any]) -> None:
+    manifest["images"] = manifest["images"][:1] * 6
+
+
+def one_picture_of_two_images(manifest: dict[str, Any]) -> None:
+    manifest["images"][1]["image"] = "0.jpg"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["images"][0].update(file="../secret"), "image 0: file cannot be '../secret'"),
+        (lambda m: m["images"][0].update(image="/etc/a"), "image 0: image cannot be '/etc/a'"),
+        (lambda m: m["images"][0].update(image="a\nb"), "image 0: image cannot be 'a\\nb'"),
+        (lambda m: m["images"][0].update(image="\ud800"), "image 0: image cannot be"),
+        (lambda m: m["images"][1].pop("sse"), "image 1: 'sse' is missing"),
+        (lambda m: m["images"][1].update(sse=1.5), "image 1: sse cannot be 1.5"),
+        (lambda m: m["images"][1].update(bytes=True), "image 1: bytes cannot be True"),
+        (lambda m: m["images"][1].update(note=1), "image 1: 'note' is unknown"),
+        (lambda m: m["images"].append([]), "image 3 is no object"),
+        (lambda m: m["limits"].pop("max_bytes"), "limits: 'max_bytes' is missing"),
+        (lambda m: m["limits"].update(max_stars=5), "limits: 'max_stars' is unknown"),
+        (lambda m: m["limits"].update(min_psnr=float("nan")), "limits: min_psnr cannot be nan"),
+        (lambda m: m.pop("totals"), "the manifest: 'totals' is missing"),
+        (lambda m: m["totals"].update(psnr="good"), "totals: psnr cannot be 'good'"),
+        (lambda m: m.update(models=[]), "the manifest: models cannot be []"),
+        (lambda m: m.update(minimised="hope"), "the manifest: minimised cannot be 'hope'"),
+        (lambda m: m.update(images=[]), "the manifest: images cannot be []"),
+        (lambda m: m["images"][0].update(codec="jpeg:q=1"), "codec 'jpeg:q=1' is not described"),
+        (lambda m: m["codecs"].update({"jpeg:q=1": {}}), "codec 'jpeg:q=1' is not used"),
+        (lambda m: m["codecs"].update({"tiny-mse-2": {}}), "codec 'tiny-mse-2' is not used"),
+        (several_times, "image '0.png' is there 6 times"),
+        (one_picture_of_two_images, "picture '0.png' is there 2 times"),
+    ],
+)
+def test_manifests_with_a_fault(
+    change: Callable[[dict[str, Any]], None],
+    message: str,
+    copy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    edit(copy, lambda m: m["images"][0].update(file="../secret"))
+    edit(copy, change)
+    for command in (["verify", str(copy), "--originals", str(copy)], ["decode", str(copy)]):
+        out = ["-o", str(tmp_path / "out")] if command[0] == "decode" else []
+        assert cli.main(["clic", *command, *out]) == 1
+        said = capsys.readouterr().err
+        assert f"not the manifest of a submission ({message}" in said
+        assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_learned_codec_comes_with_its_model(
+    learned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shipped model of that name is not taken: nobody would count its bytes."""
+    copy = Path(shutil.copytree(learned, tmp_path / "copy"))
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["models"] = {}
+        for described in manifest["codecs"].values():
+            described.pop("model")
+
+    edit(copy, change)
     assert cli.main(["clic", "decode", str(copy), "-o", str(tmp_path / "out")]) == 1
-    assert "not the manifest of a submission (file ../secret)" in capsys.readouterr().err
+    assert "has no model" in capsys.readouterr().err
+
+
+def test_decode_replaces_nothing_unasked(
+    submission: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "1.png").write_text("the only original")
+    words = ["clic", "decode", str(submission), "-o", str(tmp_path)]
+    assert cli.main(words) == 1
+    assert "1.png: exists" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["1.png"]
+    assert cli.main([*words, "--force"]) == 0
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_numbers_that_cannot_be_limits(value: float) -> None:
+    for limits in ({"max_bytes": value}, {"min_psnr": value}, {"min_ms_ssim": value}):
+        with pytest.raises(ConfigError, match="cannot be"):
+            Limits(**limits)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="cannot be"):
+        byte_budget(value, 100)

@@ -35,7 +35,7 @@ from lightning_tucodec.codecs.options import Options
 from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.codecs.vvc import PRESETS, TOOLS, Vvc
 from lightning_tucodec.coding.container import MODEL_ID_BYTES, CodecKind, Container, pack, unpack
-from lightning_tucodec.errors import CorruptStreamError, ImageInputError
+from lightning_tucodec.errors import CorruptStreamError, ImageInputError, UnknownModelError
 from lightning_tucodec.metrics import sse
 
 DEFAULT_FILTER = "vvc-postfilter"
@@ -140,8 +140,13 @@ class H266(Options):
         return settings[0]._code(image, planes)
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
-        """The H×W×3 image of a `.tuc` file; see `ImageCodec.decode`."""
-        return decode_container(unpack(data), self.model())
+        """The H×W×3 image of a `.tuc` file that needs this post-filter or none; see `ImageCodec.decode`."""
+        container, model = unpack(data), self.model()
+        if container.flags & _FILTERED and (model is None or model.id != container.model_id):
+            raise UnknownModelError(
+                f"the file was written with post-filter {container.model_id.hex()}, not by {self.name}"
+            )
+        return decode_container(container, model)
 
     def describe(self) -> dict[str, Any]:
         """See `ImageCodec.describe`."""

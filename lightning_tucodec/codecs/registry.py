@@ -91,6 +91,13 @@ def codec(specification: str) -> ImageCodec:
     return RefinedModel(model, Refinement.parse(options))
 
 
+def needs_model(specification: str) -> bool:
+    """Whether the codec's decoder has a learned part; told by the text, without loading anything."""
+    name, _, options = specification.partition(":")
+    # vvc+postfilter:…,filter=none is H.266 alone.
+    return name not in CLASSES and "filter=none" not in options.split(",")
+
+
 def model_of(coder: ImageCodec) -> "ModelFile | None":
     """The model file that a codec's decoder needs, if it is a learned one."""
     if type(coder) in CLASSES.values():
