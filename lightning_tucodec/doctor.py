@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_tucodec.errors import ConfigError, TucodecError, redacted
+from lightning_tucodec.files import read_text, read_yaml
 from lightning_tucodec.storage import Storage
 
 LOCAL_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "ramfs"}
@@ -218,9 +219,9 @@ def _requeue(job: str) -> Check:
 def _script(path: Path) -> Check:
     """What a batch script asks of Slurm."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        yield Finding("script", "fail", f"{path}: {error.strerror}", "--script FILE")
+        text = read_text(path)
+    except ConfigError as error:
+        yield Finding("script", "fail", str(error), "--script FILE")
         return
     signal = re.search(r"--signal[= ]['\"]?([A-Z]+:)?(\w+)(?:@(\d+))?", text)
     if signal is None:
@@ -333,15 +334,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table; status 1 when something would fail."""
     config = None
     if arguments.config:
-        import yaml
-
         from lightning_tucodec.sweeps import resolve_config
 
-        try:
-            draft = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{arguments.config}: {' '.join(str(error).split())}") from None
-        config = resolve_config(draft)
+        config = resolve_config(read_yaml(arguments.config))
         config["run"]["mirror"] = arguments.mirror or config["run"].get("mirror")
     findings = examine(config, Path(arguments.script) if arguments.script else None)
     if os.environ.get("SLURM_PROCID", "0") == "0":

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from lightning_tucodec.errors import ConfigError, OutputError
 
 
@@ -48,6 +50,42 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-4` is a number, as it is for `tucodec fit`."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Content of a YAML text.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    # ValueError: a date that no calendar has; TypeError: a list as a key.
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{where}: not YAML ({' '.join(str(error).split())})") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file of entries.
+
+    Raises:
+        ConfigError: it cannot be read, is not UTF-8 or no such file.
+    """
+    content = parse_yaml(read_text(path), str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds no entries")
+    return content
 
 
 def target_check(
@@ -141,15 +179,20 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """All complete lines of a file of JSON lines, without one cut short by a kill; none if it is missing."""
+    """All objects of a file of JSON lines; none if it is missing.
+
+    What a kill or a crash of the machine has left of a line, whatever its bytes, is left out.
+    """
     rows = []
     path = Path(path)
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 

@@ -36,8 +36,9 @@ from typing import Any
 import yaml
 
 from lightning_tucodec.errors import ConfigError, ExternalToolError, TucodecError
-from lightning_tucodec.files import atomic_write, check_name, read_json_lines, read_text
+from lightning_tucodec.files import atomic_write, check_name, parse_yaml, read_json_lines, read_yaml
 from lightning_tucodec.training.identity import arguments
+from lightning_tucodec.training.runs import Manifest, RunFolder, read_metrics
 
 Config = dict[str, Any]
 
@@ -181,7 +182,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[str, dict[Tas
     Raises:
         ConfigError: the file says something that has no meaning.
     """
-    content = _read_yaml(path)
+    content = read_yaml(path)
     if set(content) != {"name", "stages"} or not isinstance(content["stages"], dict):
         raise ConfigError(f"{path}: a sweep has two entries, `name` and `stages`")
     name = check_name(content["name"], f"{path}: name")
@@ -207,9 +208,7 @@ def _setting(text: str) -> tuple[str, Any]:
         if not sign:
             raise ConfigError("write KEY=VALUE, as in data.shards=shards/train")
         _parts(key)
-        return key, yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: not YAML ({' '.join(str(error).split())})") from None
+        return key, parse_yaml(value, "its value")
     except ConfigError as error:
         raise ConfigError(f"--set {text}: {error}") from None
 
@@ -237,7 +236,7 @@ def _read_stage(
     files = entries["config"] if isinstance(entries["config"], list) else [entries["config"]]
     if not files or not all(isinstance(file, str) for file in files):
         raise ConfigError(f"config: must be {_STAGE['config'][1]}")
-    contents = [_read_yaml(folder / file) for file in files]
+    contents = [read_yaml(folder / file) for file in files]
     grid: dict[str, list[Any]] = entries.get("grid") or {}
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
@@ -283,28 +282,6 @@ def _predecessor(init_from: Config, number: int, count: int, tasks: dict[Task, D
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-4` is a number, as it is for `fit`."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def _read_yaml(path: Path) -> Config:
-    try:
-        content = yaml.load(read_text(path), _Loader)
-    # ValueError: a date that no calendar has; TypeError: a list as a key.
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds no entries")
-    return content
-
-
 # --- Plans -----------------------------------------------------------------------------------
 
 
@@ -324,7 +301,7 @@ class Plan:
         """
         if not (folder / "plan.yaml").is_file():
             raise ConfigError(f"{folder}: holds no plan (plan.yaml is missing)")
-        content = _read_yaml(folder / "plan.yaml")
+        content = read_yaml(folder / "plan.yaml")
         try:
             return cls(folder, [Task(**entry) for entry in content["tasks"]])
         except (KeyError, TypeError):
@@ -338,7 +315,6 @@ class Plan:
             ConfigError: the sweep, or a configuration in it, cannot work.
         """
         from lightning_tucodec.training.fit import check_config
-        from lightning_tucodec.training.runs import RunFolder
 
         name, drafts = read_sweep(sweep, overrides)
         resolved: dict[Task, Config] = {}
@@ -381,12 +357,13 @@ class Plan:
 
     def attempts(self, task: Task) -> list[dict[str, Any]]:
         """Starts and ends of the task's jobs."""
-        return read_json_lines(self.file("attempts", task, ".jsonl"))
+        rows = read_json_lines(self.file("attempts", task, ".jsonl"))
+        return [row for row in rows if "event" in row]
 
     def is_complete(self, task: Task) -> bool:
         """Whether its last job ended well."""
         rows = self.attempts(task)
-        return bool(rows) and rows[-1]["event"] == "end" and rows[-1]["status"] == 0
+        return bool(rows) and rows[-1]["event"] == "end" and rows[-1].get("status") == 0
 
     def finish_config(self, task: Task) -> Path:
         """The task's final configuration, made now if it had to wait for another task's weights.
@@ -402,7 +379,7 @@ class Plan:
         folder = self.run_folder(before)
         if folder is None or not self.is_complete(before):
             raise ConfigError(f"{task.name}: starts from {before.name}, which is not complete")
-        config = _read_yaml(self.file("waiting", task, ".yaml"))
+        config = read_yaml(self.file("waiting", task, ".yaml"))
         config["run"]["init_from"] = str(folder / "checkpoints" / "last.ckpt")
         _write_final(self.folder, task, config)
         return path
@@ -431,8 +408,6 @@ class Writer:
 
 def _write_final(folder: Path, task: Task, config: Config) -> None:
     """The link to the run folder, then the configuration."""
-    from lightning_tucodec.training.runs import RunFolder
-
     target = RunFolder.of(config).path
     link = folder / "runs" / task.name
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -674,7 +649,7 @@ def status(plan: Plan, jobs: dict[str, Job] | None) -> list[Row]:
 def _row(plan: Plan, task: Task, job: Job | None, known: bool) -> Row:
     attempts = plan.attempts(task)
     starts = sum(row["event"] == "start" for row in attempts)
-    ended = attempts[-1]["status"] if attempts and attempts[-1]["event"] == "end" else None
+    ended = attempts[-1].get("status") if attempts and attempts[-1]["event"] == "end" else None
     note = ""
     if plan.is_complete(task):
         state = "complete"
@@ -691,14 +666,14 @@ def _row(plan: Plan, task: Task, job: Job | None, known: bool) -> Row:
     else:
         state = "planned"
     folder = plan.run_folder(task)
-    metrics = read_json_lines(folder / "metrics.jsonl") if folder else []
+    metrics = read_metrics(folder / "metrics.jsonl") if folder else []
     bpp, psnr = _newest(metrics, "bpp"), _newest(metrics, "psnr")
     config = next(
         (p for part in ("configs", "waiting") if (p := plan.file(part, task, ".yaml")).exists()),
         None,
     )
-    steps = _at(_read_yaml(config), "trainer.max_steps") if config else None
-    step = max((row.get("opt_step", 0) for row in metrics), default=0)
+    steps = _at(read_yaml(config), "trainer.max_steps") if config else None
+    step = max((row["opt_step"] for row in metrics), default=0)
     if state == "complete" and steps is not None:
         step = steps  # the last step need not be one that is logged
     run = str(folder) if folder else None
@@ -717,8 +692,8 @@ def _newest(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
 def _last_error(plan: Plan, task: Task) -> str:
     """What the manifest says of the last attempt, else the log's last line about an error."""
     folder = plan.run_folder(task)
-    if folder is not None and (folder / "manifest.json").exists():
-        entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("attempts")
+    if folder is not None:
+        entries = Manifest(RunFolder(folder)).read().get("attempts")
         if entries and entries[-1].get("error"):
             return str(entries[-1]["error"])
     path = plan.file("logs", task, ".log")

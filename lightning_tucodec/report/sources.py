@@ -22,8 +22,8 @@ import yaml
 
 from lightning_tucodec.curves import Curve, ImageCurves, decibels, read_curve, read_results
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.files import read_json_lines
-from lightning_tucodec.training.runs import validation_point
+from lightning_tucodec.files import read_yaml
+from lightning_tucodec.training.runs import read_metrics, validation_point
 
 Row = dict[str, Any]
 
@@ -192,14 +192,8 @@ def read_run(path: Path, name: str = "") -> Run:
     Raises:
         ConfigError: its config cannot be read.
     """
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError("not a mapping")
-    except (OSError, yaml.YAMLError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path / 'config.yaml'}: not a run's config ({reason})") from None
-    return Run(name or path.name, config, read_json_lines(path / "metrics.jsonl"))
+    config = read_yaml(path / "config.yaml")
+    return Run(name or path.name, config, read_metrics(path / "metrics.jsonl"))
 
 
 def read_wandb(source: str) -> list[Run]:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from lightning_tucodec.codecs.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.models import SUFFIX
 from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.files import check_targets
+from lightning_tucodec.files import check_targets, read_yaml
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
 from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
 from lightning_tucodec.training.runs import RunFolder, load_checkpoint, network_weights
@@ -139,10 +138,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     check_targets([out], [*arguments.runs, *card], arguments.force)
     extra: dict[str, Any] = {}
     if arguments.card:
-        try:
-            extra = yaml.safe_load(Path(arguments.card).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{arguments.card}: {error}") from None
+        extra = read_yaml(arguments.card)
     runs = [Path(run) for run in arguments.runs]
     model = export(runs, arguments.name or out.stem, extra, arguments.average)
     model.save(out)

@@ -26,7 +26,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_tucodec.curves import read_named
 from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError, redacted
-from lightning_tucodec.files import expanded
+from lightning_tucodec.files import expanded, read_text
 from lightning_tucodec.losses import check_crop
 from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
 from lightning_tucodec.training.companions import Companion
@@ -40,10 +40,11 @@ from lightning_tucodec.training.identity import (
     run_id,
 )
 from lightning_tucodec.training.identity import arguments as class_arguments
+from lightning_tucodec.training.limits import check_numbers
 from lightning_tucodec.training.mirror import pull
 from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.preemption import PREEMPTED, Preemption, in_step
-from lightning_tucodec.training.runs import Manifest, RunFolder, attempt_key
+from lightning_tucodec.training.runs import Manifest, RunFolder, attempt_key, load_checkpoint
 from lightning_tucodec.training.tracking import Counters, JsonlLogger
 from lightning_tucodec.training.wandb_view import mode
 
@@ -110,9 +111,10 @@ def check_config(config: dict[str, Any]) -> None:
     """Refuse what a resolved configuration alone shows to be impossible.
 
     Raises:
-        ConfigError: crops that the recipe's distortion cannot be measured on, no such baseline, or URLs out
-            of a run folder's `config.yaml`, which has no credentials.
+        ConfigError: numbers out of range, crops that the recipe's distortion cannot be measured on, no such
+            baseline, or URLs out of a run folder's `config.yaml`, which has no credentials.
     """
+    check_numbers(config)
     for values, name in locations(config):
         if "://" in values[name] and "***" in values[name]:
             raise ConfigError(
@@ -159,10 +161,14 @@ class TucodecCLI(LightningCLI):
         """Paths and URLs as a shell would have given them, before anything uses one."""
         super().parse_arguments(parser, args)
         config = self.config[self.command]
+        check_numbers(config)  # Lightning seeds before it asks us
         expand_locations(config)
         for name in ("mirror", "ckpt_path"):
             if isinstance(config.get(name), str):
                 config[name] = expanded(config[name])
+
+    def _parse_ckpt_path(self) -> None:
+        """The config alone says what is built. Lightning would look into the checkpoint, unchecked."""
 
     def before_instantiate_classes(self) -> None:
         """Look at the configuration before anything is built."""
@@ -341,31 +347,41 @@ class TucodecCLI(LightningCLI):
         self, model: TrainingModule, datamodule: pl.LightningDataModule, **kw: Any
     ) -> None:
         """Measure a checkpoint on the whole images."""
-        path = self._checkpoint(kw["ckpt_path"], datamodule)
+        path = self._checkpoint(kw["ckpt_path"], model, datamodule)
         self.trainer.validate(model, datamodule, ckpt_path=path, weights_only=True)
 
     def test(self, model: TrainingModule, datamodule: pl.LightningDataModule, **kw: Any) -> None:
         """As `validate`, under another name."""
-        path = self._checkpoint(kw["ckpt_path"], datamodule)
+        path = self._checkpoint(kw["ckpt_path"], model, datamodule)
         self.trainer.test(model, datamodule, ckpt_path=path, weights_only=True)
 
-    def _checkpoint(self, named: str | None, datamodule: pl.LightningDataModule) -> Path:
+    def _checkpoint(
+        self, named: str | None, model: TrainingModule, datamodule: pl.LightningDataModule
+    ) -> Path:
         """The checkpoint that was named, else the newest of this config's run.
 
         Raises:
-            ConfigError: there is none, or no images to measure it on.
+            ConfigError: there is none, it is damaged or of another network, or there are no images to
+                measure it on.
         """
         if not getattr(datamodule, "val_images", None):
             raise ConfigError("no images: name a folder of them with --data.val_images")
         if named is not None:
-            if not Path(named).is_file():
-                raise ConfigError(f"{named}: no such checkpoint")
-            return Path(named)
-        folder = RunFolder.of(self._plain_config())
-        found = folder.latest()
-        if found is None:
-            raise ConfigError(f"{folder.path}: nothing was trained with this config; --ckpt_path?")
-        return found[0]
+            path, content = Path(named), load_checkpoint(named)
+        else:
+            folder = RunFolder.of(self._plain_config())
+            found = folder.latest()
+            if found is None:
+                raise ConfigError(
+                    f"{folder.path}: nothing was trained with this config; --ckpt_path?"
+                )
+            path, content = found
+        try:
+            model.load_state_dict(content["state_dict"], strict=model.strict_loading)
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{path}: weights of another network ({reason})") from None
+        return path
 
     def _plain_config(self) -> dict[str, Any]:
         """The resolved config of the subcommand as plain types."""
@@ -436,6 +452,11 @@ def _main(arguments: Sequence[str], preemption: Preemption) -> int:
                 command=arguments[0],
                 preemption=preemption,
             )
+    except UnicodeDecodeError as error:
+        for word in arguments:  # the parser does not say which file
+            if Path(name := word.partition("=")[2] if word.startswith("-") else word).is_file():
+                read_text(name)
+        raise ConfigError(f"not UTF-8: {error.object[:60]!r}") from None
     except ArgumentError as error:
         text = redacted(" ".join(str(error).split()))
         print(f"tucodec {arguments[0]}: {text}", file=sys.stderr)

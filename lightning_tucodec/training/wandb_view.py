@@ -28,10 +28,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_tucodec.curves import Curve, Quality, bd_rate, rate_at_quality, read_named
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.files import read_yaml
 from lightning_tucodec.training.companions import wait
 from lightning_tucodec.training.runs import (
     Manifest,
@@ -70,9 +69,9 @@ class View:
         import wandb
 
         try:
-            config = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
+            config = read_yaml(folder.path / "config.yaml")
             run = config["run"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        except (ConfigError, KeyError) as error:
             raise ConfigError(f"{folder.path}: not a run folder ({error})") from None
         identifier = Manifest(folder).read().get("run_id") or folder.path.name.rpartition("-")[2]
         if not online:
@@ -230,9 +229,9 @@ def sibling_points(folder: RunFolder) -> list[tuple[float, float, float | None]]
 def _place(path: Path) -> tuple[str | None, tuple[str, ...]]:
     """Group and tags of a run."""
     try:
-        run = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))["run"]
+        run = read_yaml(path / "config.yaml")["run"]
         return run.get("group"), tuple(sorted(run.get("tags") or ()))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (ConfigError, KeyError, TypeError, AttributeError):
         return None, ()
 
 

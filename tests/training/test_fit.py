@@ -282,7 +282,7 @@ def test_validate_and_test_measure_the_run(
         assert float(line.split("│")[2]) == pytest.approx(row["val/psnr"], rel=1e-6)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert main(["validate", "--config", path, "--ckpt_path", "none.ckpt"]) == 1
-    assert "none.ckpt: no such checkpoint" in capsys.readouterr().err
+    assert "none.ckpt: No such file" in capsys.readouterr().err
     assert main(["test", "--config", path, "--data.val_images", "null"]) == 1
     assert "--data.val_images" in capsys.readouterr().err
 
