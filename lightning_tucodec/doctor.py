@@ -248,6 +248,8 @@ def check_ranks(config: dict[str, Any], seconds: float = 60.0) -> Check:
     import torch
     from lightning_fabric.plugins.environments import SLURMEnvironment
 
+    from lightning_tucodec.training.runs import started_by_srun
+
     accelerator = str(config["trainer"]["accelerator"])
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator in {"gpu", "cuda"} and gpus == 0:
@@ -255,7 +257,7 @@ def check_ranks(config: dict[str, Any], seconds: float = 60.0) -> Check:
     elif gpus:
         yield Finding("gpu", "ok", f"{gpus} × {torch.cuda.get_device_name(0)}")
     rank, world, address, port = 0, 1, "127.0.0.1", 0
-    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    if started_by_srun() and int(os.environ["SLURM_STEP_NUM_TASKS"]) > 1:
         place = SLURMEnvironment(auto_requeue=False)
         rank, world = place.global_rank(), place.world_size()
         address, port = place.main_address, place.main_port

@@ -20,7 +20,11 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from jsonargparse import ArgumentError
-from lightning_fabric.plugins.environments import SLURMEnvironment
+from lightning_fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -44,7 +48,13 @@ from lightning_tucodec.training.limits import check_numbers
 from lightning_tucodec.training.mirror import pull
 from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.preemption import PREEMPTED, Preemption, in_step
-from lightning_tucodec.training.runs import Manifest, RunFolder, attempt_key, load_checkpoint
+from lightning_tucodec.training.runs import (
+    Manifest,
+    RunFolder,
+    attempt_key,
+    load_checkpoint,
+    started_by_srun,
+)
 from lightning_tucodec.training.tracking import Counters, JsonlLogger
 from lightning_tucodec.training.wandb_view import mode
 
@@ -105,6 +115,23 @@ class _PlainProgress(pl.Callback):
             shown = {k: f"{float(v):.4g}" for k, v in trainer.progress_bar_metrics.items()}
             words = " ".join(f"{k}={v}" for k, v in shown.items())
             print(f"step {pl_module.opt_step}/{trainer.max_steps} {words}", file=sys.stderr)
+
+
+def slurm_environment() -> list[Any]:
+    """What tells Lightning about ranks inside a job of Slurm, whose variables it believes everywhere.
+
+    Raises:
+        ConfigError: srun was called in a way that Lightning does not know.
+    """
+    if not SLURMEnvironment.detect():
+        return []
+    if TorchElasticEnvironment.detect():
+        return [TorchElasticEnvironment()]
+    if not started_by_srun():
+        return [LightningEnvironment()]
+    if int(os.environ["SLURM_STEP_NUM_TASKS"]) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise ConfigError("srun: give the processes as --ntasks-per-node, not as --ntasks")
+    return [SLURMEnvironment(auto_requeue=False)]
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -193,13 +220,10 @@ class TucodecCLI(LightningCLI):
         callbacks: list[pl.Callback] = [Counters(log), self.preemption, checkpointing]
         if not interactive:
             callbacks.append(_PlainProgress())
-        plugins: list[Any] = [writer]
-        if SLURMEnvironment.detect():
-            plugins.append(SLURMEnvironment(auto_requeue=False))
         trainer = self._build_trainer(
             logger=log,
             callbacks=callbacks,
-            plugins=plugins,
+            plugins=[writer],
             enable_checkpointing=False,
             enable_progress_bar=interactive,
             default_root_dir=str(folder.path),
@@ -316,6 +340,7 @@ class TucodecCLI(LightningCLI):
         kwargs["plugins"] = [
             *(plugins if isinstance(plugins, list) else [plugins]),
             *kwargs.get("plugins", []),
+            *slurm_environment(),
         ]
         if options["max_steps"] > 0:
             kwargs["max_steps"] = options["max_steps"] * self.model.optimizers_a_step

@@ -379,15 +379,19 @@ def slurm_ids() -> dict[str, str]:
 
 def attempt_key() -> str | None:
     """The same on all ranks of one start of the run; None when nothing tells starts apart."""
-    for names in (
-        ("TUCODEC_ATTEMPT",),  # set by rank 0 for the ranks that Lightning starts
-        ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
-    ):
-        if names[0] in os.environ:
-            return "/".join(os.environ.get(name, "0") for name in names)
+    if "TUCODEC_ATTEMPT" in os.environ:  # set by rank 0 for the ranks that Lightning starts
+        return os.environ["TUCODEC_ATTEMPT"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _torchrun_key(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if started_by_srun():
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        return "/".join(os.environ.get(name, "0") for name in names)
     return None
+
+
+def started_by_srun() -> bool:
+    """Whether Slurm gave this process its rank; batch scripts and shells of salloc have only their job's."""
+    return "SLURM_STEP_NUM_TASKS" in os.environ
 
 
 @functools.cache

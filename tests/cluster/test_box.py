@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from tests.campaigns.cluster import (
     missing_programs,
     small_disk,
     wait_for,
+    write_recipe,
 )
 
 LAMBDAS = [1.0, 6.0, 30.0, 150.0, 3000.0]
@@ -136,6 +139,32 @@ def test_a_task_that_cannot_work_is_shown_and_retried(box: Box, box_recipe: Path
     assert list(box.queue(plan)) == ["one-0"]
     box.call("scancel", box.queue(plan)["one-0"].array)
     wait_for("the end", lambda: not box.queue(plan), 0.5)
+
+
+def test_a_cluster_that_hands_nothing_on_and_paths_with_spaces(box: Box, box_recipe: Path) -> None:
+    """SBATCH_EXPORT=NONE: neither job nor processes know the environment that the job was submitted in."""
+    checkout = box.work / "a checkout"
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / "slurm").symlink_to(REPOSITORY / "slurm")
+    program = checkout / ".venv" / "bin" / "tucodec"
+    words = f'exec {shlex.quote(sys.executable)} -m lightning_tucodec.cli "$@"'
+    program.write_text(f"#!/bin/sh\nPYTHONPATH={shlex.quote(str(REPOSITORY))} {words}\n")
+    program.chmod(0o755)
+    site = checkout / "the site.sh"
+    site.write_text(f"source {shlex.quote(box.env['TUCODEC_SITE'])}\nSITE_TUCODEC=\n")
+    write_recipe(
+        checkout / "a recipe.yaml", yaml.safe_load(box_recipe.read_text())["data"], steps=3
+    )
+    job = box.call(
+        "env", "SBATCH_EXPORT=NONE", f"TUCODEC_SITE={site}", "bash", "-c",
+        "cd 'a checkout' && slurm/train.sh 'a recipe.yaml'",
+    )  # fmt: skip
+    wait_for("the job's end", lambda: job not in box.call("squeue", "--noheader", "--format=%A"), 1)
+    (log,) = (checkout / "slurm-logs").iterdir()
+    manifests = [json.loads(path.read_text()) for path in checkout.glob("runs/*/manifest.json")]
+    assert manifests, log.read_text()
+    (attempt,) = manifests[0]["attempts"]
+    assert (attempt["exit"], attempt["world_size"]) == ("finished", 2)
 
 
 def test_what_one_process_refuses_ends_the_job(box: Box, box_recipe: Path) -> None:

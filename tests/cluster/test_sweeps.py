@@ -471,6 +471,57 @@ def test_without_scontrol_a_job_says_so(
     assert "fit --config c.yaml --trainer.num_nodes 3 --trainer.devices 2 --run.threads 1" in words
 
 
+def test_an_array_beyond_the_clusters_limit_is_split(tmp_path: Path) -> None:
+    """MaxArraySize is 3: five shares are three arrays, and each job finds its own share."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text("#!/bin/bash\necho 'MaxArraySize            = 3'\n")
+    script = f"cd {tmp_path}; n=$(ls | grep -c ^job); cat >job$n; echo $@ >words$n; echo 7$n"
+    (tools / "sbatch").write_text(f"#!/bin/bash\n{script}\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    site = tmp_path / "a site.sh"
+    site.write_text("SITE_TUCODEC=echo\n")
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "TUCODEC_SITE": str(site)}
+    launchers = REPOSITORY / "slurm"
+    command = [launchers / "submit.sh", "--cpu", "--shares", "5", "--job-name=x", "--"]
+    command += [launchers / "allocate.sh", "--share", "5", "a photo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert done.stdout == "70:71:72\n"  # as --dependency takes them
+    found = []
+    for number, jobs in enumerate((2, 2, 1)):
+        assert f"--array=1-{jobs}" in (tmp_path / f"words{number}").read_text().split()
+        for task in range(1, jobs + 1):
+            ran = subprocess.run(
+                ["bash", tmp_path / f"job{number}"],
+                capture_output=True, text=True, check=True,
+                env={
+                    "PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task)
+                },
+            )  # fmt: skip
+            found.append(ran.stdout)
+    assert found == [f"allocate --workers 1 a photo --part {n}/5\n" for n in range(1, 6)]
+
+
+def test_runs_of_one_name_are_exported_to_files_of_their_own(tmp_path: Path) -> None:
+    command = [REPOSITORY / "slurm" / "evaluate.sh", "--dry-run", "photos", "o.json"]
+    env = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    for runs, models in (
+        (("runs/a", "other/b/"), ("a", "b")),
+        (
+            ("runs/a", "other/a", "b"),
+            (f"{tmp_path}/runs/a", f"{tmp_path}/other/a", f"{tmp_path}/b"),
+        ),
+    ):
+        done = subprocess.run(
+            [*command, *runs], capture_output=True, text=True, check=True, env=env, cwd=tmp_path
+        )
+        *exports, evaluation = (line.split() for line in done.stdout.splitlines())
+        files = [f"o-models/{model.lstrip('/')}.safetensors" for model in models]
+        assert [words[words.index("-o") + 1] for words in exports] == files
+        assert evaluation[evaluation.index("--codec") + 1 :][: len(files)] == files
+
+
 def test_a_sweep_runs_here_stage_by_stage(
     tmp_path: Path, recipe: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from torch.distributed import TCPStore
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training import preemption, runs
 from lightning_tucodec.training.checkpoints import BackgroundWriter, SaveError
+from lightning_tucodec.training.fit import slurm_environment
 from lightning_tucodec.training.preemption import PREEMPTED, Preemption, in_step
 from lightning_tucodec.training.runs import Manifest, RunFolder, attempt_key
 
@@ -157,3 +158,33 @@ def test_every_start_by_torchrun_has_a_key_of_its_own(monkeypatch: pytest.Monkey
     assert found[0] == found[1]
     assert found[2] == found[3]
     assert found[0] != found[2]
+
+
+@pytest.mark.filterwarnings("ignore:The `srun` command is available")
+@pytest.mark.parametrize(
+    ("slurm", "expected"),
+    [
+        ({}, []),
+        ({"NTASKS": "4"}, ["LightningEnvironment"]),  # a shell of salloc
+        ({"NTASKS": "4", "PROCID": "0"}, ["LightningEnvironment"]),  # a batch script without srun
+        ({"NTASKS": "1", "STEP_NUM_TASKS": "1"}, ["SLURMEnvironment"]),
+        (
+            {"NTASKS": "4", "STEP_NUM_TASKS": "4", "NTASKS_PER_NODE": "2"},
+            ["SLURMEnvironment"],
+        ),
+        ({"NTASKS": "4", "STEP_NUM_TASKS": "4"}, "--ntasks-per-node"),
+    ],
+)
+def test_only_what_srun_started_has_a_rank_of_slurm(
+    monkeypatch: pytest.MonkeyPatch, slurm: dict[str, str], expected: list[str] | str
+) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert (attempt_key() is None) == ("STEP_NUM_TASKS" not in slurm)
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            slurm_environment()
+    else:
+        assert [type(found).__name__ for found in slurm_environment()] == expected

@@ -51,6 +51,7 @@ def test_slurm_ids_are_noted(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # as a shell of salloc has it
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert main(words) == 0
     (attempt,) = Manifest(RunFolder(run_folders(tmp_path)[0])).read()["attempts"]
