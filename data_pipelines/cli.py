@@ -2,11 +2,12 @@
 
 import argparse
 import json
-import os
 import re
 import sys
 
 from lightning_tucodec.files import check_targets
+from lightning_tucodec.options import count
+from lightning_tucodec.processes import cores
 
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     add("--count", type=int, metavar="N", help="patches in all (default: as many as there are)")
     add("--shard-size", type=int, default=1024, metavar="N", help="patches a shard (default 1024)")
     add("--seed", type=int, default=0, metavar="K", help="places, choice and order (default 0)")
-    add("--workers", type=int, default=_cores(), metavar="W", help="processes (default: all cores)")
+    add("--workers", type=int, default=cores(), metavar="W", help="processes (default: all cores)")
     add(
         "--part",
         type=part_argument,
@@ -100,11 +101,11 @@ def add_precode_arguments(parser: argparse.ArgumentParser) -> None:
     add("sources", nargs="+", metavar="SRC", help="folder, uncompressed tar, or image")
     add("--out", required=True, metavar="DIR", help="where the shards go")
     add("--codec", nargs="+", required=True, metavar="SPEC", help="settings, as vvc:qp={34,38,42}")
-    add("--per-photo", type=int, default=2, metavar="N", help="settings a photograph (2)")
+    add("--per-photo", type=count, default=2, metavar="N", help="settings a photograph (2)")
     add("--patch", type=int, default=160, metavar="N", help="side in pixels (160)")
     add("--shard-size", type=int, default=1024, metavar="N", help="patches a shard (1024)")
     add("--seed", type=int, default=0, metavar="K", help="settings, places and order (0)")
-    add("--workers", type=int, default=_cores(), metavar="W")
+    add("--workers", type=int, default=cores(), metavar="W")
     add("--cache", metavar="DIR", help="where the coded streams are kept (default: in --out)")
     add("--json", action="store_true", help="summary as JSON")
 
@@ -170,10 +171,6 @@ def run_stats(arguments: argparse.Namespace) -> int:
         for key, value in report.items():
             print(f"{key}: {value}")
     return 0
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def part_argument(text: str) -> tuple[int, int]:

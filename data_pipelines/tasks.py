@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lightning_tucodec.errors import DatasetError
+from lightning_tucodec.processes import end_on_interrupt, interrupt_children
 
 
 def run_tasks(
@@ -56,12 +57,16 @@ def _results(
         raise DatasetError(
             "a worker process was killed (out of memory?); use fewer --workers and run again"
         ) from None
+    except KeyboardInterrupt:
+        interrupt_children()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _die_with_parent() -> None:
-    """End this worker when its parent is gone, even by `kill -9`."""
+    """End this worker on an interrupt, and when its parent is gone, even by `kill -9`."""
+    end_on_interrupt()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

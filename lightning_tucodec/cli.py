@@ -6,13 +6,15 @@ fault (one line says which and why), 2 usage.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning_tucodec.errors import TucodecError
-from lightning_tucodec.options import add_force
+from lightning_tucodec.errors import TucodecError, reason
+from lightning_tucodec.options import add_force, count, positive, real, whole
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -116,7 +118,7 @@ def _register_export(subparsers: Any) -> None:
     parser.add_argument(
         "--average",
         nargs="+",
-        type=float,
+        type=real(),
         metavar="SHARE",
         help="of each of several runs in an average of their weights; equal ones when left out",
     )
@@ -176,7 +178,9 @@ def _register_evaluate(subparsers: Any) -> None:
     )
     parser.add_argument("-o", "--out", required=True, metavar="RESULTS.json")
     add_force(parser)
-    parser.add_argument("--workers", type=int, help="codings at a time; all processors by default")
+    parser.add_argument(
+        "--workers", type=count, help="codings at a time; all processors by default"
+    )
     parser.add_argument(
         "--keep", metavar="DIR", help="keep the coded files, named by their SHA-256"
     )
@@ -224,15 +228,15 @@ def _register_allocate(subparsers: Any) -> None:
     add("--candidate", nargs="+", required=True, metavar="SPEC", help="as --codec of evaluate")
     add("-o", "--out", required=True, metavar="DIR")
     add("--maximise", choices=("psnr", "ms-ssim"), help="else bytes are minimised")
-    add("--max-bpp", type=float)
-    add("--max-bytes", type=int)
-    add("--min-psnr", type=float, metavar="DB", help="pooled over the set")
-    add("--min-ms-ssim", type=float, help="weighted by pixels")
-    add("--max-decode-seconds", type=float, help="for the whole set")
-    add("--workers", type=int, help="codings at a time; all processors by default")
+    add("--max-bpp", type=positive)
+    add("--max-bytes", type=count)
+    add("--min-psnr", type=real(0), metavar="DB", help="pooled over the set")
+    add("--min-ms-ssim", type=real(0, 1), help="weighted by pixels")
+    add("--max-decode-seconds", type=positive, help="for the whole set")
+    add("--workers", type=count, help="codings at a time; all processors by default")
     add("--part", type=part_argument, metavar="I/N",
         help="only code share I (from 1) of N, and choose nothing")  # fmt: skip
-    add("--slurm", type=int, metavar="N", help="code in a Slurm array of N jobs and choose in a "
+    add("--slurm", type=count, metavar="N", help="code in a Slurm array of N jobs and choose in a "
         "last one; slurm/site.sh says what the cluster wants")  # fmt: skip
     add("--dry-run", action="store_true", help="with --slurm: print the commands of sbatch")
     add("--json", action="store_true")
@@ -254,7 +258,7 @@ def _register_bench(subparsers: Any) -> None:
     allocate_command = _command(
         commands, "allocate", run_allocate, "the set-level allocation against HiGHS"
     )
-    allocate_command.add_argument("--repeats", type=int, default=5)
+    allocate_command.add_argument("--repeats", type=count, default=5)
     allocate_command.add_argument("--json", action="store_true")
 
     def run_effort(arguments: argparse.Namespace) -> int:
@@ -280,9 +284,16 @@ def _register_bench(subparsers: Any) -> None:
     effort_command.add_argument(
         "--model", nargs="+", required=True, help="of one recipe; four or more give a BD-rate"
     )
-    effort_command.add_argument("--effort", nargs="*", type=int, default=[3, 5, 7], metavar="0-9")
     effort_command.add_argument(
-        "--seconds", nargs="*", type=float, default=[10, 60], metavar="S", help="effort 9 in time"
+        "--effort", nargs="*", type=whole(0, 9), default=[3, 5, 7], metavar="0-9"
+    )
+    effort_command.add_argument(
+        "--seconds",
+        nargs="*",
+        type=positive,
+        default=[10, 60],
+        metavar="S",
+        help="effort 9 in time",
     )
     effort_command.add_argument(
         "--rows", default="effort.rows.jsonl", metavar="JSONL", help="measurements, kept"
@@ -314,12 +325,16 @@ def _register_bench(subparsers: Any) -> None:
     h266_command.add_argument("images", nargs="+", metavar="IMAGE|DIR")
     h266_command.add_argument("--filter", nargs="*", default=[], metavar="MODEL")
     h266_command.add_argument("--preset", default="medium")
-    h266_command.add_argument("--qp", nargs="*", type=int, metavar="QP", help="32, 35, … 47")
-    h266_command.add_argument("--bpp", type=float, default=0.15, help="where gains are read (0.15)")
+    h266_command.add_argument(
+        "--qp", nargs="*", type=whole(0, 63), metavar="QP", help="32, 35, … 47"
+    )
+    h266_command.add_argument(
+        "--bpp", type=positive, default=0.15, help="where gains are read (0.15)"
+    )
     h266_command.add_argument(
         "--rows", default="h266.rows.jsonl", metavar="JSONL", help="measurements, kept"
     )
-    h266_command.add_argument("--workers", type=int, help="codings at a time")
+    h266_command.add_argument("--workers", type=count, help="codings at a time")
     h266_command.add_argument("--whole", action="store_true", help="leave out the parts")
     h266_command.add_argument("--json", action="store_true")
 
@@ -376,7 +391,7 @@ def _register_bench(subparsers: Any) -> None:
             metavar="NAME",
             help="presets (untrained; symbols drawn from their own P) or trained models (%(default)s)",
         )
-        command.add_argument("--bpp", nargs="+", type=float, default=[0.15, 0.5], metavar="RATE")
+        command.add_argument("--bpp", nargs="+", type=positive, default=[0.15, 0.5], metavar="RATE")
         command.add_argument(
             "--peers",
             nargs="*",
@@ -385,9 +400,9 @@ def _register_bench(subparsers: Any) -> None:
             help="CompressAI's models; none when nothing follows",
         )
         command.add_argument(
-            "--size", nargs=2, type=int, default=[512, 768], metavar=("HEIGHT", "WIDTH")
+            "--size", nargs=2, type=count, default=[512, 768], metavar=("HEIGHT", "WIDTH")
         )
-        command.add_argument("--repeats", type=int, default=5)
+        command.add_argument("--repeats", type=count, default=5)
         command.add_argument("--json", action="store_true")
         if name == "codec":
             command.add_argument("--image", help="a photograph instead of the generated picture")
@@ -418,8 +433,8 @@ def _register_bench(subparsers: Any) -> None:
     ):
         command = _command(commands, name, run_data, summary)
         command.add_argument("--photos", metavar="SRC", help="by default generated ones")
-        command.add_argument("--count", type=int, default=600, help="patches of 256×256")
-        command.add_argument("--repeats", type=int, default=3)
+        command.add_argument("--count", type=count, default=600, help="patches of 256×256")
+        command.add_argument("--repeats", type=count, default=3)
         command.add_argument("--json", action="store_true")
 
     def run_train(arguments: argparse.Namespace) -> int:
@@ -441,8 +456,8 @@ def _register_bench(subparsers: Any) -> None:
     )
     command.add_argument("--photos", metavar="SRC", help="by default generated ones")
     command.add_argument("--preset", default="tiny", choices=("tiny", "fast", "paper"))
-    command.add_argument("--steps", type=int, default=60, help="of each training")
-    command.add_argument("--repeats", type=int, default=3)
+    command.add_argument("--steps", type=count, default=60, help="of each training")
+    command.add_argument("--repeats", type=count, default=3)
     command.add_argument(
         "--peer",
         action="store_true",
@@ -526,23 +541,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _usable_streams()
     try:
         if words and words[0] in _LIGHTNING_COMMANDS:
             from lightning_tucodec.training.fit import main as lightning_main
 
-            return lightning_main(words)
-        arguments = build_parser().parse_args(words)
-        return int(arguments.run(arguments))
-    except TucodecError as error:
-        print(f"tucodec: {error}", file=sys.stderr)
-        return 1
+            status = lightning_main(words)
+        else:
+            arguments = build_parser().parse_args(words)
+            status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
-        print("tucodec: interrupted", file=sys.stderr)
+        from lightning_tucodec import processes
+
+        print("tucodec: interrupted", file=sys.stderr, flush=True)
+        processes.stop()
         return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; that is not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except (TucodecError, OSError) as error:
+        print(f"tucodec: {reason(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+        return 1
+
+
+def _usable_streams() -> None:
+    """Closed output counts as /dev/null; what an output's encoding lacks is escaped."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # In order, as each takes the lowest free number: so no file of ours is taken for an output.
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict" and name == "stdout":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """What is still to be printed goes nowhere, so that the interpreter's end does not fail on it."""
+    with contextlib.suppress(io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

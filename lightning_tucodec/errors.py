@@ -3,6 +3,7 @@
 `tucodec` prints such an error without a traceback and exits with status 1.
 """
 
+import os
 import re
 
 _SECRET = re.compile(
@@ -15,6 +16,14 @@ _SECRET = re.compile(
 def redacted(text: str) -> str:
     """A text in which `***` stands for the credentials of every URL: user, password, signed parameters."""
     return _SECRET.sub(lambda found: f"{found[1] or ''}***", text)
+
+
+def reason(error: Exception) -> str:
+    """An error on one line; that of a file as its name and what is wrong with it."""
+    if isinstance(error, OSError) and error.strerror:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+        return redacted(f"{name}: {error.strerror}" if name else error.strerror)
+    return redacted(str(error) or type(error).__name__)
 
 
 class TucodecError(Exception):

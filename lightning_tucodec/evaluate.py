@@ -19,7 +19,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,12 @@ from lightning_tucodec.files import atomic_write, begins_with, check_targets
 from lightning_tucodec.images import image_files, read_image
 from lightning_tucodec.perceptual import DEFINITIONS as PERCEPTUAL
 from lightning_tucodec.perceptual import MEASURES, check_names
+from lightning_tucodec.processes import (
+    cores,
+    end_on_interrupt,
+    interrupt_children,
+    worker_threads,
+)
 
 if TYPE_CHECKING:
     from lightning_tucodec.allocation import Table
@@ -248,7 +254,7 @@ def evaluate(
         if part is None or part.holds(j * len(images) + i)
     ]
     # Threads serve: coders are other processes or release the interpreter's lock.
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or cores()
     load = functools.lru_cache(maxsize=workers + 1)(_load)
     lock = threading.Lock()
     names = [path.name for path in images]
@@ -273,15 +279,11 @@ def evaluate(
             where = "" if str(job.image) in text else f"{job.image}, {job.codec.name}: "
             raise type(error)(f"{where}{text}") from error
 
-    with ThreadPoolExecutor(workers) as pool:
+    with worker_threads(workers) as pool:
         futures = {pool.submit(one, job): index for index, job in enumerate(jobs)}
         rows: dict[int, Row] = {}
-        try:
-            for future in tqdm(as_completed(futures), "evaluate", len(jobs), disable=None):
-                rows[futures[future]] = future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in tqdm(as_completed(futures), "evaluate", len(jobs), disable=None):
+            rows[futures[future]] = future.result()
     return [rows[index] for index in range(len(jobs))]
 
 
@@ -466,9 +468,12 @@ def peak_memory(specification: str, image: Path) -> int:
     Raises:
         TucodecError: the codec cannot.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_on_interrupt) as pool:
         try:
             return pool.submit(_own_peak_memory, specification, image).result()
+        except KeyboardInterrupt:
+            interrupt_children()
+            raise
         except BrokenProcessPool:
             raise ExternalToolError(
                 f"{image}, {specification}: the process that measured the memory was killed"

@@ -1,5 +1,6 @@
 """Writing files so that nobody ever sees half of one, and reading what was appended to."""
 
+import errno
 import json
 import os
 import re
@@ -12,6 +13,12 @@ from typing import IO, Any
 import yaml
 
 from lightning_tucodec.errors import ConfigError, OutputError
+
+_temporary: set[str] = set()
+"""Files that are being written."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of writing, which do not name a file."""
 
 
 def expanded(location: str) -> str:
@@ -164,18 +171,40 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    encoding = None if "b" in mode else "utf-8"
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    # Names that are not UTF-8 are escaped in texts.
+    encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+    try:
+        # A part of the name: the whole one and what is added may be longer than names can be.
+        handle, temporary = tempfile.mkstemp(".tmp", f".{path.name[:50]}.", path.parent)
+    except OSError as error:
+        raise _named(error, path) from error
+    _temporary.add(temporary)
     try:
         os.fchmod(handle, 0o666 & ~_umask())
-        with os.fdopen(handle, mode, encoding=encoding) as stream:
+        with os.fdopen(handle, mode, encoding=encoding, errors=errors) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        # Errors of other files, which the block may read, keep their names.
+        if error.filename == temporary or error.errno in _FULL:
+            raise _named(error, path) from error
         raise
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+        _temporary.discard(temporary)
+
+
+def remove_temporary_files() -> None:
+    """Remove what `atomic_write` is writing, for a process that ends at once."""
+    for temporary in list(_temporary):
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The same error of the file that was to be written."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:

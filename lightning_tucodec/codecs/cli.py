@@ -16,9 +16,10 @@ from lightning_tucodec.errors import (
     OutputError,
     TucodecError,
     UnknownModelError,
+    reason,
 )
 from lightning_tucodec.files import atomic_write, target_check
-from lightning_tucodec.options import add_force
+from lightning_tucodec.options import add_force, positive, real, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,15 +55,21 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
         f"tiny-ssim-1, -2, …; or {' or '.join(H266_MODELS)}",
     )
     rate = parser.add_mutually_exclusive_group()
-    rate.add_argument("--qp", type=int, help="of vvc and vvc+postfilter, 0 … 63")
+    rate.add_argument("--qp", type=whole(0, 63), help="of vvc and vvc+postfilter, 0 … 63")
     rate.add_argument(
-        "--target-bpp", type=float, metavar="B", help="for every image the best of at most B"
+        "--target-bpp", type=positive, metavar="B", help="for every image the best of at most B"
     )
     rate.add_argument(
-        "--target-psnr", type=float, metavar="DB", help="for every image the smallest file with DB"
+        "--target-psnr",
+        type=real(0),
+        metavar="DB",
+        help="for every image the smallest file with DB",
     )
     rate.add_argument(
-        "--target-ms-ssim", type=float, metavar="S", help="for every image the smallest file with S"
+        "--target-ms-ssim",
+        type=real(0, 1),
+        metavar="S",
+        help="for every image the smallest file with S",
     )
     parser.add_argument("--preset", help="of vvc and vvc+postfilter, faster … slower (medium)")
     _add_device(parser)
@@ -557,7 +564,7 @@ def _report(
     ):
         if isinstance(row, Exception):
             status = 1
-            text = str(row)
+            text = reason(row)
             named = text if str(source) in text else f"{source}: {text}"
             tqdm.write(f"tucodec: {named}", file=sys.stderr)
             continue

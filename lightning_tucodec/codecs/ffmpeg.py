@@ -1,10 +1,7 @@
 """The ffmpeg binary of the imageio-ffmpeg wheel: bytes in, bytes out, errors in words."""
 
-import contextlib
 import functools
-import os
 import re
-import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -12,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_tucodec import processes
 from lightning_tucodec.errors import CorruptStreamError, ExternalToolError
 
 
@@ -165,26 +163,18 @@ def _run(
     with tempfile.TemporaryFile() as result:
         command = [binary, "-hide_banner", "-nostdin", "-v", level, *arguments]
         try:
-            process = subprocess.Popen(
+            with processes.child(
                 [*command, f"pipe:{result.fileno()}"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 pass_fds=(result.fileno(),),
-                start_new_session=True,
-            )
+            ) as process:
+                _, complaint = process.communicate(data, timeout)
         except OSError as error:
             raise ExternalToolError(f"cannot start {binary}: {error.strerror}") from None
-        with process:
-            try:
-                _, complaint = process.communicate(data, timeout)
-            except BaseException as error:
-                # The whole session, so that nothing a wrapper script has started lives on.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                if isinstance(error, subprocess.TimeoutExpired):
-                    raise ExternalToolError(f"{what} did not end within {timeout:g} s") from None
-                raise
+        except subprocess.TimeoutExpired:
+            raise ExternalToolError(f"{what} did not end within {timeout:g} s") from None
         result.seek(0)
         return process.returncode, result.read(), complaint.decode(errors="replace")
 

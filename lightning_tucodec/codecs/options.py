@@ -1,9 +1,10 @@
 """A codec's setting as text: `NAME` or `NAME:KEY=VALUE[,KEY=VALUE…]`."""
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from lightning_tucodec.errors import ConfigError
 
@@ -45,11 +46,13 @@ class Options:
         for key, field in fields.items():
             if field.default is dataclasses.MISSING and key not in options:
                 raise ConfigError(f"{cls.codec_name} needs {key}, as in {cls.codec_name}:{key}=…")
-        values = {}
+        values: dict[str, Any] = {}
         for key, text in options.items():
             kind = next(kind for kind in (int, float, str) if kind in _alternatives(types[key]))
             try:
                 values[key] = kind(text)
+                if kind is float and not math.isfinite(values[key]):
+                    raise ValueError
             except ValueError:
                 raise ConfigError(f"{cls.codec_name}: {key}={text} is not a number") from None
         return cls(**values)

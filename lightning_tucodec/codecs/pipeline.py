@@ -7,7 +7,6 @@
 The number of pixels in flight is bounded. One bad file costs only itself.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from lightning_tucodec.errors import TucodecError
+from lightning_tucodec.processes import cores, worker_threads
 
 PIXELS_IN_FLIGHT = 1 << 25
 """Images are read ahead until they have so many pixels together (33 million: 100 MB)."""
@@ -52,22 +52,11 @@ def run(
     stages: Stages[Job, Prepared, Result], jobs: Sequence[Job]
 ) -> Iterator[tuple[Job, Row | Exception]]:
     """Every job with its row, or with the error (TucodecError, OSError) that it ended in; in order."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    workers = max(1, min(cores, len(jobs)))
+    workers = max(1, min(cores(), len(jobs)))
     # As many threads as the caller's: what an encoder shows is to the bit what a decoder will show, and
     # sums of floating-point numbers depend on that number.
-    pool = ThreadPoolExecutor(
-        workers,
-        initializer=torch.set_num_threads,
-        initargs=(torch.get_num_threads(),),
-        thread_name_prefix="coder",
-    )
-    try:
+    with worker_threads(workers, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
         yield from _run(stages, jobs, pool)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _run(

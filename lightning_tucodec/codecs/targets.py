@@ -87,7 +87,11 @@ def best(models: Sequence[Setting], image: NDArray[np.uint8], target: Target) ->
         closest = min(range(len(codings)), key=lambda n: sign * measured[n])
         raise _missed(target, codings[closest].setting.name, measured[closest])
     if target.quantity == "bpp":
-        trained_for = Target("ms_ssim" if all(map(_is_ssim, models)) else "psnr", 0)
+        # PSNR as well where an image is too small for MS-SSIM, which nobody has asked for.
+        by_ssim = (
+            all(map(_is_ssim, models)) and quality(image, meeting[0].shown)["ms_ssim"] is not None
+        )
+        trained_for = Target("ms_ssim" if by_ssim else "psnr", 0)
         return max(meeting, key=lambda coding: trained_for.measure(image, coding))
     return min(meeting, key=lambda coding: len(coding.data))
 

@@ -525,11 +525,6 @@ def run_compare(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if out.suffix != ".html":
         raise ConfigError(f"{out}: the name of the report must end in .html")
-    if arguments.samples < 1:
-        raise ConfigError(f"--samples {arguments.samples}: the bootstrap needs one at least")
-    for bpp in [*(arguments.at or []), *([] if arguments.bpp is None else [arguments.bpp])]:
-        if not 0 < bpp < math.inf:
-            raise ConfigError(f"{bpp:g} bpp is no rate: it must be above 0 and finite")
     pictures = {quality: _picture(out, label) for quality, label in QUALITIES.items()}
     drawings = [path.with_suffix(kind) for path in pictures.values() for kind in (".png", ".svg")]
     check_targets([out, *drawings], arguments.sources + (arguments.images or []), arguments.force)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from lightning_tucodec.options import add_force
+from lightning_tucodec.options import add_force, count, positive
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,11 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     add_force(parser)
     parser.add_argument("--anchor", metavar="NAME", help="the curve that BD-rates refer to")
     parser.add_argument(
-        "--at", nargs="+", type=float, metavar="BPP", help="rates at which qualities are compared"
+        "--at",
+        nargs="+",
+        type=positive,
+        metavar="BPP",
+        help="rates at which qualities are compared",
     )
     parser.add_argument("--title", default="Comparison of image codecs")
     parser.add_argument(
@@ -29,8 +33,8 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kept", metavar="DIR", help="coded files that `evaluate --keep` has left")
     parser.add_argument(
-        "--bpp", type=float, help="rate of the gallery; by default the first codec's"
+        "--bpp", type=positive, help="rate of the gallery; by default the first codec's"
     )
-    parser.add_argument("--pictures", type=int, default=6, help="images in the gallery")
-    parser.add_argument("--samples", type=int, default=500, help="of the bootstrap over images")
+    parser.add_argument("--pictures", type=count, default=6, help="images in the gallery")
+    parser.add_argument("--samples", type=count, default=500, help="of the bootstrap over images")
     parser.add_argument("--json", action="store_true", help="print the BD rows")

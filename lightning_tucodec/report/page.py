@@ -171,7 +171,7 @@ def write_page(path: Path, page: Page) -> None:
     Raises:
         ConfigError: it would be larger than `MAX_BYTES`.
     """
-    text = render(page).encode()
+    text = render(page).encode(errors="backslashreplace")
     if len(text) > MAX_BYTES:
         raise ConfigError(
             f"{path}: the report would have {len(text) / 1e6:.1f} MB, more than {MAX_BYTES / 1e6:.0f}; "

@@ -332,16 +332,6 @@ def test_names_of_curves_are_text(tmp_path: Path) -> None:
     assert all(name in svg.read_text() for name in names)
 
 
-@pytest.mark.parametrize("option", ["--samples=0", "--bpp=0", "--bpp=nan", "--at=-1"])
-def test_numbers_out_of_range_are_named(
-    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "x.html"
-    assert cli.main(["compare", "published:clic2019-valid", "-o", str(out), option]) == 1
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    assert not out.exists()
-
-
 def edited(source: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
     """A copy of a results.json, or of one that was edited, whose rows have changed."""
     content = json.loads(source.read_text())
