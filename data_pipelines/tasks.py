@@ -44,6 +44,7 @@ def _results(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_pipelines.shards", "webdataset.writer", "imagehash"])
     pool = ProcessPoolExecutor(workers, context, initializer=_die_with_parent)
+    wait_for_all = True
     try:
         queue = iter(tasks)
         pending = {pool.submit(function, *task) for task in islice(queue, 2 * workers)}
@@ -58,10 +59,11 @@ def _results(
             "a worker process was killed (out of memory?); use fewer --workers and run again"
         ) from None
     except KeyboardInterrupt:
+        wait_for_all = False
         interrupt_children()
         raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=wait_for_all, cancel_futures=True)
 
 
 def _die_with_parent() -> None:

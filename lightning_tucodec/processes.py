@@ -65,19 +65,23 @@ def child(command: list[str], **options: Any) -> Iterator["subprocess.Popen[byte
 
 
 def stop() -> None:
-    """End child processes and worker threads; the process itself if a thread goes on regardless.
+    """End child processes and workers; the process itself if a thread goes on regardless.
 
     A thread inside a long computation cannot be ended otherwise. Half-written files are removed.
     """
     for pool in list(_pools):
         pool.shutdown(wait=False, cancel_futures=True)
     until = time.monotonic() + _GRACE
-    while working := [t for t in threading.enumerate() if t.name.startswith(_PREFIX)]:
+    while multiprocessing.active_children() or any(
+        thread.name.startswith(_PREFIX) for thread in threading.enumerate()
+    ):
         if time.monotonic() > until:
+            for worker in multiprocessing.active_children():
+                worker.kill()
             end_now()
         for pid in list(_children):
             _kill(pid)
-        working[0].join(0.05)
+        time.sleep(0.02)
 
 
 def end_on_interrupt() -> None:

@@ -21,7 +21,7 @@ COMMANDS = {
     "compress-vvc": "compress photos -o vvc/ --model vvc --qp 20 --preset slower",
     "precode": f"shards precode photos --out shards --codec {SLOW} --per-photo 1 --workers 2",
 }
-"""Each takes much longer than the test."""
+"""Each takes minutes."""
 
 
 def marked(mark: str, program: str = "") -> list[int]:
@@ -39,12 +39,14 @@ def marked(mark: str, program: str = "") -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_an_interrupt_ends_it_within_three_seconds(
+def test_an_interrupt_ends_it_at_once(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "photos").mkdir()
     for index in range(2):
-        Image.fromarray(photo("coffee.png", 400, 300)).save(tmp_path / "photos" / f"{index}.png")
+        Image.fromarray(photo("coffee.png", 400, 300)).resize((1200, 900)).save(
+            tmp_path / "photos" / f"{index}.png"
+        )
     mark = uuid.uuid4().hex
     words = [sys.executable, "-m", "lightning_tucodec.cli", *COMMANDS[name].split()]
     environment = {**os.environ, "TUCODEC_TEST": mark, "OMP_NUM_THREADS": "1"}
@@ -62,8 +64,9 @@ def test_an_interrupt_ends_it_within_three_seconds(
                 assert time.monotonic() < until
                 time.sleep(0.1)
             process.send_signal(signal.SIGINT)
-            assert process.wait(3) == 130
-            until = time.monotonic() + 1
+            # 3 s on a machine that has time; whole minutes without the mechanism.
+            assert process.wait(15) == 130
+            until = time.monotonic() + 5
             while marked(mark) and time.monotonic() < until:
                 time.sleep(0.02)
             assert not marked(mark)
