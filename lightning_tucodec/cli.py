@@ -507,11 +507,11 @@ def _register_clic(subparsers: Any) -> None:
 
 
 def _register_sweep(subparsers: Any) -> None:
-    from lightning_tucodec import sweeps
+    from lightning_tucodec.sweeps.commands import add_arguments
 
     family = subparsers.add_parser("sweep", help="many trainings as jobs of Slurm")
     commands = family.add_subparsers(dest="sweep_command", metavar="COMMAND", required=True)
-    sweeps.add_arguments(commands, _command)
+    add_arguments(commands, _command)
 
 
 # One line a subcommand family; each function adds its parser(s) and names what runs.

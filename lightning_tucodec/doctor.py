@@ -336,7 +336,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table; status 1 when something would fail."""
     config = None
     if arguments.config:
-        from lightning_tucodec.sweeps import resolve_config
+        from lightning_tucodec.sweeps.plan import resolve_config
 
         config = resolve_config(read_yaml(arguments.config))
         config["run"]["mirror"] = arguments.mirror or config["run"].get("mirror")

@@ -384,7 +384,7 @@ def _sbatch(options: list[str], words: list[str], dry: bool) -> str:
         ConfigError: the repository's launchers are not found.
         ExternalToolError: there is no sbatch, or it refuses.
     """
-    from lightning_tucodec.sweeps import root
+    from lightning_tucodec.sweeps.queue import root
 
     launchers = root() / "slurm"
     command = [str(launchers / "submit.sh"), *(["--dry-run"] if dry else []), *options]

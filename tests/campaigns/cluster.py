@@ -34,7 +34,8 @@ import yaml
 from PIL import Image
 
 from lightning_tucodec.files import atomic_write, read_json_lines
-from lightning_tucodec.sweeps import Job, Plan, queued
+from lightning_tucodec.sweeps.plan import Plan
+from lightning_tucodec.sweeps.queue import Job, queued
 from tests.support import MICRO, PHOTOS, photo
 
 REPOSITORY = Path(__file__).parents[2]
@@ -146,7 +147,7 @@ class Box:
         return self.call(sys.executable, "-m", "lightning_tucodec.cli", *words)
 
     def queue(self, plan: Plan) -> dict[str, Job]:
-        """See `lightning_tucodec.sweeps.queued`."""
+        """See `lightning_tucodec.sweeps.queue.queued`."""
         with environment(self.env):
             return queued(plan)
 

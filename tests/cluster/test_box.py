@@ -15,7 +15,7 @@ import yaml
 
 from lightning_tucodec.report.compare import differences
 from lightning_tucodec.report.sources import read_sources
-from lightning_tucodec.sweeps import Plan
+from lightning_tucodec.sweeps.plan import Plan
 from tests.campaigns.cluster import (
     HITS,
     REPOSITORY,

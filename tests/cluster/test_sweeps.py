@@ -15,16 +15,10 @@ import yaml
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.sweeps import (
-    Config,
-    Job,
-    Plan,
-    queued,
-    read_sweep,
-    resolve_config,
-    status,
-    submit,
-)
+from lightning_tucodec.sweeps.plan import Plan, resolve_config
+from lightning_tucodec.sweeps.queue import Job, queued, submit
+from lightning_tucodec.sweeps.spec import Config, read_sweep
+from lightning_tucodec.sweeps.status import status
 from lightning_tucodec.training.identity import flat
 from lightning_tucodec.training.runs import RunFolder
 from tests.campaigns.cluster import REPOSITORY, wait_for, write_recipe

@@ -11,7 +11,7 @@ import yaml
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.sweeps import read_sweep
+from lightning_tucodec.sweeps.spec import read_sweep
 from lightning_tucodec.training import limits
 from lightning_tucodec.training.limits import check_numbers
 from lightning_tucodec.training.tracking import JsonlLogger, read_metrics

@@ -1,0 +1,180 @@
+"""The command `tucodec sweep`."""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_tucodec.errors import ConfigError, ExternalToolError
+from lightning_tucodec.sweeps.plan import Plan
+from lightning_tucodec.sweeps.queue import Job, outstanding, queued, submit
+from lightning_tucodec.sweeps.spec import Task
+from lightning_tucodec.sweeps.status import status, table_text
+
+
+def add_arguments(commands: Any, command: Any) -> None:
+    """The subcommands of `tucodec sweep`.
+
+    Args:
+        commands: argparse's subparsers.
+        command: adds one: (subparsers, name, function, summary) to parser.
+    """
+    plan = command(commands, "plan", run_plan, "resolve a sweep into one configuration a task")
+    submit_ = command(commands, "submit", run_submit, "plan a sweep and submit its tasks to Slurm")
+    local = command(commands, "run", run_here, "train a sweep's tasks here, one after the other")
+    for parser, what in (
+        (plan, "SWEEP.yaml"),
+        (submit_, "SWEEP.yaml|PLAN"),
+        (local, "SWEEP.yaml|PLAN"),
+    ):
+        parser.add_argument("sweep", type=Path, metavar=what)
+        parser.add_argument("--out", type=Path, default=Path("sweeps"), metavar="DIR")
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="into every task"
+        )
+    submit_.add_argument("--dry-run", action="store_true", help="print the commands of sbatch")
+    retry = command(
+        commands, "retry", run_retry, "submit again what is neither complete nor in the queue"
+    )
+    show = command(commands, "status", run_status, "what the tasks of a sweep are doing")
+    resolve = command(commands, "resolve", run_resolve, "print a task's final configuration file")
+    for parser in (retry, show, resolve):
+        parser.add_argument("plan", type=Path, metavar="PLAN", help="folder of a planned sweep")
+    show.add_argument("--json", action="store_true")
+    retry.add_argument("tasks", nargs="*", metavar="TASK", help="as in ssim-3; all by default")
+    retry.add_argument("--dry-run", action="store_true", help="print the commands of sbatch")
+    resolve.add_argument("task", metavar="TASK", help="as in ssim-3")
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """`tucodec sweep plan`."""
+    plan, write = Plan.make(arguments.sweep, arguments.set, arguments.out)
+    write()
+    print(table_text(status(plan, {})), file=sys.stderr)
+    print(plan.folder)
+    return 0
+
+
+def run_submit(arguments: argparse.Namespace) -> int:
+    """`tucodec sweep submit`."""
+    return _submit(_planned(arguments, dry=arguments.dry_run), [], arguments.dry_run)
+
+
+def run_here(arguments: argparse.Namespace) -> int:
+    """`tucodec sweep run`: without Slurm; called again it goes on where it was stopped."""
+    plan = _planned(arguments)
+    for task in plan.tasks.values():
+        if plan.is_complete(task):
+            continue
+        config = plan.finish_config(task)
+        _note(plan, task, "start", None)
+        status = 1
+        try:
+            print(f"task {task.name}", file=sys.stderr)
+            status = _fit(config)
+        finally:
+            _note(plan, task, "end", status)
+        if status:
+            return status
+    print(plan.folder)
+    return 0
+
+
+def _fit(config: Path) -> int:
+    """Train in a process of its own, and return its exit status.
+
+    Lightning starts the other ranks with the words and the environment of its own process; what one task
+    leaves in them is nothing to the next. Whoever stops this process stops that one.
+    """
+    from lightning_tucodec.training.companions import SIGNALS
+
+    children: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        received.append(number)
+        for child in children:
+            if number != signal.SIGINT:  # the terminal gives it to both
+                child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        words = [sys.executable, "-m", "lightning_tucodec.cli", "fit", "--config", str(config)]
+        children.append(subprocess.Popen(words))
+        if received:  # in the moment before
+            children[0].terminate()
+        status = children[0].wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def _note(plan: Plan, task: Task, event: str, status: int | None) -> None:
+    """A line in attempts/, as slurm/train.sh writes them."""
+    row = {"event": event, "job": "here", "restart": 0, "time": int(time.time()), "status": status}
+    with plan.file("attempts", task, ".jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def _planned(arguments: argparse.Namespace, dry: bool = False) -> Plan:
+    """The plan that is named, or the plan of the sweep that is named, written unless `dry`."""
+    if arguments.sweep.is_dir():
+        if arguments.set:
+            raise ConfigError(f"{arguments.sweep}: a plan does not change; --set needs SWEEP.yaml")
+        return Plan.open(arguments.sweep)
+    plan, write = Plan.make(arguments.sweep, arguments.set, arguments.out)
+    if not dry:
+        write()
+    return plan
+
+
+def run_retry(arguments: argparse.Namespace) -> int:
+    """`tucodec sweep retry`."""
+    return _submit(Plan.open(arguments.plan), arguments.tasks, arguments.dry_run)
+
+
+def _submit(plan: Plan, names: Sequence[str], dry: bool) -> int:
+    jobs = (_queued_or_unknown(plan) or {}) if dry else queued(plan)
+    wanted = {plan.task(name).name for name in names or plan.tasks}
+    tasks = [task for task in outstanding(plan, jobs) if task.name in wanted]
+    if tasks:
+        submit(plan, tasks, jobs, dry)
+    else:
+        print("nothing to submit: all tasks are complete or in the queue", file=sys.stderr)
+    if not dry:
+        print(plan.folder)
+    return 0
+
+
+def _queued_or_unknown(plan: Plan) -> dict[str, Job] | None:
+    try:
+        return queued(plan)
+    except ExternalToolError as error:
+        print(f"tucodec: the queue is not known, {error}", file=sys.stderr)
+        return None
+
+
+def run_status(arguments: argparse.Namespace) -> int:
+    """`tucodec sweep status`."""
+    plan = Plan.open(arguments.plan)
+    rows = status(plan, _queued_or_unknown(plan))
+    print(
+        json.dumps([asdict(row) for row in rows], indent=1, default=str)
+        if arguments.json
+        else table_text(rows)
+    )
+    return 0
+
+
+def run_resolve(arguments: argparse.Namespace) -> int:
+    """`tucodec sweep resolve`, which slurm/train.sh calls when a task starts."""
+    plan = Plan.open(arguments.plan)
+    print(plan.finish_config(plan.task(arguments.task)))
+    return 0

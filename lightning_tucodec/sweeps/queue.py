@@ -1,0 +1,151 @@
+"""A plan's jobs in Slurm: what is in the queue, and how tasks become arrays."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_tucodec.errors import ConfigError, ExternalToolError
+from lightning_tucodec.sweeps.plan import Plan
+from lightning_tucodec.sweeps.spec import Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task in Slurm's queue.
+
+    Attributes:
+        array: id of its array of jobs.
+        state: as `squeue` says, in lower case.
+        reason: why it is not running.
+    """
+
+    array: str
+    state: str
+    reason: str
+
+
+def queued(plan: Plan) -> dict[str, Job]:
+    """The plan's tasks that are in the queue; empty where there is no Slurm.
+
+    Raises:
+        ExternalToolError: Slurm is there but does not answer.
+    """
+    # Only this user's: others may have jobs of the same names.
+    command = [
+        "squeue",
+        "--noheader",
+        "--array",
+        f"--user={os.getuid()}",
+        "--format=%F|%K|%T|%r|%j",
+    ]
+    stages = {f"{plan.folder.name}-{task.stage}": task.stage for task in plan.tasks.values()}
+    try:
+        printed = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=60, check=False
+        )
+    except FileNotFoundError:
+        return {}
+    except subprocess.TimeoutExpired:
+        raise ExternalToolError("squeue: no answer after 60 s") from None
+    if printed.returncode:
+        raise ExternalToolError(f"squeue failed: {' '.join(printed.stderr.split())}")
+    found = {}
+    for line in printed.stdout.splitlines():
+        array, number, state, reason, name = line.split("|", 4)
+        if name in stages:
+            found[f"{stages[name]}-{number}"] = Job(array, state.lower(), reason)
+    return found
+
+
+def root() -> Path:
+    """The folder that holds slurm/.
+
+    Raises:
+        ConfigError: this package was installed without it, and TUCODEC_ROOT does not say where it is.
+    """
+    for folder in (os.environ.get("TUCODEC_ROOT"), Path.cwd(), Path(__file__).parents[2]):
+        if folder and (Path(folder) / "slurm" / "submit.sh").is_file():
+            return Path(folder)
+    raise ConfigError("no slurm/submit.sh here: call from the repository, or set TUCODEC_ROOT")
+
+
+def outstanding(plan: Plan, jobs: dict[str, Job]) -> list[Task]:
+    """Tasks that are neither complete nor in the queue."""
+    return [t for t in plan.tasks.values() if t.name not in jobs and not plan.is_complete(t)]
+
+
+def submit(plan: Plan, tasks: Sequence[Task], jobs: dict[str, Job], dry: bool = False) -> None:
+    """Submit tasks: of a stage, all that may start together are one array of jobs.
+
+    A stage whose tasks each start from the task of the same number in another stage depends on that
+    stage's array by `aftercorr`; other predecessors are waited for one by one.
+
+    Args:
+        plan: the sweep.
+        tasks: what to submit.
+        jobs: what is in the queue, see `queued`.
+        dry: print the commands of sbatch instead.
+
+    Raises:
+        ConfigError: a task's predecessor is neither complete nor in the queue nor submitted.
+        ExternalToolError: sbatch does not take them; the message holds the command to give elsewhere.
+    """
+    arrays = {name: job.array for name, job in jobs.items()}
+    remaining = list(tasks)
+    while remaining:
+        groups: dict[tuple[str, str], list[Task]] = {}
+        for task in remaining:
+            done = task.after is None or plan.is_complete(plan.task(task.after))
+            if done or task.after in arrays:
+                after = "" if done else _dependency(plan, task, arrays)
+                groups.setdefault((task.stage, after), []).append(task)
+        if not groups:
+            first = remaining[0]
+            raise ConfigError(f"{first.name}: starts from {first.after}, which is not submitted")
+        for (stage, after), members in groups.items():
+            identifier = _sbatch(plan, stage, after, members, dry)
+            arrays.update({task.name: identifier for task in members})
+        remaining = [task for task in remaining if task.name not in arrays]
+
+
+def _dependency(plan: Plan, task: Task, arrays: dict[str, str]) -> str:
+    """What `sbatch --dependency` is to say for a task whose predecessor is in an array."""
+    assert task.after is not None
+    before = plan.task(task.after)
+    stage = [other for other in plan.tasks.values() if other.stage == task.stage]
+    if all(other.after == f"{before.stage}-{other.number}" for other in stage):
+        return f"aftercorr:{arrays[before.name]}"
+    return f"afterok:{arrays[before.name]}_{before.number}"
+
+
+def _sbatch(plan: Plan, stage: str, after: str, tasks: Sequence[Task], dry: bool) -> str:
+    """Submit one array; returns its id."""
+    launcher = root() / "slurm"
+    command = [
+        str(launcher / "submit.sh"), *(["--dry-run"] if dry else []),
+        f"--job-name={plan.folder.name}-{stage}",
+        f"--array={','.join(str(task.number) for task in tasks)}",
+        f"--output={str(plan.folder).replace('%', '%%')}/logs/{stage}-%a.log",
+        *([f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []),
+        "--", str(launcher / "train.sh"), "--sweep", str(plan.folder), stage,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = done.stderr.strip().splitlines()
+        again = (
+            f"cd {shlex.quote(os.getcwd())} && tucodec sweep submit {shlex.quote(str(plan.folder))}"
+        )
+        raise ExternalToolError(
+            f"{words[-1] if words else 'sbatch failed'}; the plan stands: where jobs may be "
+            f"submitted, call: {again}"
+        )
+    names = ", ".join(task.name for task in tasks)
+    if dry:
+        print(done.stdout.strip())
+        return f"<{stage}>"
+    print(f"job {done.stdout.strip()}: {names}", file=sys.stderr)
+    return done.stdout.strip()
