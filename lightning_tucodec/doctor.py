@@ -106,10 +106,12 @@ def check_data(config: dict[str, Any]) -> Check:
 
 def check_start(config: dict[str, Any]) -> Check:
     """What the run would go on from or start with."""
+    from lightning_tucodec.training.fit import check_config
     from lightning_tucodec.training.identity import identity
     from lightning_tucodec.training.runs import Manifest, RunFolder
 
     try:
+        check_config(config)
         folder = RunFolder.of(config)
         Manifest(folder).check(identity(config))
     except TucodecError as error:

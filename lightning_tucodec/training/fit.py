@@ -47,6 +47,7 @@ from lightning_tucodec.training.identity import arguments as class_arguments
 from lightning_tucodec.training.limits import check_numbers
 from lightning_tucodec.training.mirror import pull
 from lightning_tucodec.training.module import TrainingModule
+from lightning_tucodec.training.options import check_options
 from lightning_tucodec.training.preemption import PREEMPTED, Preemption, in_step
 from lightning_tucodec.training.runs import (
     Manifest,
@@ -138,10 +139,12 @@ def check_config(config: dict[str, Any]) -> None:
     """Refuse what a resolved configuration alone shows to be impossible.
 
     Raises:
-        ConfigError: numbers out of range, crops that the recipe's distortion cannot be measured on, no such
-            baseline, or URLs out of a run folder's `config.yaml`, which has no credentials.
+        ConfigError: numbers out of range, options that would have no effect, crops that the recipe's
+            distortion cannot be measured on, no such baseline, or URLs out of a run folder's `config.yaml`,
+            which has no credentials.
     """
     check_numbers(config)
+    check_options(config)
     for values, name in locations(config):
         if "://" in values[name] and "***" in values[name]:
             raise ConfigError(
@@ -199,8 +202,11 @@ class TucodecCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look at the configuration before anything is built."""
+        config = self._plain_config()
         if self.subcommand == "fit":
-            check_config(self._plain_config())
+            check_config(config)
+        else:
+            check_options(config, self.command)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Loggers, callbacks and signals of a run."""
@@ -216,7 +222,8 @@ class TucodecCLI(LightningCLI):
         checkpointing = Checkpointing(
             writer, run["checkpoint_minutes"], self.preemption, run_id(config)
         )
-        interactive = sys.stderr.isatty()
+        bar = self._get(self.config, "trainer")["enable_progress_bar"]
+        interactive = sys.stderr.isatty() if bar is None else bar
         callbacks: list[pl.Callback] = [Counters(log), self.preemption, checkpointing]
         if not interactive:
             callbacks.append(_PlainProgress())
@@ -373,12 +380,16 @@ class TucodecCLI(LightningCLI):
     ) -> None:
         """Measure a checkpoint on the whole images."""
         path = self._checkpoint(kw["ckpt_path"], model, datamodule)
-        self.trainer.validate(model, datamodule, ckpt_path=path, weights_only=True)
+        self.trainer.validate(
+            model, datamodule, ckpt_path=path, verbose=kw["verbose"], weights_only=True
+        )
 
     def test(self, model: TrainingModule, datamodule: pl.LightningDataModule, **kw: Any) -> None:
         """As `validate`, under another name."""
         path = self._checkpoint(kw["ckpt_path"], model, datamodule)
-        self.trainer.test(model, datamodule, ckpt_path=path, weights_only=True)
+        self.trainer.test(
+            model, datamodule, ckpt_path=path, verbose=kw["verbose"], weights_only=True
+        )
 
     def _checkpoint(
         self, named: str | None, model: TrainingModule, datamodule: pl.LightningDataModule

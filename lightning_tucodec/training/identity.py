@@ -146,7 +146,7 @@ def _identity(
     trainer = {
         key: value
         for key, value in config["trainer"].items()
-        if key not in _UNNAMED_TRAINER and (key in _TRAINER or value != _trainer_default(key))
+        if key not in _UNNAMED_TRAINER and (key in _TRAINER or value != trainer_default(key))
     }
     return {
         "model": group("model", set(), {k: v for k, v in hashes.items() if k == "teacher"}),
@@ -160,7 +160,7 @@ def _identity(
     }
 
 
-def _trainer_default(option: str) -> Any:
+def trainer_default(option: str) -> Any:
     """What an option of the trainer that is not in `_TRAINER` does by default in this release."""
     import inspect
 
