@@ -64,6 +64,24 @@ def large_shard_folder(photo_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
+def precoded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve patches of 32×32 beside what H.266 makes of them: more than one batch."""
+    from data_pipelines.precode_vvc import PrecodeOptions, precode
+
+    folder = tmp_path_factory.mktemp("precoded")
+    (folder / "photos").mkdir()
+    Image.fromarray(photo("coffee.png", 128, 96)).save(folder / "photos" / "cup.png")
+    out = folder / "out"
+    codec = "vvc:qp=40,preset=faster,colour=orthonormal"
+    precode(
+        [str(folder / "photos")],
+        str(out),
+        PrecodeOptions((codec,), per_photo=1, patch=32, shard_size=6),
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
 def micro() -> dict[str, Any]:
     """Overrides of `tiny` for a network of a few thousand weights."""
     return dict(MICRO)

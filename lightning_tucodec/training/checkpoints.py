@@ -4,6 +4,9 @@ A save has three parts. At the end of a batch all tensors are copied; training w
 thread writes the copy to `saving.ckpt` and flushes it to disk. When the step's metric lines and validation
 are written as well, the thread renames: last becomes previous, saving becomes last. So a checkpoint that
 can be found always belongs to complete metrics, and a kill at any moment leaves a generation that can.
+
+A signal during a validation does not wait for its end. Then the state after the batch is saved with the
+number of metric lines written so far, and whoever goes on from it begins with the validation.
 """
 
 import contextlib
@@ -20,11 +23,18 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+from pytorch_lightning.trainer.states import TrainerFn
 
-from lightning_tucodec.errors import TucodecError
+from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.training.module import NonFiniteLossError
-from lightning_tucodec.training.preemption import Preemption
-from lightning_tucodec.training.runs import CHECKPOINTS, Manifest, RunFolder, load_checkpoint
+from lightning_tucodec.training.preemption import Preemption, ValidationStopped
+from lightning_tucodec.training.runs import (
+    CHECKPOINTS,
+    Manifest,
+    RunFolder,
+    load_checkpoint,
+    read_metrics,
+)
 
 
 class SaveError(TucodecError):
@@ -116,6 +126,13 @@ class BackgroundWriter(CheckpointIO):
             self.publish()
             self._future.result()
 
+    def drop(self) -> None:
+        """Forget the last save if it is not published."""
+        if self._future is not None and not self._complete.is_set():
+            self._abandoned = True
+            self.settle()
+            self._abandoned = False
+
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         step = int(checkpoint["tucodec"]["opt_step"])
         aside = self.folder.checkpoints / "saving.ckpt"
@@ -190,6 +207,7 @@ class Checkpointing(pl.Callback):
 
     Attributes:
         rng: states of all ranks from the checkpoint that the run goes on from.
+        owes_validation: that checkpoint was made in a validation, which is still to be done.
     """
 
     def __init__(
@@ -198,29 +216,83 @@ class Checkpointing(pl.Callback):
         self.writer, self.preemption, self.run_id = writer, preemption, run_id
         self.seconds = 60 * minutes
         self.rng: list[dict[str, Any]] | None = None
-        self._rng_after_step: dict[str, Any] = {}
+        self.owes_validation = False
+        self._after_batch: dict[str, Any] = {}
         self._saved_at = 0.0
-        self._saved_step = -1
+        self._saved_batch = -1
 
-    def _save(self, trainer: pl.Trainer, step: int) -> None:
-        """On all ranks, since gathering the state may be collective."""
-        if step != self._saved_step:
-            self._saved_step = step
+    def _save(self, trainer: pl.Trainer) -> None:
+        """On all ranks, since gathering the state may be collective.
+
+        Batches tell states apart: one may end without a step of the optimiser that `opt_step` counts.
+        """
+        if (batch := _batches(trainer)) != self._saved_batch:
+            self._saved_batch = batch
             trainer.save_checkpoint(self.writer.folder.checkpoints / CHECKPOINTS[0], False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start the clock; go on with each rank's own random numbers if the ranks are the same."""
+        """Start the clock; go on with each rank's own random numbers if the ranks are the same.
+
+        Raises:
+            ConfigError: the learning rate depends on what a validation finds.
+        """
+        if any(schedule.reduce_on_plateau for schedule in trainer.lr_scheduler_configs):
+            raise ConfigError(
+                "ReduceLROnPlateau moves after a batch's state is saved, so that a resumed run would "
+                "differ; make the learning rate a function of opt_step"
+            )
         self._saved_at = time.monotonic()
-        self._saved_step = pl_module.opt_step
+        self._saved_batch = -1 if self.owes_validation else _batches(trainer)
         if self.rng is not None and len(self.rng) == trainer.world_size:
             restore_rng(self.rng[trainer.global_rank])
         self.rng = None
+        self._after_batch["rng"] = rng_state()
+        own_hook = pl_module.on_train_batch_end
+
+        def on_train_batch_end(*args: Any) -> None:
+            own_hook(*args)
+            self._end_batch(trainer)
+
+        # After the module's hook, which Lightning calls after those of all callbacks: what it does, such as
+        # moving an average of weights, belongs to the batch.
+        pl_module.on_train_batch_end = on_train_batch_end
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """What a stop in a validation at the start would have to save again; that validation's turn."""
+        loop = self._after_batch["loop"] = checkpoint["loops"]["fit_loop"]
+        self.owes_validation = "lines" in checkpoint.get("run", {})
+        if self.owes_validation:
+            checkpoint["loops"]["fit_loop"] = _owing(loop)  # which Lightning loads after this
+            # It validates nothing where no step is left.
+            trainer.fit_loop.epoch_loop.max_steps += 1
+
+    def _repay(self, trainer: pl.Trainer) -> None:
+        """The owed validation has its turn."""
+        if self.owes_validation:
+            self.owes_validation = False
+            loop = trainer.fit_loop.epoch_loop
+            loop.max_steps -= 1
+            # Or else every later checkpoint would look like one made in a validation.
+            loop.val_loop.batch_progress.total.reset()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """The module has its own hook back."""
+        vars(pl_module).pop("on_train_batch_end", None)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        """Everything of the step before this one is written."""
-        self.writer.publish()
+        """Everything of the step before this one is written.
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        Raises:
+            StopIteration: only a validation was left to do, and there are no images any more.
+        """
+        self.writer.publish()
+        self._repay(trainer)
+        if _is_over(trainer):
+            raise StopIteration
+
+    def _end_batch(self, trainer: pl.Trainer) -> None:
         """Save when the time has come; rank 0's clock decides for all.
 
         Raises:
@@ -237,27 +309,60 @@ class Checkpointing(pl.Callback):
             self.writer.settle()
             raise SaveError("rank 0 could not save; see its message")
         if due or stop:
-            self._save(trainer, pl_module.opt_step)
+            self._save(trainer)
             self._saved_at = time.monotonic()
         self.preemption.stopping = stop
-        self._rng_after_step = rng_state()
+        self._after_batch = {"rng": rng_state(), "loop": trainer.fit_loop.state_dict()}
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """If it was owed, it is no more."""
+        if _is_within_fit(trainer):
+            self._repay(trainer)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Stop before the next image.
+
+        Raises:
+            ValidationStopped: the run is saved.
+        """
+        if not _is_within_fit(trainer) or not self._told_to_stop():
+            return
+        self.preemption.owes_validation = True
+        self.writer.drop()  # it would claim that the validation is done
+        self._saved_batch = -1
+        self._save(trainer)
+        self.writer.settle()
+        raise ValidationStopped
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """A validation draws no training noise: a run that goes on after it starts from before it."""
-        if self._rng_after_step:  # none where there is only a validation
-            restore_rng(self._rng_after_step)
+        if not _is_within_fit(trainer):
+            return
+        restore_rng(self._after_batch["rng"])
+        if self._told_to_stop():
+            self._save(trainer)
+
+    def _told_to_stop(self) -> bool:
+        (stop,) = self.preemption.agree(self.preemption.received is not None)
+        self.preemption.stopping = stop
+        return stop
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The final state, on disk."""
-        self._save(trainer, pl_module.opt_step)
+        self._save(trainer)
         self.writer.settle()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         """The run's identity and the random state of every rank."""
-        rng = self.preemption.gather(rng_state())
+        validating = trainer.validating and _is_within_fit(trainer)
+        rng = self.preemption.gather(self._after_batch["rng"] if validating else rng_state())
         checkpoint["run"] = {"run_id": self.run_id, "wandb_id": self.run_id, "rng": rng}
+        if validating:
+            checkpoint["loops"]["fit_loop"] = self._after_batch["loop"]
+            if self.preemption.owes_validation:
+                checkpoint["run"]["lines"] = len(read_metrics(self.writer.folder.metrics))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Keep the state of a run whose loss was not finite for whoever looks for the cause."""
@@ -266,3 +371,34 @@ class Checkpointing(pl.Callback):
             trainer.save_checkpoint(path, weights_only=False)
             self.writer.settle()
             exception.args = (f"{exception.args[0]}; state saved in {path}",)
+
+
+def _batches(trainer: pl.Trainer) -> int:
+    """Training batches of the whole run, in all its attempts."""
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(total.processed)
+
+
+def _is_within_fit(trainer: pl.Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+def _is_over(trainer: pl.Trainer) -> bool:
+    return 0 <= trainer.max_steps <= trainer.global_step
+
+
+def _owing(loop: dict[str, Any]) -> dict[str, Any]:
+    """The state of Lightning's loop after a batch, changed so that it begins with the validation."""
+    own, validation = "epoch_loop.state_dict", "epoch_loop.val_loop.batch_progress"
+    progress = loop[validation]
+    # As if the first image had been started and not finished.
+    done = progress["total"]["completed"]
+    total = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
+    current = dict.fromkeys(progress["current"], 0)
+    # Lightning will count the batch once more after the validation.
+    stepped = loop[own]["_batches_that_stepped"] - 1
+    return {
+        **loop,
+        own: {**loop[own], "_batches_that_stepped": stepped},
+        validation: {**progress, "total": total, "current": current},
+    }

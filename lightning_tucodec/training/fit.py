@@ -48,7 +48,7 @@ from lightning_tucodec.training.limits import check_numbers
 from lightning_tucodec.training.mirror import pull
 from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.options import check_options
-from lightning_tucodec.training.preemption import PREEMPTED, Preemption, in_step
+from lightning_tucodec.training.preemption import PREEMPTED, Preemption, ValidationStopped, in_step
 from lightning_tucodec.training.runs import (
     Manifest,
     RunFolder,
@@ -241,9 +241,11 @@ class TucodecCLI(LightningCLI):
         self._begin(config, folder, trainer)
         if self.resume is not None:
             state = self.resume[1]
-            log.counters = {k: int(state["tucodec"][k]) for k in ("opt_step", "images_seen")}
+            counters = {k: int(state["tucodec"][k]) for k in log.counters}
             checkpointing.rng = state.get("run", {}).get("rng")
-        log.go_on_from(log.counters["opt_step"])
+            log.go_on_from(counters, state.get("run", {}).get("lines"))
+        else:
+            log.go_on_from(log.counters)
         if trainer.is_global_zero:
             self._start_companions(run)
         return trainer
@@ -334,7 +336,8 @@ class TucodecCLI(LightningCLI):
     @property
     def preempted(self) -> bool:
         """Whether a signal ended the run before its last step."""
-        return self.preemption.stopping and self.model.opt_step < self.model.max_steps
+        unfinished = self.model.opt_step < self.model.max_steps
+        return self.preemption.stopping and (unfinished or self.preemption.owes_validation)
 
     def _build_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer as Lightning builds it; `max_steps` counts batches also with several optimisers.
@@ -373,7 +376,8 @@ class TucodecCLI(LightningCLI):
             if init_from:
                 model.warm_start(init_from)
         self.resume = None  # its tensors are not needed twice
-        self.trainer.fit(model, datamodule, ckpt_path=path, weights_only=True)
+        with contextlib.suppress(ValidationStopped):
+            self.trainer.fit(model, datamodule, ckpt_path=path, weights_only=True)
 
     def validate(
         self, model: TrainingModule, datamodule: pl.LightningDataModule, **kw: Any

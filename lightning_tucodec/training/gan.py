@@ -127,7 +127,7 @@ class GANCodec(CodecModule):
     def on_fit_start(self) -> None:
         """Frozen copy and average start from what the network starts from."""
         super().on_fit_start()
-        if self.opt_step == 0:
+        if self.is_fresh:
             for copied in (self.before, self.averaged):
                 if copied is not None:
                     copied.load_state_dict(self.network.state_dict())

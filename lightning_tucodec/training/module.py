@@ -14,6 +14,7 @@ new model derives from `TrainingModule` and then
   once a training step, however many optimisers have stepped, and set `optimizers_a_step` to their number.
 - describes: `describe()` returns what an export needs to rebuild the network, plain types only; it
   stands under the key `tucodec` of every checkpoint.
+- changes its state in the hooks of a batch, `on_train_batch_end` the last one: a save comes after it.
 - draws random numbers from PyTorch's, NumPy's or Python's global generators (their states are saved for
   every rank) or, for elasticity, from a seed and `batch["index"]`, the global position of each sample.
 - measures each validation image once on any number of ranks: rows carry `batch["index"]`, and
@@ -72,6 +73,11 @@ class TrainingModule(pl.LightningModule):
         """Training steps of the whole run, in units of `opt_step`."""
         steps = int(self.trainer.max_steps)
         return steps if steps < 0 else steps // self.optimizers_a_step
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether this run begins here, and does not go on from a checkpoint."""
+        return self.trainer.ckpt_path is None
 
     @property
     def logging_is_due(self) -> bool:

@@ -61,15 +61,25 @@ def in_step(run: Callable[[], int], preemption: "Preemption") -> int:
     return status if status in (0, PREEMPTED) else FAILED + status
 
 
+class ValidationStopped(Exception):
+    """A signal came during a validation: the run is saved and goes on with that validation."""
+
+
 class Preemption(pl.Callback):
     """Stops the trainer between two batches once any rank was told to stop.
 
     A context manager: inside it the signals are ours, from before the set-up to after the last save.
+
+    Attributes:
+        received: the signal.
+        stopping: all ranks have agreed to stop.
+        owes_validation: they stopped in a validation.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.stopping = False
+        self.owes_validation = False
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
         self._group: Any = None

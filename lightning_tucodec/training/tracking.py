@@ -27,12 +27,21 @@ class JsonlLogger(Logger):
         self.counters: dict[str, int] = {"opt_step": 0, "images_seen": 0}
 
     @rank_zero_only
-    def go_on_from(self, step: int) -> None:
-        """Drop the lines after the step that the run goes on from: they will be written again.
+    def go_on_from(self, counters: dict[str, int], lines: int | None = None) -> None:
+        """Drop the lines after the place that the run goes on from: they will be written again.
 
         A line that a kill has cut short goes as well, or else the next one would be glued to it.
+
+        Args:
+            counters: `opt_step` and `images_seen` there; either may stand still while the other moves.
+            lines: how many there were; None: whatever belongs to the last step is complete.
         """
-        kept = [row for row in read_metrics(self.path) if row["opt_step"] <= step]
+        kept = [
+            row
+            for row in read_metrics(self.path)[:lines]
+            if all(row.get(name, 0) <= reached for name, reached in counters.items())
+        ]
+        self.counters = dict(counters)
         text = "".join(json.dumps(row) + "\n" for row in kept)
         if self.path.exists() and self.path.read_bytes() != text.encode():
             with atomic_write(self.path, "w") as stream:

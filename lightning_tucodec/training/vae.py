@@ -168,7 +168,7 @@ class CodecModule(ScheduledModule):
             return
         batches = datamodule.train_dataloader().batches
         check_crop(self.recipe, batches.crop)
-        if self.klt_start and self.opt_step == 0:
+        if self.klt_start and self.is_fresh:
             crops = batches.first(KLT_CROPS).to(self.device)
             try:
                 start_as_klt(self.network, crops)

@@ -1,5 +1,6 @@
 """Runs in forked processes, so that they can be killed without killing the test."""
 
+import copy
 import hashlib
 import json
 import os
@@ -165,3 +166,51 @@ class Duel(TrainingModule):
 
     def describe(self) -> dict[str, Any]:
         return {"width": self.first.out_features}
+
+
+class Averaged(TrainingModule):
+    """A user's module: its average moves in the last hook of a batch, and even validation draws numbers."""
+
+    def __init__(self, lr: float = 0.01) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 3)
+        self.average = copy.deepcopy(self.layer).requires_grad_(False)
+        self.batches = 0
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.layer.parameters(), 0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        x = batch["image"].mean((2, 3))
+        loss = (self.layer(x + torch.randn_like(x)) - x).square().mean()
+        self.images_seen += len(x)
+        self.log("train/loss", loss)
+        return loss
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.batches += 1
+        for own, other in zip(self.average.parameters(), self.layer.parameters(), strict=True):
+            own.lerp_(other, torch.rand(()))
+
+    def on_validation_epoch_start(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.rows.append({"index": int(batch["index"]), "seen": float(self.average.bias.sum())})
+        torch.rand(3)
+
+    def on_validation_epoch_end(self) -> None:
+        rows = self.rows_of_all_ranks(self.rows)
+        self.keep_rows(rows)
+        self.log("val/seen", sum(row["seen"] for row in rows) / len(rows))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["tucodec"]["batches"] = self.batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.batches = checkpoint["tucodec"]["batches"]
