@@ -433,14 +433,14 @@ def run(
 
     Results of an earlier evaluation are rewritten: their measurements stay in the rows beside them.
     """
-    from lightning_tucodec.codecs.registry import codec, expand
+    from lightning_tucodec.codecs import registry
 
     output = Path(out)
     if output.suffix != ".json":
         raise ConfigError(f"{out}: the name of the results must end in .json")
     metrics = check_names(metrics)
-    specifications = expand(specifications)
-    codecs = [codec(text) for text in specifications]
+    specifications = registry.expand(specifications)
+    codecs = registry.codecs(specifications)
     folder = Path(keep) if keep else None
     journal = output.with_suffix(".rows.jsonl")
     images = find_images(paths)

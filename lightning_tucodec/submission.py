@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lightning_tucodec.codecs.base import ImageCodec
-from lightning_tucodec.codecs.registry import codec, expand, model_of
+from lightning_tucodec.codecs.registry import codec, codecs, expand, model_of
 from lightning_tucodec.errors import ConfigError, ExternalToolError, OutputError, TucodecError
 from lightning_tucodec.evaluate import (
     Part,
@@ -90,8 +90,8 @@ class Candidates:
         twice = [stem for stem, n in Counter(path.stem for path in paths).items() if n > 1]
         if twice:
             raise ConfigError(f"two images are called {twice[0]}; rename one")
-        codecs = [codec(text) for text in expand(specifications)]
-        return cls(paths, codecs, out.with_name(out.name + "-candidates"))
+        coders = codecs(expand(specifications))
+        return cls(paths, coders, out.with_name(out.name + "-candidates"))
 
     def code(self, workers: int | None, part: Part | None = None) -> list[Row]:
         """Code and measure what has not been, or the share of it; one row a pair, images outermost."""

@@ -311,6 +311,25 @@ def test_models_travel_with_the_submission(
     assert f"models/{models[0].name}: is damaged or another file" in capsys.readouterr().err
 
 
+def test_models_of_one_name_are_told_apart(
+    submission: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        (tmp_path / f"run{seed}").mkdir()
+        files.append(str(tmp_path / f"run{seed}" / "model.safetensors"))
+        freeze(TucodecVAE(resolve_codec("tiny", MICRO)), "model", {}).save(Path(files[seed]))
+    photo, out = str(submission.parent / "photos/0.png"), str(tmp_path / "results.json")
+    assert cli.main(["evaluate", photo, "--codec", *files, "jpeg:q=9", "-o", out]) == 0
+    names = [entry["codec"] for entry in json.loads(Path(out).read_text())["sets"]]
+    assert len(set(names)) == 3
+    assert [name.partition("@")[0] for name in names] == ["model", "model", "jpeg:q=9"]
+    shutil.copy(files[0], files[1])
+    assert cli.main(["evaluate", photo, "--codec", *files, "-o", out]) == 1
+    assert f"the codec {names[0]} is given twice" in capsys.readouterr().err
+
+
 def test_the_decode_command_in_the_submission(submission: Path, tmp_path: Path) -> None:
     script = submission / "decode"
     assert script.stat().st_mode & stat.S_IXUSR

@@ -9,6 +9,8 @@ filter. Any other name, or a path to a `.safetensors` file, is a learned model's
 (`expand`). The shell's braces make a sweep of one: `jpeg:q={10,30,50}`.
 """
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -89,6 +91,39 @@ def codec(specification: str) -> ImageCodec:
     from lightning_tucodec.codecs.refine import RefinedModel, Refinement
 
     return RefinedModel(model, Refinement.parse(options))
+
+
+def codecs(specifications: Iterable[str]) -> list[ImageCodec]:
+    """The codecs of several specifications that stand for no family.
+
+    Different models of one name, such as `a/model.safetensors` and `b/model.safetensors`, have `@` and the
+    beginning of their ids behind it.
+
+    Raises:
+        ConfigError: two are the same codec, or see `codec`.
+    """
+    built = [codec(text) for text in specifications]
+    count = Counter(coder.name for coder in built)
+    told_apart = [_with_id(coder) if count[coder.name] > 1 else coder for coder in built]
+    for name, times in Counter(coder.name for coder in told_apart).items():
+        if times > 1:
+            raise ConfigError(f"the codec {name} is given twice")
+    return told_apart
+
+
+def _with_id(coder: ImageCodec) -> ImageCodec:
+    """The same codec, called by its model's name and id; one without a model of its own as it is."""
+    if type(coder) in CLASSES.values():
+        return coder
+    from lightning_tucodec.codecs.refine import RefinedModel
+    from lightning_tucodec.codecs.tuc import TucModel
+
+    if not isinstance(coder, TucModel | RefinedModel):
+        return coder
+    model = coder.model if isinstance(coder, RefinedModel) else coder
+    name = f"{model.name}@{model.id.hex()[:8]}"
+    renamed = TucModel(dataclasses.replace(model.file, name=name), str(model.device))
+    return RefinedModel(renamed, coder.options) if isinstance(coder, RefinedModel) else renamed
 
 
 def needs_model(specification: str) -> bool:
