@@ -209,6 +209,14 @@ def _register_compare(subparsers: Any) -> None:
     add_compare_arguments(_command(subparsers, "compare", run, summary))
 
 
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("limits that the set must keep to").add_argument
+    add("--max-bpp", type=positive)
+    add("--max-bytes", type=count)
+    add("--min-psnr", type=real(0), metavar="DB", help="pooled over the set")
+    add("--min-ms-ssim", type=real(0, 1), help="weighted by pixels")
+
+
 def _register_allocate(subparsers: Any) -> None:
     from data_pipelines.cli import part_argument
 
@@ -228,10 +236,7 @@ def _register_allocate(subparsers: Any) -> None:
     add("--candidate", nargs="+", required=True, metavar="SPEC", help="as --codec of evaluate")
     add("-o", "--out", required=True, metavar="DIR")
     add("--maximise", choices=("psnr", "ms-ssim"), help="else bytes are minimised")
-    add("--max-bpp", type=positive)
-    add("--max-bytes", type=count)
-    add("--min-psnr", type=real(0), metavar="DB", help="pooled over the set")
-    add("--min-ms-ssim", type=real(0, 1), help="weighted by pixels")
+    _add_limits(parser)
     add("--max-decode-seconds", type=positive, help="for the whole set")
     add("--workers", type=count, help="codings at a time; all processors by default")
     add("--part", type=part_argument, metavar="I/N",
@@ -495,11 +500,7 @@ def _register_clic(subparsers: Any) -> None:
     decode.add_argument("submission", metavar="DIR")
     decode.add_argument("-o", "--out", required=True, metavar="DIR")
     add_force(decode)
-    add = verify.add_argument
-    add("--max-bpp", type=float, help="limits that the set is held to; the manifest's are claims")
-    add("--max-bytes", type=int)
-    add("--min-psnr", type=float, metavar="DB", help="pooled over the set")
-    add("--min-ms-ssim", type=float, help="weighted by pixels")
+    _add_limits(verify)
     for command in (verify, compare):
         command.add_argument("--originals", nargs="+", required=True, metavar="IMAGE|DIR")
     for command in (verify, compare, decode):

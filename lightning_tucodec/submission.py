@@ -346,8 +346,6 @@ def _submit(arguments: argparse.Namespace, candidates: Candidates) -> None:
     not for its success.
     """
     count: int = arguments.slurm
-    if count < 1:
-        raise ConfigError(f"--slurm {count}: an array has at least one job")
     words = [*arguments.images, "--candidate", *arguments.candidate, "-o", arguments.out]
     limits = []
     for key in (
