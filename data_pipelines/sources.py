@@ -124,7 +124,7 @@ def fingerprint(sources: Sequence[Source], entries: Sequence[Entry], settings: s
     """Hash of everything that decides a build: names and sizes of all images, and the settings."""
     digest = hashlib.sha256(settings.encode())
     for source in sources:
-        digest.update(f"\n{source.name}".encode())
+        digest.update(f"\n{source.name}".encode(errors="surrogateescape"))
     for entry in entries:
         digest.update(
             f"\n{entry.source} {entry.size} {entry.name}".encode("utf-8", "surrogateescape")

@@ -579,7 +579,7 @@ def _usable_streams() -> None:
             # In order, as each takes the lowest free number: so no file of ours is taken for an output.
             setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))  # noqa: SIM115
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict" and name == "stdout":
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict" and name != "stdin":
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -154,8 +154,6 @@ def run_compress(arguments: argparse.Namespace) -> int:
         started = time.perf_counter()
         data = model.write(latents, width, height)
         seconds += time.perf_counter() - started
-        with atomic_write(target) as stream:
-            stream.write(data)
         row: dict[str, Any] = {
             "file": str(source),
             "output": str(target),
@@ -174,6 +172,9 @@ def run_compress(arguments: argparse.Namespace) -> int:
                     model.bits_of(latents) if refined else model.estimated_bits(pixels)
                 )
                 row.update(quality(pixels, shown))
+        # Last: a file that is there is complete, with all that was asked for.
+        with atomic_write(target) as stream:
+            stream.write(data)
         return {**row, "seconds": seconds, "model": model.name}
 
     stages = pipeline.Stages(
@@ -251,10 +252,10 @@ def _compress_chosen(arguments: argparse.Namespace, target: "Target | None") -> 
             choose = targets.search if isinstance(settings[0], H266) else targets.best
             coding = choose(settings, pixels, target)
         seconds = time.perf_counter() - started
-        with atomic_write(out) as stream:
-            stream.write(coding.data)
         if source in recons:
             write_png(recons[source], coding.shown)
+        with atomic_write(out) as stream:
+            stream.write(coding.data)
         height, width = pixels.shape[:2]
         return {
             "file": str(source),
