@@ -15,6 +15,7 @@ REFUSED = {
     "trainer.default_root_dir": "run.runs_dir says where runs are",
     "trainer.enable_autolog_hparams": "config.yaml and the manifest hold them",
     "trainer.model_registry": "`tucodec export` makes model files",
+    "trainer.accumulate_grad_batches": "a stop within a step would lose batches; GANCodec has model.pieces",
     "trainer.limit_predict_batches": "there is no predict; `tucodec compress` codes images",
     "trainer.fast_dev_run": "it would leave no metrics; a low trainer.max_steps tries a run out",
     "trainer.barebones": "a run needs its log and its checkpoints",
@@ -46,3 +47,15 @@ def check_options(config: dict[str, Any], command: str = "fit") -> None:
         default = trainer_default(option) if group else None
         if value is not None and value != default:
             raise ConfigError(f"{name}: is not for `tucodec {command}`: {reason}")
+    trainer = config["trainer"]
+    if str(trainer.get("precision")).startswith(("16", "fp16", "transformer-engine-float16")):
+        raise ConfigError(
+            f"trainer.precision {trainer['precision']}: gradients would be clipped while they are "
+            "scaled, and Muon never undoes the scale; use bf16-mixed"
+        )
+    steps = trainer.get("max_steps")
+    if command == "fit" and (steps is None or steps < 1):
+        raise ConfigError(
+            "trainer.max_steps: must be 1 or more, since learning rate and end depend on it; "
+            "trainer.max_epochs alone does not say how long a run is"
+        )

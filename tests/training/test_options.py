@@ -8,7 +8,7 @@ import pytest
 from pytorch_lightning.cli import LightningCLI
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.sweeps import resolve_config
+from lightning_tucodec.sweeps.plan import resolve_config
 from lightning_tucodec.training.fit import RunConfig
 from lightning_tucodec.training.options import REFUSED
 from tests.support import MICRO
@@ -19,7 +19,7 @@ HONOURED: dict[str, Any] = {
     "max_epochs": -1, "max_steps": 7, "limit_train_batches": 2, "limit_val_batches": 2,
     "limit_test_batches": 2, "val_check_interval": 4, "check_val_every_n_epoch": None,
     "num_sanity_val_steps": 1, "log_every_n_steps": 3, "enable_progress_bar": True,
-    "enable_model_summary": True, "accumulate_grad_batches": 1, "gradient_clip_val": 0.5,
+    "enable_model_summary": True, "gradient_clip_val": 0.5,
     "gradient_clip_algorithm": "norm", "deterministic": True, "benchmark": True,
     "inference_mode": False, "use_distributed_sampler": True, "profiler": "simple",
     "detect_anomaly": True, "plugins": None, "sync_batchnorm": True,
@@ -37,6 +37,7 @@ VALUES: dict[str, Any] = {
     "trainer.default_root_dir": "elsewhere",
     "trainer.enable_autolog_hparams": False,
     "trainer.model_registry": "name",
+    "trainer.accumulate_grad_batches": 2,
     "trainer.limit_predict_batches": 3,
     "trainer.fast_dev_run": True,
     "trainer.barebones": True,

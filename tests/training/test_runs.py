@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from hits import kill_at_step, start, wait
 
 from lightning_tucodec.cli import main
@@ -149,10 +148,11 @@ def test_a_shipped_model_and_a_run_folder_are_warm_starts(
     values["data"]["crop"] = 64
     values["model"]["codec"] = None
     values["run"]["init_from"] = "tiny-mse-2"
-    status = main(["fit", "--config", write(tmp_path, values)])
-    errors = capsys.readouterr().err
-    if status:  # the shipped file is of an older `tiny`; then that is said in one line
-        assert "another network" in errors.splitlines()[-1]
+    assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    (folder,) = run_folders(tmp_path)
+    shipped = read_metrics(folder / "metrics.jsonl")[0]["train/psnr"]
+    assert shipped > 20  # trained weights, not those of a beginning
+    capsys.readouterr()
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes((SHIPPED / "tiny-mse-2.safetensors").read_bytes()[:3000])
     for source, text in [
@@ -350,5 +350,5 @@ def test_doctor_says_a_damaged_yaml(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = tmp_path / "config.yaml"
     path.write_text("run: [")
     assert main(["doctor", "--config", str(path)]) == 1
-    assert str(path) in capsys.readouterr().err
-    assert yaml.__version__
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tucodec: {path}: ")
