@@ -18,6 +18,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -247,6 +248,15 @@ def _start_measuring() -> int:
     return _memory("VmRSS")
 
 
+def measured(use: Callable[[], str]) -> tuple[str, float, int]:
+    """What a use returns, its seconds (of the wall or the processor) and how far it raised the memory."""
+    idle = _start_measuring()
+    start = time.perf_counter(), time.process_time()
+    result = use()
+    seconds = min(time.perf_counter() - start[0], time.process_time() - start[1])
+    return result, seconds, _memory("VmHWM") - idle
+
+
 def _claimed_pixels(data: bytes) -> int:
     """Area of the image that a file with sound checksums claims, else 0."""
     try:
@@ -276,11 +286,7 @@ def _child(pipe: Connection, target: str, corpus: list[bytes], seed: int, cases:
     pipe.send(None)
     for case in cases:
         name, data = mutated(seed, case, corpus)
-        idle = _start_measuring()
-        start = time.perf_counter(), time.process_time()
-        result = outcome(decode, name, data, corpus)
-        seconds = min(time.perf_counter() - start[0], time.process_time() - start[1])
-        peak = _memory("VmHWM") - idle
+        result, seconds, peak = measured(functools.partial(outcome, decode, name, data, corpus))
         fair = max(honest, 1 << 20) * max(1, _claimed_pixels(data) / pixels)
         pipe.send((result, seconds, peak, peak / fair))
 
@@ -289,18 +295,29 @@ def run(
     target: str, corpus: list[bytes], seed: int, cases: range
 ) -> Iterator[tuple[str, float, int, float]]:
     """(outcome, seconds, peak bytes, peak over the honest one) of each case; survives any child."""
+    return survive(_child, (target, corpus, seed), cases)
+
+
+def survive(
+    child_of: Callable[..., None],
+    arguments: tuple[Any, ...],
+    cases: range,
+    hang_seconds: float | None = None,
+) -> Iterator[tuple[str, float, int, float]]:
+    """What `child_of(pipe, *arguments, cases)` sends of each case, after None when it is ready."""
+    hang_seconds = hang_seconds or HANG_SECONDS
     context = multiprocessing.get_context("spawn")
     while cases:
         ours, theirs = context.Pipe()
-        child = context.Process(target=_child, args=(theirs, target, corpus, seed, cases))
+        child = context.Process(target=child_of, args=(theirs, *arguments, cases))
         child.start()
         theirs.close()
         try:
-            ours.recv()  # the corpus is decoded; EOFError: the child has said why not
+            ours.recv()  # it is ready; EOFError: the child has said why not
             while cases:
                 finding = None
-                if not ours.poll(HANG_SECONDS):
-                    finding = ("!hang", HANG_SECONDS, 0, 0.0)
+                if not ours.poll(hang_seconds):
+                    finding = ("!hang", hang_seconds, 0, 0.0)
                 else:
                     try:
                         result = ours.recv()
@@ -362,6 +379,40 @@ def campaign(
         "seed": seed,
         "corpus": hashlib.sha256(b"".join(corpus)).hexdigest()[:16],
     }
+    limits = {"seconds": LIMIT_SECONDS, "memory_ratio": LIMIT_MEMORY}
+    return tally(
+        results, "streams", identity, list(MUTATIONS), limits, LIMIT_SECONDS, LIMIT_MEMORY, count,
+        lambda cases: run(target, corpus, seed, cases),
+    )  # fmt: skip
+
+
+def tally(
+    results: Path,
+    key: str,
+    identity: dict[str, Any],
+    names: Sequence[str],
+    limits: dict[str, float],
+    seconds_limit: float,
+    memory_limit: float,
+    count: int,
+    work: Callable[[range], Iterator[tuple[str, float, int, float]]],
+) -> int:
+    """Count the outcomes of a campaign, going on from what `results` holds of it under `key`.
+
+    Args:
+        results: a JSON file of campaigns.
+        key: of this one.
+        identity: what makes its cases; another one begins anew.
+        names: of the kinds of cases, which take turns.
+        limits: as they are noted.
+        seconds_limit: of a case.
+        memory_limit: of the last entry that `work` gives.
+        count: cases in all.
+        work: outcome, seconds, peak bytes and their ratio to what is fair, of each case.
+
+    Returns:
+        The number of broken rules.
+    """
     fresh: dict[str, Any] = {
         **identity,
         "cases": 0,
@@ -371,21 +422,18 @@ def campaign(
         "slowest_seconds": 0.0,
         "largest_memory_ratio": 0.0,
         "largest_memory_bytes": 0,
-        "limits": {"seconds": LIMIT_SECONDS, "memory_ratio": LIMIT_MEMORY},
+        "limits": limits,
     }
-    before = json.loads(results.read_text()).get("streams", {}) if results.exists() else {}
+    before = json.loads(results.read_text()).get(key, {}) if results.exists() else {}
     state = before if {k: before.get(k) for k in identity} == identity else fresh
     outcomes = collections.Counter(state["outcomes"])
     by_mutation = collections.Counter(state["by_mutation"])
     cases = range(state["cases"], count)
-    names = list(MUTATIONS)
-    progress = tqdm(cases, initial=cases.start, total=count, unit="stream", file=sys.stderr)
-    for case, (result, seconds, peak, memory) in zip(
-        progress, run(target, corpus, seed, cases), strict=True
-    ):
-        if not result.startswith("!") and seconds > LIMIT_SECONDS:
+    progress = tqdm(cases, initial=cases.start, total=count, unit="case", file=sys.stderr)
+    for case, (result, seconds, peak, memory) in zip(progress, work(cases), strict=True):
+        if not result.startswith("!") and seconds > seconds_limit:
             result = f"!{result} after {seconds:.1f} s"
-        if not result.startswith("!") and memory > LIMIT_MEMORY:
+        if not result.startswith("!") and memory > memory_limit:
             result = f"!{result} with {memory:.1f} × the memory"
         outcomes["broken" if result.startswith("!") else result] += 1
         by_mutation[names[case % len(names)]] += 1
@@ -396,7 +444,7 @@ def campaign(
         state["largest_memory_bytes"] = max(state["largest_memory_bytes"], peak)
         state.update(cases=case + 1, outcomes=dict(outcomes), by_mutation=dict(by_mutation))
         if (case + 1) % SAVE_EVERY == 0 or case + 1 == count:
-            merge(results, "streams", state)
+            merge(results, key, state)
     return len(state["broken"])
 
 
