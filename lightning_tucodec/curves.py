@@ -93,6 +93,44 @@ def _label(quality: str) -> str:
     return {str(key): label for key, label in QUALITIES.items()}.get(quality, quality)
 
 
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading a damaged or hostile JSON file can raise."""
+
+
+def is_line(value: object, longest: int = 500) -> bool:
+    """Whether a value from a file is text that can stand in a table, a legend and a message."""
+    return isinstance(value, str) and 0 < len(value) <= longest and value.isprintable()
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a file is a number that a float can hold (or not finite), or null."""
+    if isinstance(value, bool):
+        return False
+    return (
+        value is None
+        or isinstance(value, float)
+        or (isinstance(value, int) and abs(value) < 1 << 63)
+    )
+
+
+def check_entries(entries: object, lines: Sequence[str], numbers: Sequence[str]) -> None:
+    """Check a list of entries of a file: these keys must hold a line of text, those a number or null.
+
+    Raises:
+        ValueError: what is wrong, and where.
+    """
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("not a list of entries")
+    for index, entry in enumerate(entries):
+        for keys, holds, what in (
+            (lines, is_line, "a line of text"),
+            (numbers, is_number, "a number"),
+        ):
+            for key in keys:
+                if key not in entry or not holds(entry[key]):
+                    raise ValueError(f"{key} of entry {1 + index} is not {what}")
+
+
 def read_curve(path: str | Path) -> Curve:
     """A published curve in CompressAI's format.
 
@@ -103,7 +141,11 @@ def read_curve(path: str | Path) -> Curve:
     """
     try:
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        results = content["results"]
+        results, about = content["results"], content.get("description", "")
+        if not is_line(content["name"]) or not (
+            about == "" or is_line(" ".join(about.split()), 5000)
+        ):
+            raise ValueError("name and description must be text")
         bpp = np.asarray(results["bpp"], np.float64)
         quality = {}
         if "psnr-rgb" in results:
@@ -112,13 +154,13 @@ def read_curve(path: str | Path) -> Curve:
             quality["ms_ssim_db"] = np.asarray(results["ms-ssim-db-rgb"], np.float64)
         elif "ms-ssim-rgb" in results:
             quality["ms_ssim_db"] = decibels(results["ms-ssim-rgb"])
-        if any(len(values) != len(bpp) for values in quality.values()) or not quality:
+        if bpp.ndim != 1 or any(v.shape != bpp.shape for v in quality.values()) or not quality:
             raise ValueError("no quality, or not one value a rate")
-        return Curve.of(content["name"], bpp, quality, content.get("description", ""))
+        return Curve.of(content["name"], bpp, quality, " ".join(about.split()))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not a rate-distortion curve ({error!r})") from None
+    except UNREADABLE as error:
+        raise ConfigError(f"{path}: not a rate-distortion curve ({error!r:.200})") from None
 
 
 @dataclass(frozen=True)
@@ -223,6 +265,9 @@ def read_results(path: str | Path) -> list[ImageCurves]:
     try:
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = content["rows"]
+        check_entries(rows, ("image", "codec"), ("bpp", "psnr", "ms_ssim"))
+        if not rows:
+            raise ValueError("no rows")
         codecs = list(dict.fromkeys(row["codec"] for row in rows))
         images = list(dict.fromkeys(row["image"] for row in rows))
         values = {(row["image"], row["codec"]): row for row in rows}
@@ -242,8 +287,9 @@ def read_results(path: str | Path) -> list[ImageCurves]:
         ]
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: not a whole result of tucodec evaluate ({error!r})") from None
+    except UNREADABLE as error:
+        reason = f"{error!r:.200}"
+        raise ConfigError(f"{path}: not a whole result of tucodec evaluate ({reason})") from None
 
 
 def read_named(specification: str) -> Curve:
@@ -261,7 +307,7 @@ def read_named(specification: str) -> Curve:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not JSON ({error})") from None
     if not isinstance(content, dict) or "rows" not in content:
         return read_curve(file)

@@ -213,7 +213,7 @@ def _model_complexity(name: str) -> tuple[float, float, float, float] | None:
 def _ceiling(evaluations: Sequence[Evaluation]) -> float | None:
     """Mean over images of the PSNR that the conversion to 4:2:0 alone allows, where it was measured."""
     rows = [row for evaluation in evaluations for row in evaluation.rows]
-    by_image = {r["image"]: r["ceiling_psnr"] for r in rows if r.get("ceiling_psnr") is not None}
+    by_image = {r["image"]: r["ceiling_psnr"] for r in rows if _is_finite(r.get("ceiling_psnr"))}
     return float(np.mean(list(by_image.values()))) if by_image else None
 
 
@@ -378,8 +378,12 @@ def _cost_tables(material: Material) -> list[Table]:
     for evaluation in material.evaluations:
         for entry in evaluation.sets:
             counts = _model_complexity(evaluation.specification(entry["codec"]))
-            seconds = [entry[k] / entry["images"] for k in ("encode_seconds", "decode_seconds")]
+            seconds = [
+                entry[k] / entry["images"] if entry[k] is not None and entry["images"] else None
+                for k in ("encode_seconds", "decode_seconds")
+            ]
             memory = entry.get("peak_memory")
+            memory = memory if _is_finite(memory) else None
             version = evaluation.codecs.get(entry["codec"], {}).get("version", "")
             rows.append(
                 [

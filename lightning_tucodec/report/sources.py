@@ -20,7 +20,15 @@ from typing import Any
 
 import yaml
 
-from lightning_tucodec.curves import Curve, ImageCurves, decibels, read_curve, read_results
+from lightning_tucodec.curves import (
+    Curve,
+    ImageCurves,
+    check_entries,
+    decibels,
+    is_number,
+    read_curve,
+    read_results,
+)
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.files import read_yaml
 from lightning_tucodec.training.runs import read_metrics, validation_point
@@ -154,7 +162,7 @@ def _add_path(material: Material, path: Path) -> None:
 def _add_file(material: Material, path: Path) -> None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict) or not {"rows", "results"} & set(content):
         raise ConfigError(f"{path}: neither a result of tucodec evaluate nor a published curve")
@@ -166,9 +174,33 @@ def _add_file(material: Material, path: Path) -> None:
     for images in read_results(path):
         mean = images.mean()
         material.entries.append(Entry(replace(mean, source=f"{path}, {mean.source}"), images))
-    parts = {key: content.get(key, {}) for key in ("codecs", "definitions")}
-    sets = content.get("sets", [])
-    material.evaluations.append(Evaluation(path, sets, content["rows"], **parts))
+    try:
+        material.evaluations.append(_evaluation(path, content))
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: not a whole result of tucodec evaluate ({error})") from None
+
+
+def _evaluation(path: Path, content: Row) -> Evaluation:
+    """What `read_results` does not look at.
+
+    Raises:
+        ValueError: it is not what `tucodec evaluate` writes.
+    """
+    rows, sets = content["rows"], content.get("sets", [])
+    check_entries(sets, ["codec"], ["images", "encode_seconds", "decode_seconds"])
+    for entry in [*rows, *sets]:
+        if not all(is_number(entry.get(key)) for key in ("ceiling_psnr", "peak_memory")):
+            raise ValueError("ceiling_psnr or peak_memory is not a number")
+    if not all(re.fullmatch("[0-9a-f]{64}", str(row.get("sha256", "0" * 64))) for row in rows):
+        raise ValueError("a row's sha256 is none")
+    codecs, definitions = (content.get(key, {}) for key in ("codecs", "definitions"))
+    if not isinstance(codecs, dict) or not all(isinstance(v, dict) for v in codecs.values()):
+        raise ValueError("codecs must be a mapping of mappings")
+    if not isinstance(definitions, dict) or not all(
+        isinstance(v, str) for v in definitions.values()
+    ):
+        raise ValueError("definitions must be texts")
+    return Evaluation(path, sets, rows, codecs, definitions)
 
 
 def _add_runs(material: Material, source: str, groups: dict[str, list[Run]]) -> None:

@@ -1,6 +1,6 @@
 """A fast slice of the campaign on hostile files, and its guard."""
 
-import json
+import shutil
 from pathlib import Path
 
 import hostile
@@ -36,13 +36,10 @@ def test_the_honest_folders_are_used_without_an_error(
     corpus: dict[str, Path], guard: hostile.Guard, tmp_path: Path
 ) -> None:
     for name, kind in hostile.KINDS.items():
-        (tmp_path / name).mkdir()
-        folder = corpus[name].parent
-        assert folder.name in str(corpus[name])
-        assert hostile.outcome(kind, corpus[name], tmp_path / name, False, guard) in (
-            "success",
-            f"!open {tmp_path}",
-        )
+        shutil.copytree(corpus[name], tmp_path / name / "in")
+        (tmp_path / name / "out").mkdir()
+        folders = tmp_path / name / "in", tmp_path / name / "out"
+        assert hostile.outcome(kind, *folders, False, guard) == "success", name
 
 
 def test_what_breaks_a_rule_is_found(guard: hostile.Guard, tmp_path: Path) -> None:
