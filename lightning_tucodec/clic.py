@@ -20,8 +20,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import data_pipelines
+import lightning_tucodec
 from lightning_tucodec.allocation import Quantity, Table
 from lightning_tucodec.codecs import ffmpeg
+from lightning_tucodec.codecs.classical import PillowCodec
+from lightning_tucodec.codecs.registry import CLASSES
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.evaluate import Row, allocation_table, compare, find_images, finite
 from lightning_tucodec.images import read_image
@@ -169,14 +173,24 @@ def decoder_bytes(folder: Path, manifest: dict[str, Any]) -> int:
     The models and scripts in the submission, this package without the weights it ships, and ffmpeg's
     binary when a codec calls it.
     """
-    package = Path(__file__).parent
     streams = {entry["file"] for entry in manifest["images"]}
     rest = [name for name in contents(folder) if name not in streams and name != MANIFEST]
     size = sum((folder / name).lstat().st_size for name in rest)
-    size += sum(path.stat().st_size for path in package.rglob("*.py"))
-    if any("command" in described for described in manifest["codecs"].values()):
+    for package in (lightning_tucodec, data_pipelines):  # the command line imports both
+        size += sum(path.stat().st_size for path in Path(package.__path__[0]).rglob("*.py"))
+    if any(map(_calls_ffmpeg, manifest["codecs"])):
         size += Path(ffmpeg.executable()).stat().st_size
     return size
+
+
+def _calls_ffmpeg(name: str) -> bool:
+    """Whether a codec's decoder does, whatever a manifest says of it."""
+    from lightning_tucodec.codecs.h266 import H266
+
+    kind = name.partition(":")[0]
+    if kind not in CLASSES:
+        return kind == H266.codec_name
+    return not issubclass(CLASSES[kind], PillowCodec)
 
 
 def _names(manifest: dict[str, Any]) -> set[str]:

@@ -18,6 +18,7 @@ from PIL import Image
 from skimage.data import astronaut
 
 from lightning_tucodec import cli, clic
+from lightning_tucodec.codecs import ffmpeg
 from lightning_tucodec.codecs.model_file import freeze
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.errors import ConfigError
@@ -274,6 +275,17 @@ def test_a_decoder_above_the_limit_is_refused(
     monkeypatch.setattr(clic, "MAX_DECODER_BYTES", size - 1)
     assert verify(submission, submission) == 1
     assert f"the decoder has {size} bytes, over {size - 1}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["hevc:qp=30", "jxl:distance=1", "vvc:qp=3", "vvc+postfilter:qp=3"]
+)
+def test_ffmpeg_counts_whatever_the_manifest_says(name: str, tmp_path: Path) -> None:
+    sizes = [
+        clic.decoder_bytes(tmp_path, {"images": [], "codecs": {codec_name: {}}})
+        for codec_name in (name, "jpeg:q=3")
+    ]
+    assert sizes[0] - sizes[1] == Path(ffmpeg.executable()).stat().st_size
 
 
 @pytest.fixture(scope="module")
