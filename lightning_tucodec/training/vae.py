@@ -88,6 +88,8 @@ class CodecModule(ScheduledModule):
         seed: of the quantisers' noise.
         frozen: parts that keep the weights they start with, as in ["g_a", "g_s"].
         init_parts: parts that `run.init_from` gives weights to; None: all.
+        real_files: of how many validation images, the first ones, real files are written; None: of all.
+            Files are coded on the CPU also where a GPU trains.
         klt_start: start without `run.init_from` from `start_as_klt` of the first training crops.
     """
 
@@ -108,6 +110,7 @@ class CodecModule(ScheduledModule):
         init_parts: list[str] | None = None,
         klt_start: bool = False,
         muon_iterations: int = 5,
+        real_files: int | None = None,
     ) -> None:
         super().__init__(lr, final_lr, warmup_steps, decay_start, clip_norm)
         self.recipe = recipe
@@ -128,6 +131,9 @@ class CodecModule(ScheduledModule):
             raise ConfigError("model.frozen: nothing is left to train")
         self.init_parts = init_parts
         self.klt_start = klt_start
+        if real_files is not None and real_files < 0:
+            raise ConfigError(f"model.real_files: must be 0 or more, got {real_files}")
+        self.real_files = real_files
         self.preset = preset
         if muon_iterations < 1:
             raise ConfigError(f"model.muon_iterations starts at 1, got {muon_iterations}")
@@ -220,7 +226,8 @@ class CodecModule(ScheduledModule):
             "beyond_ends": float(outside.float().mean()),
             "loss": float(self.loss(output, x).loss),
         }
-        if self.coder is not None:
+        chosen = self.real_files is None or row["index"] < self.real_files
+        if self.coder is not None and chosen:
             row["real_bpp"] = 8 * len(self.coder.encode(original)) / pixels
         self.validation_rows.append(row)
         if self.trainer.is_global_zero and self.trainer.loggers:
@@ -237,14 +244,19 @@ class CodecModule(ScheduledModule):
     def means(self, rows: list[dict[str, float]]) -> dict[str, float]:
         """Means over the images, and which centres were used."""
         names = [name for name in rows[0] if name != "index"]
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+        having = {name: [row for row in rows if name in row] for name in names}
+        means = {
+            name: sum(row[name] for row in found) / len(found) for name, found in having.items()
+        }
         means["bpp"] = means["bpp_y"] + means["bpp_z"]
         used = self.trainer.strategy.reduce(self.used_centres.to(self.device), reduce_op="sum")
         assert isinstance(used, Tensor)
         means["centres_used"] = float((used > 0).sum())
         means["centres_dead"] = float((used == 0).sum())
         if "real_bpp" in means:
-            ratio = means["real_over_estimated"] = means["real_bpp"] / means["bpp"]
+            ratio = means["real_over_estimated"] = sum(
+                row["real_bpp"] for row in having["real_bpp"]
+            ) / sum(row["bpp_y"] + row["bpp_z"] for row in having["real_bpp"])
             # The container's header is part of the file; small images may exceed this.
             if ratio > 1.01 and self.trainer.is_global_zero:
                 text = f"step {self.opt_step}: real files are {ratio:.3f} times the estimated bits"

@@ -257,6 +257,23 @@ def test_validation_goes_on_when_the_network_cannot_be_frozen(
     assert "val/real_bpp" not in last
 
 
+def test_real_files_of_the_first_images(
+    tmp_path: Path, shard_folder: Path, val_folder: Path, micro: dict[str, Any]
+) -> None:
+    values = config(tmp_path, shard_folder, micro, steps=1, real_files=1)
+    values["data"]["val_images"] = str(val_folder)
+    values["trainer"]["val_check_interval"] = 1
+    assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    (folder,) = runs(tmp_path)
+    first, second = json.loads((folder / "images" / "step-00000001.json").read_text())
+    line = read_metrics(folder / "metrics.jsonl")[-1]
+    assert "real_bpp" not in second
+    assert line["val/real_bpp"] == pytest.approx(first["real_bpp"])
+    ratio = first["real_bpp"] / (first["bpp_y"] + first["bpp_z"])
+    assert line["val/real_over_estimated"] == pytest.approx(ratio)
+    assert line["val/psnr"] == pytest.approx((first["psnr"] + second["psnr"]) / 2)
+
+
 def test_validate_and_test_measure_the_run(
     tmp_path: Path,
     shard_folder: Path,
