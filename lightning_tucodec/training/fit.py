@@ -270,7 +270,7 @@ class TucodecCLI(LightningCLI):
         self.resume = folder.latest()
         step = 0 if self.resume is None else int(self.resume[1]["tucodec"]["opt_step"])
         if mirror := config["run"]["mirror"]:
-            step = self._pull(folder, mirror, step)
+            step = max(0, self._pull(folder, mirror, -1 if self.resume is None else step))
             manifest.check(identity(config))
         folder.write_config(config)
         manifest.begin(config, step, trainer.world_size)

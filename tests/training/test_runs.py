@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -263,6 +264,24 @@ def test_a_mirror_that_is_further_is_left_alone(words: list[str], tmp_path: Path
     assert mirror.read_index(behind, url)["checkpoints"][0]["step"] == 4
 
 
+def test_a_state_before_the_first_step_comes_from_the_mirror(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a GAN has it whose discriminator has played alone."""
+    url = str(tmp_path / "mirror")
+    assert main(words) == 0
+    (folder,) = run_folders(tmp_path)
+    last = folder / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    content["tucodec"].update(opt_step=0, images_seen=0)
+    torch.save(content, last)
+    mirror.Mirror(RunFolder(folder), url).push()
+    shutil.rmtree(folder)
+    capsys.readouterr()
+    assert main([*words, "--mirror", url]) == 0
+    assert "step 0 comes from" in capsys.readouterr().err
+
+
 def test_a_mirror_out_of_reach_stops_only_a_run_that_has_nothing(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,8 +341,6 @@ def test_doctor_names_what_would_fail_and_what_to_do(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import shutil
-
     shards = tmp_path / "shards"
     shutil.copytree(shard_folder, shards)
     next(shards.glob("*.tar")).unlink()
