@@ -188,6 +188,8 @@ def decompress(data: bytes) -> Any:
     from lightning_tucodec.codecs.h266 import decode_container
     from lightning_tucodec.coding.container import CodecKind, unpack
 
+    if isinstance(data, str | Path):
+        raise TypeError("decompress takes the bytes of a file: Path(name).read_bytes()")
     container = unpack(data)
     if container.kind == CodecKind.VVC:
         return Image.fromarray(decode_container(container))

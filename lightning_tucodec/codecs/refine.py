@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_tucodec.codecs.options import Options
-from lightning_tucodec.codecs.tuc import Coded, Latents, TucModel, strip_bounds
+from lightning_tucodec.codecs.tuc import Coded, Latents, TucModel, own_modes, strip_bounds
 from lightning_tucodec.coding.container import check_size
 from lightning_tucodec.coding.wavefront import Z_LIMIT
 from lightning_tucodec.errors import ConfigError
@@ -125,6 +125,7 @@ class RefinedModel:
         latents = self.improve(pixels, self.model.analyse(pixels))
         return Coded(self.model.write(latents, width, height), latents)
 
+    @own_modes()
     def improve(self, pixels: NDArray[np.uint8], plain: Latents) -> Latents:
         """Refined symbols, or the plain ones of `TucModel.analyse` where their file is better."""
         steps = EFFORT_STEPS[self.options.effort]

@@ -1,8 +1,9 @@
 """The learned codec: images to `.tuc` bytes and back, with one exported model."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -157,6 +158,26 @@ def mark(pixels: NDArray[np.uint8], strips: Sequence[int]) -> list[tuple[int, in
     return marked
 
 
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """PyTorch as it starts, whatever modes the caller is in: coding gives the same everywhere."""
+    dtype = torch.get_default_dtype()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        if dtype == torch.float32:
+            yield
+            return
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
 class TucModel:
     """An exported model, ready to code.
 
@@ -181,6 +202,7 @@ class TucModel:
         return self.file.card
 
     @cached_property
+    @own_modes()
     def network(self) -> TucodecVAE:
         """The floating-point network (nn.Module) in eval mode."""
         network = self.file.network()
@@ -192,6 +214,7 @@ class TucModel:
         return _layout(self.network.config.transform)
 
     @cached_property
+    @own_modes()
     def frozen_network(self) -> TucodecVAE:
         """The same network without gradients of its weights: what only moves latents needs no more."""
         network = self.file.network().requires_grad_(False)
@@ -236,6 +259,7 @@ class TucModel:
         """Symbols of an H×W×3 image."""
         return self.analyse_batch([pixels])[0]
 
+    @own_modes()
     @torch.inference_mode()
     def analyse_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[Latents]:
         """Symbols of H×W×3 images of one size."""
@@ -261,6 +285,7 @@ class TucModel:
         ]
 
     @cached_property
+    @own_modes()
     def centres(self) -> Tensor:
         """The centres as every decoder knows them, float32."""
         fixed = self.entropy_model.laplace.centres.astype(np.float32)
@@ -275,6 +300,7 @@ class TucModel:
         """The H×W×3 image of the symbols y; what every decoder shows."""
         return self.synthesise_batch([y])[0][:height, :width]
 
+    @own_modes()
     @torch.inference_mode()
     def synthesise_batch(self, latents: Sequence[NDArray[np.int32]]) -> list[NDArray[np.uint8]]:
         """The 16h×16w×3 images of symbols h×w×M, all of one size."""

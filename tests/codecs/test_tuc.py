@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -233,3 +234,30 @@ def test_coding_imports_no_training_library() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference", "float64", "autocast"])
+def test_the_modes_of_the_caller_change_nothing(mode: str) -> None:
+    image = photo("coffee.png", 48, 40)
+    expected = [tuc.load("tiny-mse-1").compress(image, effort=effort) for effort in (0, 1)]
+    model = TucModel(tuc.load("tiny-mse-1").file)
+    state = torch.random.get_rng_state()
+    with contextlib.ExitStack() as stack:
+        if mode == "float64":
+            torch.set_default_dtype(torch.float64)
+            stack.callback(torch.set_default_dtype, torch.float32)
+        else:
+            modes = {
+                "no_grad": torch.no_grad,
+                "inference": torch.inference_mode,
+                "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+            }
+            stack.enter_context(modes[mode]())
+        assert [model.compress(image, effort=effort) for effort in (0, 1)] == expected
+        shown = np.asarray(model.decompress(expected[0]))
+    assert (shown == np.asarray(tuc.load("tiny-mse-1").decompress(expected[0]))).all()
+    # The network serves training afterwards, though it was built inside.
+    loss = model.network.g_a(torch.zeros(1, 3, 64, 64)).square().sum()
+    loss.backward()
+    assert all(value.grad is not None for value in model.network.g_a.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
