@@ -23,7 +23,7 @@ class Options:
     def name(self) -> str:
         """The shortest specification of this setting, without what does not change the bytes."""
         given = [
-            f"{field.name}={value:{'g' if isinstance(value, float) else ''}}"
+            f"{field.name}={_text(value)}"
             for field in dataclasses.fields(self)
             if field.compare and (value := getattr(self, field.name)) != field.default
         ]
@@ -68,6 +68,12 @@ class Options:
         value = getattr(self, key)
         if value not in choices:
             raise ConfigError(f"{self.codec_name}: {key}={value} is none of {', '.join(choices)}")
+
+
+def _text(value: object) -> str:
+    """A value, as short as tells it from all others."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 def _alternatives(hint: object) -> tuple[object, ...]:

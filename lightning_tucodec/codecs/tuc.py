@@ -25,6 +25,7 @@ from lightning_tucodec.coding.container import (
 )
 from lightning_tucodec.errors import (
     CorruptStreamError,
+    ModelFileError,
     UnknownModelError,
     UnsupportedVersionError,
 )
@@ -264,6 +265,8 @@ class TucModel:
     def analyse_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[Latents]:
         """Symbols of H×W×3 images of one size."""
         y = self._latent(images)
+        if not torch.isfinite(y).all():
+            raise ModelFileError(f"model {self.name}: makes values that are not finite of an image")
         scale = 2.0**-wavefront.FRACTION_BITS
         edges, medians = (
             torch.from_numpy(fixed.astype(np.float32) * np.float32(scale)).to(self.device)

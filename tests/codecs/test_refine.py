@@ -232,3 +232,9 @@ def test_bands_add_up_to_the_whole() -> None:
         losses.append((point.loss, point.slope_y))
     assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-3)
     assert torch.allclose(losses[1][1], losses[0][1], atol=0.02 * float(losses[0][1].abs().max()))
+
+
+def test_settings_that_differ_have_names_that_differ() -> None:
+    names = [Refinement(1, lmbda=value).name for value in (256.00001, 256.00002, 256.0)]
+    assert names[2].endswith("lmbda=256")
+    assert len(set(names)) == 3

@@ -261,3 +261,11 @@ def test_the_modes_of_the_caller_change_nothing(mode: str) -> None:
     loss.backward()
     assert all(value.grad is not None for value in model.network.g_a.parameters())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_activations_that_are_not_finite_are_named() -> None:
+    model = TucModel(tuc.load("tiny-mse-1").file)
+    with torch.no_grad():
+        next(model.network.g_a.parameters()).fill_(torch.nan)
+    with pytest.raises(tuc.ModelFileError, match="not finite"):
+        model.compress(photo("coffee.png", 32, 32))
