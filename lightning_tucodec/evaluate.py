@@ -254,7 +254,9 @@ def evaluate(
         if part is None or part.holds(j * len(images) + i)
     ]
     # Threads serve: coders are other processes or release the interpreter's lock.
-    workers = workers or cores()
+    workers = cores() if workers is None else workers
+    if workers < 1:
+        raise ConfigError(f"workers: {workers} is not at least 1")
     load = functools.lru_cache(maxsize=workers + 1)(_load)
     lock = threading.Lock()
     names = [path.name for path in images]

@@ -22,6 +22,7 @@ from lightning_tucodec.codecs import ffmpeg
 from lightning_tucodec.codecs.model_file import freeze
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.evaluate import evaluate
 from lightning_tucodec.manifest import DECODE_TEXT, Limits, byte_budget, foreign, read_manifest
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec
@@ -677,9 +678,11 @@ def test_decode_replaces_nothing_unasked(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_numbers_that_cannot_be_limits(value: float) -> None:
+def test_numbers_that_cannot_be_limits(value: float, tmp_path: Path) -> None:
     for limits in ({"max_bytes": value}, {"min_psnr": value}, {"min_ms_ssim": value}):
         with pytest.raises(ConfigError, match="cannot be"):
             Limits(**limits)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cannot be"):
         byte_budget(value, 100)
+    with pytest.raises(ConfigError, match="workers"):
+        evaluate([], [], tmp_path / "rows.jsonl", workers=-1)

@@ -75,7 +75,9 @@ def manifest_values(rng: np.random.Generator, folder: Path) -> None:
     """One to three values or keys of the manifest exchanged, removed, repeated or added."""
 
     def change(tree: Any) -> None:
-        parent, key = tree, "images"
+        parent: Any
+        key: Any
+        parent, key = {"": tree}, ""
         while isinstance(tree, dict | list) and tree and rng.random() < 0.9:
             keys: Sequence[Any] = list(tree) if isinstance(tree, dict) else range(len(tree))
             parent, key = tree, keys[int(rng.integers(len(keys)))]
