@@ -173,6 +173,7 @@ class ImageCurves:
         bpp: n×k.
         psnr: n×k, dB.
         ms_ssim: n×k.
+        pixels: digests of the n originals' content; none where the source does not know them.
     """
 
     name: str
@@ -180,6 +181,7 @@ class ImageCurves:
     bpp: Floats
     psnr: Floats
     ms_ssim: Floats
+    pixels: Sequence[str] = ()
 
     def whole(self, quality: Quality) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Images and points that have a finite value at each other, as indices.
@@ -205,8 +207,10 @@ class ImageCurves:
     ) -> "ImageCurves":
         """A selection of images (with repeats if need be) and points, by their indices."""
         columns: Any = slice(None) if points is None else points
-        arrays = (v[images][:, columns] for v in (self.bpp, self.psnr, self.ms_ssim))
-        return ImageCurves(self.name, [self.images[i] for i in images], *arrays)
+        bpp, psnr, ms_ssim = (v[images][:, columns] for v in (self.bpp, self.psnr, self.ms_ssim))
+        names = [self.images[i] for i in images]
+        pixels = [self.pixels[i] for i in images] if self.pixels else ()
+        return ImageCurves(self.name, names, bpp, psnr, ms_ssim, pixels)
 
     def mean(self) -> Curve:
         """The mean over images, as most papers draw it: for each quality those of `whole`."""
@@ -235,16 +239,22 @@ def paired(
 ) -> tuple[ImageCurves, ImageCurves]:
     """Both over the images that both have with finite values of a quality, in one order.
 
+    An image is its content where both know it, whatever its file is called, else its name.
+
     Raises:
         ConfigError: there is none.
     """
+    by_content = bool(anchor.pixels and test.pixels)
     sides = []
     for curves in (anchor, test):
         images, points = curves.whole(quality)
-        sides.append(({curves.images[i]: i for i in images}, points))
+        keys = curves.pixels if by_content else curves.images
+        sides.append(({keys[i]: i for i in images}, points))
     shared = [name for name in sides[0][0] if name in sides[1][0]]
     if not shared:
-        raise ConfigError(f"{anchor.name} and {test.name} share no image")
+        same = sorted(set(anchor.images) & set(test.images)) if by_content else []
+        why = f": {_listed(same, 2)} are other pictures in each" if same else ""
+        raise ConfigError(f"{anchor.name} and {test.name} share no image{why}")
     first, second = (
         curves.part(np.array([rows[name] for name in shared]), points)
         for curves, (rows, points) in zip((anchor, test), sides, strict=True)
@@ -271,20 +281,22 @@ def read_results(path: str | Path) -> list[ImageCurves]:
         codecs = list(dict.fromkeys(row["codec"] for row in rows))
         images = list(dict.fromkeys(row["image"] for row in rows))
         values = {(row["image"], row["codec"]): row for row in rows}
+        contents = {row["image"]: row.get("pixels") for row in rows}
+        if any(row.get("pixels") != contents[row["image"]] for row in rows):
+            raise ValueError("an image with several contents")
+        known = all(is_line(content) for content in contents.values())
+        pixels = [str(contents[image]) for image in images] if known else ()
         families: dict[str, list[str]] = {}
         for codec in codecs:
             families.setdefault(family(codec), []).append(codec)
-        return [
-            ImageCurves(
-                family,
-                images,
-                *(
-                    np.array([[values[i, c][key] for c in members] for i in images], np.float64)
-                    for key in ("bpp", "psnr", "ms_ssim")
-                ),
+        curves = []
+        for name, members in families.items():
+            bpp, psnr, ms_ssim = (
+                np.array([[values[i, c][key] for c in members] for i in images], np.float64)
+                for key in ("bpp", "psnr", "ms_ssim")
             )
-            for family, members in families.items()
-        ]
+            curves.append(ImageCurves(name, images, bpp, psnr, ms_ssim, pixels))
+        return curves
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UNREADABLE as error:

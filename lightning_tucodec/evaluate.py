@@ -56,6 +56,7 @@ _JOURNAL = '{"key": "'
 """How rows of measurements begin."""
 
 DEFINITIONS = {
+    "pixels": "digest of the original's size and pixels",
     "bpp": "8 * all bytes of the coded files, headers included / all pixels of the originals",
     "psnr": "RGB, 8 bit, pooled: squared error summed over all values of all images (CLIC)",
     "psnr_y": "BT.709 full-range luma of the 8-bit RGB, not rounded, pooled",
@@ -275,7 +276,7 @@ def evaluate(
                 with lock, rows_file.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps({"key": key, **row}) + "\n")
             label = job.image.name if unique else str(job.image)
-            return {"image": label, "codec": job.codec.name, **row}
+            return {"image": label, "codec": job.codec.name, "pixels": digest, **row}
         except TucodecError as error:
             text = str(error)
             where = "" if str(job.image) in text else f"{job.image}, {job.codec.name}: "
@@ -522,10 +523,15 @@ def table_text(sets: Sequence[Row]) -> str:
 
 
 def _load(path: Path) -> tuple[NDArray[np.uint8], str]:
-    """An image and a digest of its size and pixels."""
+    """An image and its `content_id`."""
     image = read_image(path)
+    return image, content_id(image)
+
+
+def content_id(image: NDArray[np.uint8]) -> str:
+    """What tells a picture from others, whatever its file is called: 32 hexadecimal digits of a digest."""
     digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes())
-    return image, digest.hexdigest()[:32]
+    return digest.hexdigest()[:32]
 
 
 def _digest(described: Mapping[str, Any]) -> str:

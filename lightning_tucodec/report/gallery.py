@@ -16,7 +16,7 @@ from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.curves import family
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.evaluate import find_images
+from lightning_tucodec.evaluate import content_id, find_images
 from lightning_tucodec.images import read_image
 from lightning_tucodec.report.page import Scene, View
 from lightning_tucodec.report.sources import Evaluation
@@ -51,32 +51,58 @@ def scenes(
     Raises:
         ConfigError: no result, or none of the images is in them.
     """
-    rows = [row for evaluation in evaluations for row in evaluation.rows]
+    rows = [{**row, "from": n} for n, e in enumerate(evaluations) for row in e.rows]
     if not rows:
         raise ConfigError("the gallery needs a results.json of tucodec evaluate among the sources")
-    files = {path.name: path for path in find_images(originals)}
-    names = [name for name in dict.fromkeys(row["image"] for row in rows) if name in files][:count]
-    if not names:
-        raise ConfigError("none of the images is named in the results; give those that were coded")
-    chosen = {name: matched([r for r in rows if r["image"] == name], bpp) for name in names}
-    pictures = sum(1 + 2 * len(points) for points in chosen.values())
-    share = BUDGET // pictures
-    used = dict.fromkeys(row["codec"] for points in chosen.values() for row in points)
-    asked = {name: e.specification(name) for e in evaluations for name in e.codecs}
-    coders = {name: codec(asked.get(name, name)) for name in used}
-    found = []
-    for name in tqdm(names, "gallery", disable=None):
-        image = read_image(files[name])
-        found.append(_scene(name, image, chosen[name], coders, share, kept))
-    return found
+    by_picture: dict[str, list[Row]] = {}
+    for row in rows:
+        by_picture.setdefault(row.get("pixels", row["image"]), []).append(row)
+    files = _Originals(originals)
+    found: list[tuple[str, Path, list[Row]]] = []
+    for own in by_picture.values():
+        if len(found) < count and (path := files.find(own[0])) is not None:
+            found.append((own[0]["image"], path, matched(own, bpp)))
+    if not found:
+        raise ConfigError("none of the images is in the results; give those that were coded")
+    pictures = sum(1 + 2 * len(points) for _, _, points in found)
+    coders = {
+        (row["from"], row["codec"]): codec(evaluations[row["from"]].specification(row["codec"]))
+        for _, _, points in found
+        for row in points
+    }
+    return [
+        _scene(name, read_image(path), points, coders, BUDGET // pictures, kept)
+        for name, path, points in tqdm(found, "gallery", disable=None)
+    ]
+
+
+class _Originals:
+    """Files of originals, found by their content; by their name where a result does not hold that."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.files = find_images(paths)
+        self._contents: dict[Path, str] = {}
+
+    def find(self, row: Mapping[str, Any]) -> Path | None:
+        """The file of a row's original; None where there is none, or several of one name."""
+        exact = [path for path in self.files if str(path) == row["image"]]
+        named = exact or [path for path in self.files if path.name == Path(row["image"]).name]
+        if "pixels" not in row:
+            return named[0] if len(named) == 1 else None
+        return next((p for p in [*named, *self.files] if self._content(p) == row["pixels"]), None)
+
+    def _content(self, path: Path) -> str:
+        if path not in self._contents:
+            self._contents[path] = content_id(read_image(path))
+        return self._contents[path]
 
 
 def matched(rows: Sequence[Row], bpp: float | None) -> list[Row]:
     """One row a curve: the one whose rate is nearest to the target, see `scenes`; none without a rate."""
     rows = [row for row in rows if row["bpp"] is not None and 0 < row["bpp"] < math.inf]
-    families: dict[str, list[Row]] = {}
+    families: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
-        families.setdefault(family(row["codec"]), []).append(row)
+        families.setdefault((row.get("from", 0), family(row["codec"])), []).append(row)
     if not families:
         return []
     if bpp is None:
@@ -93,7 +119,7 @@ def _scene(
     name: str,
     image: NDArray[np.uint8],
     points: Sequence[Row],
-    coders: Mapping[str, ImageCodec],
+    coders: Mapping[tuple[int, str], ImageCodec],
     share: int,
     kept: Path | None,
 ) -> Scene:
@@ -101,8 +127,12 @@ def _scene(
     uri, how = picture(image, share)
     views = [View("original", f"{width}×{height}, 24 bpp · {how}", uri, width, height)]
     maps = []
+    names = [row["codec"] for row in points]
     for row in points:
-        coder = coders[row["codec"]]
+        coder = coders[row["from"], row["codec"]]
+        label = row["codec"]
+        if names.count(label) > 1:
+            label = f"{label} ({1 + row['from']})"
         shown = _decoded(coder, image, row, kept)
         if shown.shape != image.shape:
             raise ConfigError(
@@ -110,9 +140,9 @@ def _scene(
                 "that was evaluated?"
             )
         uri, how = picture(shown, share)
-        views.append(View(row["codec"], f"{_caption(row)} · {how}", uri, width, height))
+        views.append(View(label, f"{_caption(row)} · {how}", uri, width, height))
         if (bits := bit_map(coder, image)) is not None:
-            maps.append(_map_view(row["codec"], bits, width, height))
+            maps.append(_map_view(label, bits, width, height))
     return Scene(name, width, height, [*views, *maps])
 
 

@@ -12,7 +12,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -117,6 +117,8 @@ def read_sources(sources: Iterable[str]) -> Material:
             _add_published(material, source.removeprefix("published:"))
         else:
             _add_path(material, Path(source))
+    if len(material.evaluations) > 1:
+        material.notes += _identities(material.evaluations)
     names = [entry.curve.name for entry in material.entries]
     for index, entry in enumerate(material.entries):
         label = names[index]
@@ -127,6 +129,19 @@ def read_sources(sources: Iterable[str]) -> Material:
             material.entries[index] = _renamed(entry, label)
         material.notes += [f"{label}: {text}" for text in entry.curve.left_out]
     return material
+
+
+def _identities(evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    """Where names of images say less than their content, or are all that is known."""
+    contents: dict[str, set[str]] = {}
+    for evaluation in evaluations:
+        if not all("pixels" in row for row in evaluation.rows):
+            yield f"{evaluation.path}: does not hold its pictures' content, so they are matched by name"
+        for row in evaluation.rows:
+            contents.setdefault(row["image"], set()).add(row.get("pixels", ""))
+    for name, found in contents.items():
+        if len(found - {""}) > 1:
+            yield f"{name}: is not the same picture in all results; different ones are not compared"
 
 
 def _renamed(entry: Entry, name: str) -> Entry:

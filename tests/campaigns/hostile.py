@@ -478,7 +478,7 @@ def build_sweep(folder: Path) -> None:
 
 def use_sweep(folder: Path, out: Path, seldom: bool) -> None:
     """Read it; seldom resolve all its tasks."""
-    from lightning_tucodec.sweeps import read_sweep
+    from lightning_tucodec.sweeps.spec import read_sweep
 
     with contextlib.chdir(folder):
         if seldom:

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -363,3 +364,62 @@ def test_an_image_without_a_psnr_is_named_and_left_out(evaluated: Path, tmp_path
     assert len(table.rows) == 4 + 4 + 4
     gallery = scenes(material.evaluations, [str(evaluated / "images")], None, 1)
     assert len(gallery[0].views) == 3
+
+
+@pytest.fixture(scope="module")
+def other_pictures(evaluated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `evaluated`, under the same names: `cat` is another picture, `coffee` the same one."""
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "images").mkdir()
+    Image.fromarray(photo("rocket.jpg", 176, 112)).save(folder / "images" / "cat.png")
+    shutil.copy(evaluated / "images" / "coffee.png", folder / "images" / "coffee.png")
+    codecs = [codec(text) for text in JPEG]
+    rows = evaluate(sorted((folder / "images").iterdir()), codecs, folder / "rows.jsonl", workers=1)
+    write_results(folder / "results.json", rows, summarise(rows, codecs), codecs)
+    return folder
+
+
+def test_a_picture_is_its_content(evaluated: Path, other_pictures: Path, tmp_path: Path) -> None:
+    paths = [str(folder / "results.json") for folder in (evaluated, other_pictures)]
+    material = read_sources(paths)
+    assert "cat.png: is not the same picture in all results; different ones are not compared" in (
+        material.notes
+    )
+    row = next(r for r in bd_rows(material.entries, "jpeg (1)", 5) if r["codec"] == "jpeg (2)")
+    assert (row["images"], row["percent"]) == (1, pytest.approx(0, abs=1e-9))
+
+    def renamed(row: dict[str, Any]) -> None:
+        row["image"] = f"x-{row['image']}"
+
+    again = edited(Path(paths[0]), tmp_path / "renamed.json", renamed)
+    row = bd_rows(read_sources([paths[0], str(again)]).entries, "jpeg (1)", 5)[2]
+    assert (row["images"], row["percent"]) == (2, pytest.approx(0, abs=1e-9))
+
+    def only_cat(row: dict[str, Any]) -> None:
+        row["pixels"] = f"{row['image']} of another day"
+
+    alien = edited(Path(paths[0]), tmp_path / "alien.json", only_cat)
+    row = bd_rows(read_sources([paths[0], str(alien)]).entries, "jpeg (1)", 5)[2]
+    assert "share no image: cat.png, coffee.png are other pictures in each" in row["refused"]
+
+    def forget(row: dict[str, Any]) -> None:
+        del row["pixels"]
+
+    old = edited(Path(paths[0]), tmp_path / "old.json", forget)
+    material = read_sources([paths[0], str(old)])
+    assert f"{old}: does not hold its pictures' content, so they are matched by name" in (
+        material.notes
+    )
+    row = bd_rows(material.entries, "jpeg (1)", 5)[2]
+    assert (row["images"], row["percent"]) == (2, pytest.approx(0, abs=1e-9))
+
+
+def test_the_gallery_finds_originals_of_one_name(evaluated: Path, other_pictures: Path) -> None:
+    material = read_sources([str(f / "results.json") for f in (evaluated, other_pictures)])
+    originals = [str(folder / "images") for folder in (other_pictures, evaluated)]
+    shown = scenes(material.evaluations, originals, 1.0)
+    assert [scene.name for scene in shown] == ["cat.png", "coffee.png", "cat.png"]
+    names = [[view.name for view in scene.views] for scene in shown]
+    assert [len(own) for own in names] == [3, 4, 2]
+    assert len(set(names[1])) == 4
+    assert shown[0].views[0].uri != shown[2].views[0].uri
