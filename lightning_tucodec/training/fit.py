@@ -273,7 +273,8 @@ class TucodecCLI(LightningCLI):
             step = max(0, self._pull(folder, mirror, -1 if self.resume is None else step))
             manifest.check(identity(config))
         folder.write_config(config)
-        manifest.begin(config, step, trainer.world_size)
+        images = 0 if self.resume is None else int(self.resume[1]["tucodec"]["images_seen"])
+        manifest.begin(config, step, trainer.world_size, images)
         self.cleanup.callback(self._finish_companions)
         self.cleanup.push(self._end)
 

@@ -179,7 +179,8 @@ class Manifest:
 
         run_id, name, identity, created
         code: one entry for each state of the code and its packages that took part
-        attempts: start, end, host, pid, world_size, slurm, code, from_step, step, exit, status, error
+        attempts: start, end, host, pid, world_size, slurm, code, from_step, from_images, step, exit,
+            status, error
 
     `exit` is null while an attempt runs, then `finished`, `preempted (SIGUSR1)`, `failed` or, found out by
     the next attempt, `killed`.
@@ -216,8 +217,16 @@ class Manifest:
                 "another name or remove the folder"
             )
 
-    def begin(self, config: dict[str, Any], from_step: int, world_size: int) -> None:
+    def begin(
+        self, config: dict[str, Any], from_step: int, world_size: int, from_images: int = 0
+    ) -> None:
         """Add this attempt, before the first step.
+
+        Args:
+            config: resolved.
+            from_step: steps of the state that it goes on from.
+            world_size: number of processes.
+            from_images: images that this state has seen; a GAN's discriminator learns between two steps.
 
         Raises:
             ConfigError: this job was started anew and anew at this step, and killed before it could save.
@@ -233,7 +242,7 @@ class Manifest:
         for attempt in attempts:
             if attempt["exit"] is None:
                 attempt["exit"] = "killed"
-        if _restarts_without_progress(attempts, from_step) >= _MAX_WITHOUT_PROGRESS:
+        if _restarts_without_progress(attempts, from_step, from_images) >= _MAX_WITHOUT_PROGRESS:
             raise ConfigError(
                 f"{self.path.parent}: {_MAX_WITHOUT_PROGRESS} starts of this job in a row were killed or "
                 f"failed at step {from_step} before they could save: out of memory? see the log; when the "
@@ -243,8 +252,8 @@ class Manifest:
             {
                 "start": _now(), "end": None, "host": socket.gethostname(), "pid": os.getpid(),
                 "world_size": world_size, "slurm": slurm_ids(), "key": attempt_key(),
-                "code": codes.index(code), "from_step": from_step, "step": None, "exit": None,
-                "status": None, "error": None,
+                "code": codes.index(code), "from_step": from_step,
+                "from_images": from_images, "step": None, "exit": None, "status": None, "error": None,
             }
         )  # fmt: skip
         self._write(content)
@@ -348,7 +357,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name}: {old} -> {new}"]
 
 
-def _restarts_without_progress(attempts: Sequence[dict[str, Any]], step: int) -> int:
+def _restarts_without_progress(attempts: Sequence[dict[str, Any]], step: int, images: int) -> int:
     """How many starts of this job of Slurm, the latest ones in a row, ended badly without getting further."""
     job, restart = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT"))
     count = 0
@@ -359,7 +368,7 @@ def _restarts_without_progress(attempts: Sequence[dict[str, Any]], step: int) ->
         if (
             job is None
             or (slurm.get("job_id"), int(slurm.get("restart_count", 0))) != (job, before)
-            or attempt["from_step"] != step
+            or (attempt["from_step"], attempt.get("from_images", images)) != (step, images)
             or attempt["exit"] not in ("killed", "failed")
         ):
             break

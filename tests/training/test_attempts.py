@@ -103,17 +103,18 @@ def test_a_job_that_is_killed_twice_without_progress_stays_down(
     starts: list[tuple[str | None, int, int]],
     refused: bool,
 ) -> None:
-    """Starts are (job, its restarts, the step it starts from); all are killed."""
+    """Starts are (job, its restarts, images seen by the state it starts from); all are killed."""
     manifest = Manifest(RunFolder(tmp_path))
-    for number, (job, restart, step) in enumerate(starts, 1):
+    for number, (job, restart, images) in enumerate(starts, 1):
+        start = (CONFIG, images // 20, 1, images)  # within one step of a GAN's codec
         if job is not None:
             monkeypatch.setenv("SLURM_JOB_ID", job)
             monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         if refused and number == len(starts):
             with pytest.raises(ConfigError, match=r"2 starts of this job .* out of memory"):
-                manifest.begin(CONFIG, step, 1)
+                manifest.begin(*start)
         else:
-            manifest.begin(CONFIG, step, 1)
+            manifest.begin(*start)
     assert len(manifest.read()["attempts"]) == len(starts) - refused
 
 
