@@ -72,6 +72,7 @@ def check_machine() -> Check:
 
 def check_data(config: dict[str, Any]) -> Check:
     """Shards, their index, validation images."""
+    from lightning_tucodec.training.data import check_images
     from lightning_tucodec.training.identity import arguments
     from lightning_tucodec.training.shards import ShardIndex
 
@@ -98,10 +99,14 @@ def check_data(config: dict[str, Any]) -> Check:
     images = data.get("val_images")
     if images is None:
         yield Finding("validation", "warn", "no images", "name a folder with --data.val_images")
-    elif Path(images).is_dir():
-        yield Finding("validation", "ok", images)
+    elif "class_path" in config["data"]:
+        level: Literal["ok", "fail"] = "ok" if Path(images).is_dir() else "fail"
+        yield Finding("validation", level, images, "name a folder with --data.val_images")
     else:
-        yield Finding("validation", "fail", f"{images}: no such folder", "--data.val_images")
+        try:
+            yield Finding("validation", "ok", f"{images}: {check_images(images)} images")
+        except TucodecError as error:
+            yield Finding("validation", "fail", str(error), "mend it, or --data.val_images")
 
 
 def check_start(config: dict[str, Any]) -> Check:

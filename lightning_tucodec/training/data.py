@@ -308,6 +308,10 @@ class _Starts(Sampler[int]):
         return itertools.count(self.first, self.step)
 
 
+LEAST_SIDE = 11
+"""Pixels; the window of MS-SSIM."""
+
+
 class WholeImages(Dataset[dict[str, Any]]):
     """The images of a folder, in the order of names.
 
@@ -335,6 +339,24 @@ class WholeImages(Dataset[dict[str, Any]]):
             "image": torch.from_numpy(planes)[None].to(torch.float32).div_(255),
             "index": torch.tensor([item]),
         }
+
+
+def check_images(folder: str) -> int:
+    """Decode every validation image; returns their number.
+
+    A run does so before its first step, since it would end at its first validation, hours later.
+
+    Raises:
+        TucodecError: no such folder, none in it, or one that cannot be read or measured.
+    """
+    images = WholeImages(folder)
+    for path in images.files:
+        height, width, _ = read_image(path).shape
+        if min(height, width) < LEAST_SIDE:
+            raise DatasetError(
+                f"{path}: {width}×{height} pixels; a validation image needs {LEAST_SIDE} on each side"
+            )
+    return len(images)
 
 
 def in_order(dataset: Dataset[Any], rank: int = 0, world_size: int = 1) -> DataLoader[Any]:

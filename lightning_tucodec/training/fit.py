@@ -34,6 +34,7 @@ from lightning_tucodec.files import expanded, read_text
 from lightning_tucodec.losses import check_crop
 from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
 from lightning_tucodec.training.companions import Companion
+from lightning_tucodec.training.data import check_images
 from lightning_tucodec.training.identity import (
     DEFAULT_DATA,
     DEFAULT_MODEL,
@@ -265,6 +266,9 @@ class TucodecCLI(LightningCLI):
         if attempt_key() is None:  # the ranks that Lightning starts inherit it
             os.environ["TUCODEC_ATTEMPT"] = uuid.uuid4().hex
             self.cleanup.callback(os.environ.pop, "TUCODEC_ATTEMPT", None)
+        images = class_arguments(config, "data").get("val_images")
+        if images is not None and "class_path" not in config["data"]:
+            check_images(images)
         self.cleanup.enter_context(folder.locked())
         manifest.check(identity(config))
         self.resume = folder.latest()
