@@ -314,7 +314,10 @@ def read_named(specification: str) -> Curve:
     Raises:
         ConfigError: the file is neither, or has no such curve.
     """
-    file, _, name = specification.partition("#")
+    # A path may hold the separator too.
+    cuts = [i for i, letter in enumerate(f"{specification}#") if letter == "#"]
+    cut = next((i for i in cuts if Path(specification[:i]).is_file()), cuts[0])
+    file, name = specification[:cut], specification[cut + 1 :]
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:

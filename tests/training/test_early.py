@@ -1,11 +1,14 @@
 """What would end a run hours later is said before its first step, by `fit` and by `doctor` alike."""
 
+import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from lightning_tucodec.cli import main
+from lightning_tucodec.curves import read_named
+from lightning_tucodec.errors import ConfigError
 from tests.support import MICRO
 from tests.training.test_fit import config, write
 
@@ -34,3 +37,25 @@ def test_validation_images_are_looked_at_first(
     assert not (tmp_path / "runs").exists()
     assert main(["doctor", "--config", path]) == 1
     assert line.removeprefix("tucodec: ") in capsys.readouterr().out
+
+
+def test_a_baseline_may_lie_where_its_separator_is(tmp_path: Path) -> None:
+    folder = tmp_path / "exp#3"
+    folder.mkdir()
+    file = folder / "A#1.json"
+    results = {"bpp": [0.1, 0.2, 0.4, 0.8], "psnr-rgb": [28.0, 30.0, 33.0, 36.0]}
+    file.write_text(json.dumps({"name": "A", "results": results}))
+    assert read_named(str(file)).name == "A"
+    with pytest.raises(ConfigError, match=r"^.*exp: No such file"):
+        read_named(str(folder / "none.json"))
+
+
+def test_commands_expand_paths_of_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    assert main(["export", "~/run", "-o", "~/m.safetensors"]) == 1
+    assert f"{tmp_path}/run: no checkpoint to export" in capsys.readouterr().err
+    assert main(["wandb-sync", "~/run"]) == 1
+    assert f"{tmp_path}/run: no metrics.jsonl" in capsys.readouterr().err
