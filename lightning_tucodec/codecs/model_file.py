@@ -12,7 +12,7 @@ SHA-256 of its config and tensors; the name and the card can be edited without c
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +48,13 @@ _TAIL = 2.0**-20
 """The table of z covers each channel up to this probability; the rest is escaped."""
 
 _INTEGER_PARTS = ("h_s.", "context.", "entropy_parameters.")
+
+_CARD: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "recipe": (lambda v: isinstance(v, str) and v.isprintable(), "a line of text"),
+    "lmbda": (lambda v: type(v) in (int, float) and 0 < v < 1e300, "a number above 0"),
+    "opt_step": (lambda v: type(v) is int and 0 <= v < 1 << 63, "a number of steps"),
+}
+"""What stands in a card and is reckoned with."""
 
 UNFIT = (
     ArithmeticError, AttributeError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError,
@@ -152,6 +159,9 @@ class ModelFile:
                 raise ValueError("its name is not a line of text")
             if not all(isinstance(v, dict) for v in (config, card, card.get("kodak", {}))):
                 raise ValueError("config, card and card.kodak must be mappings")
+            for key, (fits, what) in _CARD.items():
+                if card.get(key) is not None and not fits(card[key]):
+                    raise ValueError(f"card.{key} is not {what}")
             return cls(name, config, tensors, card)
         except FileNotFoundError:
             raise ModelFileError(f"{path}: no such model file") from None

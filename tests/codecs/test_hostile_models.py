@@ -64,6 +64,13 @@ UNREADABLE: dict[str, Change] = {
     "card": top("card", [1]),
     "config": top("config", [1]),
     "kodak": top("card", {"kodak": [1]}),
+    "λ of text": top("card", {"lmbda": "100"}),
+    "λ of nothing": top("card", {"lmbda": 0}),
+    "λ that is not a number": top("card", {"lmbda": float("nan")}),
+    "λ that no float holds": top("card", {"lmbda": 10**400}),
+    "recipe": top("card", {"recipe": ["ssim"]}),
+    "steps of text": top("card", {"opt_step": "10"}),
+    "half a step": top("card", {"opt_step": 1.5}),
     "name of two lines": top("name", "a\nb"),
     "name that is a number": top("name", 3),
 }
