@@ -77,7 +77,7 @@ class Curve:
         return cls(name, lines, source, tuple(left_out))
 
     def points(self, quality: Quality) -> tuple[Floats, Floats]:
-        """Rate and quality of the points that rise: one that costs more for less is left out.
+        """Rate and quality of the points that rise: one that costs as much or more for less is left out.
 
         Raises:
             ConfigError: the curve has no such quality.
@@ -86,7 +86,9 @@ class Curve:
             raise ConfigError(f"{self.name} has no {quality}")
         rates, values = self.lines[quality]
         before = np.maximum.accumulate(np.concatenate([[-np.inf], values[:-1]]))
-        return rates[values > before], values[values > before]
+        rates, values = rates[values > before], values[values > before]
+        best = np.append(np.diff(rates) > 0, True)  # of equal rates
+        return rates[best], values[best]
 
 
 def _label(quality: str) -> str:

@@ -30,7 +30,9 @@ class TucodecError(Exception):
     """Base of every error that the input, the command or the environment is at fault for."""
 
     def __str__(self) -> str:
-        return redacted(super().__str__())
+        """One line without credentials; what a terminal would not print, as in a file's name, is escaped."""
+        text = redacted(super().__str__())
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ImageInputError(TucodecError):

@@ -84,6 +84,9 @@ def test_points_that_cost_more_for_less_are_left_out() -> None:
     rates, values = Curve.of("x", [3, 1, 2, 4], {"psnr": [33, 31, 30, 34]}).points("psnr")
     assert rates.tolist() == [1, 3, 4]
     assert values.tolist() == [31, 33, 34]
+    twice = Curve.of("x", [1, 2, 2, 2, 3], {"psnr": [30, 31, 33, 32, 34]})
+    assert twice.points("psnr")[0].tolist() == [1, 2, 3]
+    assert quality_at_rate(twice, 2) == pytest.approx(33)
 
 
 def test_read_curve(tmp_path: Path) -> None:

@@ -334,6 +334,7 @@ def _manifest(data: bytes) -> dict[str, Any]:
         codes, attempts = content["code"], content["attempts"]
         sound = (
             isinstance(codes, list)
+            and isinstance(attempts, list)
             and all(
                 isinstance(attempt[name], kind)
                 for attempt in attempts

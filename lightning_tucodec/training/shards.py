@@ -93,7 +93,7 @@ class ShardIndex:
         if min(counts) < 1 or any(count != self.shard_size for count in counts[:-1]):
             return "shards of uneven numbers of samples"
         for name, digest in zip(self.names, self.sha256, strict=True):
-            if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+            if not re.fullmatch(r"\w[\w.-]{0,199}", name, re.ASCII):
                 return f"{name!r} is not the name of a shard"
             if not re.fullmatch("[0-9a-f]{64}", digest):
                 return f"{name} has no SHA-256"

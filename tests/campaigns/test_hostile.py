@@ -42,6 +42,13 @@ def test_the_honest_folders_are_used_without_an_error(
         assert hostile.outcome(kind, *folders, False, guard) == "success", name
 
 
+class Lines(TucodecError):
+    """An error that breaks the rule of one line."""
+
+    def __str__(self) -> str:
+        return "two\nlines"
+
+
 def test_what_breaks_a_rule_is_found(guard: hostile.Guard, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
@@ -58,7 +65,8 @@ def test_what_breaks_a_rule_is_found(guard: hostile.Guard, tmp_path: Path) -> No
 
     assert judged(lambda: None) == "success"
     assert judged(lambda: fail(ConfigError("a line"))) == "ConfigError"
-    assert judged(lambda: fail(TucodecError("two\nlines"))).startswith("!a message of several")
+    assert judged(lambda: fail(TucodecError("\x1b[2J of\ntwo lines"))) == "TucodecError"
+    assert judged(lambda: fail(Lines())).startswith("!a message of several")
     assert judged(lambda: fail(KeyError("x"))).startswith("!KeyError at test_hostile.py")
     assert judged(lambda: (tmp_path / "inside").write_text("x")) == "success"
     assert judged(lambda: outside.write_text("x")).startswith("!open")
