@@ -59,7 +59,7 @@ class ShardIndex:
             index = json.loads(storage.read("index.json"))
             if index["version"] != 1:
                 raise DatasetError(
-                    f"{where}: version {index['version']} is not known; update tucodec"
+                    f"{where}: version {index['version']!r:.20} is not known; update tucodec"
                 )
             shards = index["shards"]
             counts = [int(shard["samples"]) for shard in shards]
@@ -211,7 +211,12 @@ class ShardReader:
         index = self.index
         if self.cache is None:
             return Path(self.location) / index.names[shard]
-        return self.cache.get(index.names[shard], index.bytes[shard], index.sha256[shard])
+        name = index.names[shard]
+        try:
+            return self.cache.get(name, index.bytes[shard], index.sha256[shard])
+        except FileNotFoundError:
+            where = f"{self.location}/{name}"
+            raise DatasetError(f"{where}: is missing; see `tucodec shards verify`") from None
 
     def _map(self, shard: int) -> mmap.mmap:
         found = self._maps.get(shard)

@@ -256,3 +256,13 @@ def test_what_does_not_exist_is_said(bucket: str) -> None:
     with pytest.raises(DatasetError, match="no images"):
         build([f"{bucket}/nothing"], f"{bucket}/out", OPTIONS)
     assert Storage(bucket).size("nothing") is None
+
+
+def test_a_remote_shard_that_is_missing_is_named(shard_folder: Path, tmp_path: Path) -> None:
+    """It was asked for again and again, for ever."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/missing/index.json", (shard_folder / "index.json").read_bytes())
+    reader = ShardReader("memory://missing", cache_dir=str(tmp_path))
+    with pytest.raises(DatasetError, match="is missing"):
+        reader.pixels(0)
+    memory.rm("/missing", recursive=True)
