@@ -118,7 +118,8 @@ def test_compare_draws_the_sweep_as_one_curve(box: Box, swept: Plan) -> None:
     assert "Centres that the validation images use" in page
     material = read_sources([str(swept.folder)])
     curves = {entry.curve.name: entry.curve for entry in material.entries}
-    assert len(curves[f"{swept.folder.name}: lambdas"].bpp) == len(LAMBDAS)
+    rates, _ = curves[f"{swept.folder.name}: lambdas"].lines["psnr"]
+    assert len(rates) == len(LAMBDAS)
     assert differences(material.runs[1:])["model.lmbda"] == LAMBDAS
 
 

@@ -118,7 +118,7 @@ def test_a_torn_line_of_metrics_does_not_stop_a_run(tmp_path: Path, tail: bytes)
     good = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(good + tail)
     assert read_metrics(path) == rows
-    JsonlLogger(path).go_on_from(2)
+    JsonlLogger(path).go_on_from({"opt_step": 2, "images_seen": 8})
     assert path.read_bytes() == good
 
 
