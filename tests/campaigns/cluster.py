@@ -224,6 +224,7 @@ class Subject:
         config: configuration file of `tucodec fit`.
         disk: parent of the run folder; None: a folder of its own.
         sets: more words for --set.
+        prepare: called with the run folder's path before the task is submitted.
         site: variables of a site file that goes on from the box's.
     """
 
@@ -234,6 +235,7 @@ class Subject:
         config: Path,
         disk: Path | None = None,
         sets: Sequence[str] = (),
+        prepare: Callable[[Path], None] = lambda run: None,
         **site: object,
     ) -> None:
         self.box = box
@@ -250,15 +252,13 @@ class Subject:
         site_file = folder / "site.sh"
         lines = [f"source {shlex.quote(box.env['TUCODEC_SITE'])}"]
         site_file.write_text("\n".join([*lines, *(f"{k}={v}" for k, v in site.items())]) + "\n")
-        self.plan = Plan.open(
-            Path(
-                box.call(
-                    "env", f"TUCODEC_SITE={site_file}",
-                    sys.executable, "-m", "lightning_tucodec.cli", "sweep", "submit", sweep, *words,
-                )
-            )
-        )  # fmt: skip
+        self.plan = Plan.open(Path(box.tucodec("sweep", "plan", sweep, *words)))
         self.task = next(iter(self.plan.tasks.values()))
+        prepare(self.run)
+        box.call(
+            "env", f"TUCODEC_SITE={site_file}",
+            sys.executable, "-m", "lightning_tucodec.cli", "sweep", "submit", self.plan.folder,
+        )  # fmt: skip
 
     @property
     def run(self) -> Path:

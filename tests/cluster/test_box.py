@@ -170,9 +170,12 @@ def test_a_cluster_that_hands_nothing_on_and_paths_with_spaces(box: Box, box_rec
 
 def test_what_one_process_refuses_ends_the_job(box: Box, box_recipe: Path) -> None:
     """Rank 0 alone finds that the folder is another run's; the other one waits for it. No requeue."""
-    subject = Subject(box, "refused", box_recipe, sets=["model.lmbda=201"], SITE_STAGGER_SECONDS=0)
-    subject.run.mkdir(parents=True)
-    (subject.run / "manifest.json").write_text('{"identity": {"model": "another"}}')
+
+    def occupy(run: Path) -> None:
+        run.mkdir(parents=True)
+        (run / "manifest.json").write_text('{"identity": {"model": "another"}}')
+
+    subject = Subject(box, "refused", box_recipe, sets=["model.lmbda=201"], prepare=occupy)
     assert subject.wait_end() == 1
     wait_for("its job to leave the queue", lambda: not box.queue(subject.plan), 0.5)
     (row,) = rows(box, subject.plan).values()
