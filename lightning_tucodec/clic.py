@@ -25,7 +25,7 @@ import lightning_tucodec
 from lightning_tucodec.allocation import Quantity, Table
 from lightning_tucodec.codecs import ffmpeg
 from lightning_tucodec.codecs.classical import PillowCodec
-from lightning_tucodec.codecs.registry import CLASSES
+from lightning_tucodec.codecs.registry import CLASSES, split
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.evaluate import Row, allocation_table, compare, find_images, finite
 from lightning_tucodec.images import read_image
@@ -187,7 +187,7 @@ def _calls_ffmpeg(name: str) -> bool:
     """Whether a codec's decoder does, whatever a manifest says of it."""
     from lightning_tucodec.codecs.h266 import H266
 
-    kind = name.partition(":")[0]
+    kind, _ = split(name)
     if kind not in CLASSES:
         return kind == H266.codec_name
     return not issubclass(CLASSES[kind], PillowCodec)

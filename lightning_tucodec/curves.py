@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.files import cut_path, expanded
 
 Floats = NDArray[np.float64]
 Quality = Literal["psnr", "ms_ssim_db"]
@@ -316,10 +317,8 @@ def read_named(specification: str) -> Curve:
     Raises:
         ConfigError: the file is neither, or has no such curve.
     """
-    # A path may hold the separator too.
-    cuts = [i for i, letter in enumerate(f"{specification}#") if letter == "#"]
-    cut = next((i for i in cuts if Path(specification[:i]).is_file()), cuts[0])
-    file, name = specification[:cut], specification[cut + 1 :]
+    file, name = cut_path(specification, "#", ".json")
+    file = expanded(file)
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:

@@ -17,13 +17,42 @@ from lightning_tucodec.errors import ConfigError, OutputError
 _temporary: set[str] = set()
 """Files that are being written."""
 
+_LONGEST_PATH = 4096
+"""Bytes, Linux's limit."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of writing, which do not name a file."""
 
 
 def expanded(location: str) -> str:
-    """A path or URL of a user, with `~` and `$NAME` replaced as a shell would; unknown names stay."""
-    return os.path.expanduser(os.path.expandvars(location))
+    """A path or URL of a user, with `~` and `$NAME` replaced as a shell would.
+
+    Unknown names stay, and so do those in the name of a file that exists.
+    """
+    return os.path.expanduser(
+        location if os.path.isfile(location) else os.path.expandvars(location)
+    )
+
+
+def cut_path(text: str, separator: str, suffix: str = "") -> tuple[str, str]:
+    """The path that a text begins with, and the rest: paths may hold what stands between the two.
+
+    Args:
+        text: a path, or a path, a separator and more.
+        separator: regular expression.
+        suffix: of the files that are meant.
+
+    Returns:
+        The longest beginning that is a file. Where none is, the shortest that ends in `suffix`, or else all
+        before the first separator. The rest is what follows the separator there.
+    """
+    cuts = [(found.start(), found.end()) for found in re.finditer(separator, text)]
+    cuts.append((len(text), len(text)))
+    # Texts out of files of others may be long; a path is not.
+    files = [c for c in cuts if c[0] < _LONGEST_PATH and os.path.isfile(expanded(text[: c[0]]))]
+    named = (cut for cut in cuts if suffix and text.endswith(suffix, 0, cut[0]))
+    end, start = files[-1] if files else next(named, cuts[0])
+    return text[:end], text[start:]
 
 
 def check_name(name: object, what: str) -> str:

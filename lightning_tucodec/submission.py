@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lightning_tucodec.codecs.base import ImageCodec
-from lightning_tucodec.codecs.registry import codec, codecs, expand, model_of
+from lightning_tucodec.codecs.registry import codec, codecs, expand, files, model_of, split
 from lightning_tucodec.errors import ConfigError, ExternalToolError, OutputError, TucodecError
 from lightning_tucodec.evaluate import (
     Part,
@@ -79,8 +79,7 @@ class Candidates:
             OutputError: `out` holds something that must not be replaced.
         """
         paths = find_images(images)
-        named = [part for text in specifications for part in re.split("[:,=]", text)]
-        for path in [*paths, *(Path(part) for part in named if part.endswith(".safetensors"))]:
+        for path in [*paths, *(Path(file) for text in specifications for file in files(text))]:
             if path.resolve().is_relative_to(out.resolve()):
                 raise OutputError(f"{path}: lies in {out}, which is to be replaced")
         _check_replaceable(out, out)
@@ -286,7 +285,7 @@ def _decoder(folder: Path, name: str, manifest: Mapping[str, Any]) -> ImageCodec
         from lightning_tucodec.codecs.models import load
 
         told_file(folder, model, manifest["models"][model])
-        if name.partition(":")[0] != H266.codec_name:
+        if split(name)[0] != H266.codec_name:
             return load(folder / model)
     coder = codec(name)
     if coder.name != name:

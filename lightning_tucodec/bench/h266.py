@@ -24,7 +24,8 @@ from lightning_tucodec.metrics import sse
 
 QPS = (32, 35, 38, 41, 44, 47)
 
-_TUC = f"{H266.codec_name}:qp={{qp}},preset={{preset}},filter={NO_FILTER}"
+_TUNED = f"{H266.codec_name}:qp={{qp}},preset={{preset}}"
+_TUC = f"{_TUNED},filter={NO_FILTER}"
 
 _BOTH = "vvc:qp={qp},preset={preset},chroma_qp_offset=-4,colour=orthonormal"
 
@@ -77,9 +78,8 @@ def run(
         raise ConfigError("--qp: BD-rates need four QPs or more")
     variants = dict(VARIANTS) if parts else {"default": VARIANTS["default"]}
     for name in filters:
-        variants[f"post-filter {name}"] = (
-            f"{H266.codec_name}:qp={{qp}},preset={{preset}},filter={name}"
-        )
+        path = name.replace("{", "{{").replace("}", "}}")
+        variants[f"post-filter {name}"] = f"{_TUNED},filter={path}"
     paths = find_images(images)
     keep = rows_file.with_suffix(".files")
     names = [path.name for path in paths]

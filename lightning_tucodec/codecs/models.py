@@ -7,15 +7,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.codecs.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.codecs.tuc import TucModel
 from lightning_tucodec.errors import ModelFileError, UnknownModelError
+from lightning_tucodec.files import expanded
 
 SHIPPED = Path(__file__).parent.parent / "weights"
 """Models that come with the package."""
 
-SUFFIX = ".safetensors"
+SUFFIX = MODEL_SUFFIX
 
 
 def model_folder() -> Path:
@@ -98,7 +100,7 @@ def find(name: str | Path) -> Path:
     """
     text = str(name)
     if text.endswith(SUFFIX) or os.sep in text:
-        return Path(text)
+        return Path(expanded(text))
     for path in model_files():
         if path.name == text + SUFFIX:
             return path

@@ -7,14 +7,18 @@ Names are those of `CLASSES`, keys the fields of the class: `jpeg:q=30`, `hevc:q
 filter. Any other name, or a path to a `.safetensors` file, is a learned model's, with the options of
 `codecs.refine`: `tiny-mse-2:effort=5`. Without its number, `tiny-mse:effort=5` stands for all of a family
 (`expand`). The shell's braces make a sweep of one: `jpeg:q={10,30,50}`.
+
+A path, as name or value, may hold `:`, `,` and `=`: the longest one that exists is meant (`files.cut_path`).
 """
 
 import dataclasses
+import os
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from lightning_tucodec.codecs.base import ImageCodec
+from lightning_tucodec.codecs.base import MODEL_SUFFIX, ImageCodec
 from lightning_tucodec.codecs.classical import (
     Av1Aom,
     Av1Svt,
@@ -28,6 +32,7 @@ from lightning_tucodec.codecs.classical import (
 from lightning_tucodec.codecs.options import Options
 from lightning_tucodec.codecs.vvc import Vvc
 from lightning_tucodec.errors import ConfigError, UnknownModelError
+from lightning_tucodec.files import cut_path, expanded
 
 if TYPE_CHECKING:
     from lightning_tucodec.codecs.model_file import ModelFile
@@ -39,17 +44,47 @@ CLASSES: dict[str, type[Options]] = {
 """Codecs that are not learned; any other name is a learned model's."""
 
 
+def split(specification: str) -> tuple[str, str]:
+    """Name and options, as texts; nothing is loaded."""
+    path, options = cut_path(specification, ":", MODEL_SUFFIX)
+    if path.endswith(MODEL_SUFFIX) or os.sep in path:
+        return path, options
+    name, _, options = specification.partition(":")  # no file of that name is meant
+    return name, options
+
+
+def pairs(options: str) -> Iterator[tuple[str, str]]:
+    """Keys and values of a specification's options; what has no value is a key with an empty one."""
+    while options:
+        key = re.match("[^,=]*", options)[0]  # type: ignore[index]
+        sign, options = options[len(key) : len(key) + 1], options[len(key) + 1 :]
+        value = ""
+        if sign == "=":
+            suffix = MODEL_SUFFIX if key == "filter" else ""
+            value, options = cut_path(options, r",(?=\w+=|,|$)", suffix)
+        if key or sign == "=":
+            yield key, value
+
+
+def files(specification: str) -> list[str]:
+    """Paths of the model files that a specification names."""
+    name, options = split(specification)
+    named = [name, *(value for _, value in pairs(options))]
+    return [expanded(text) for text in named if text.endswith(MODEL_SUFFIX)]
+
+
 def expand(specifications: Iterable[str]) -> list[str]:
     """Specifications in which no name stands for a family of models any more, each once."""
     expanded = []
     for specification in specifications:
-        name, colon, options = specification.partition(":")
+        name, options = split(specification)
+        rest = specification[len(name) :]
         members: list[str] = []
         if name not in CLASSES:
             from lightning_tucodec.codecs.models import family
 
             members = family(name)
-        expanded += [f"{member}{colon}{options}" for member in members] or [specification]
+        expanded += [f"{member}{rest}" for member in members] or [specification]
     return list(dict.fromkeys(expanded))
 
 
@@ -60,12 +95,11 @@ def codec(specification: str) -> ImageCodec:
         ConfigError: the text does not parse, or the name or an option is unknown.
         ModelFileError: the file of a learned model is missing or damaged.
     """
-    name, _, rest = specification.partition(":")
+    name, rest = split(specification)
     options: dict[str, str] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not (key and equals and value):
-            raise ConfigError(f"{specification}: {item} is not KEY=VALUE")
+    for key, value in pairs(rest):
+        if not (key and value):
+            raise ConfigError(f"{specification}: {key or f'={value}'} is not KEY=VALUE")
         if key in options:
             raise ConfigError(f"{specification}: {key} is given twice")
         options[key] = value
@@ -128,9 +162,9 @@ def _with_id(coder: ImageCodec) -> ImageCodec:
 
 def needs_model(specification: str) -> bool:
     """Whether the codec's decoder has a learned part; told by the text, without loading anything."""
-    name, _, options = specification.partition(":")
+    name, options = split(specification)
     # vvc+postfilter:…,filter=none is H.266 alone.
-    return name not in CLASSES and "filter=none" not in options.split(",")
+    return name not in CLASSES and ("filter", "none") not in pairs(options)
 
 
 def model_of(coder: ImageCodec) -> "ModelFile | None":

@@ -193,11 +193,11 @@ def _model(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _model_complexity(name: str) -> tuple[float, float, float, float] | None:
     """The same of a learned model that `tucodec` knows by this name; None for other codecs."""
     from lightning_tucodec.codecs.refine import RefinedModel
-    from lightning_tucodec.codecs.registry import CLASSES, codec
+    from lightning_tucodec.codecs.registry import CLASSES, codec, split
     from lightning_tucodec.nn.codec import TucodecVAE
     from lightning_tucodec.nn.complexity import of_network
 
-    if name.partition(":")[0] in CLASSES:
+    if split(name)[0] in CLASSES:
         return None
     try:
         coder = codec(name)

@@ -1,5 +1,6 @@
 """Figures for papers: rate-distortion curves, and pictures side by side."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,8 @@ def rd_figure(
             # Names are text: as labels, matplotlib would drop those that begin with _ and typeset $…$.
             for text, name in zip(legend.get_texts(), shown, strict=True):
                 text.set_parse_math(False)
-                text.set_text(name)
+                # A long one would leave no room for the axes.
+                text.set_text("\n".join(textwrap.wrap(name, 44, replace_whitespace=False)))
         base = Path(path)
         png, svg = base.with_suffix(".png"), base.with_suffix(".svg")
         for file, metadata in ((png, {"Software": None}), (svg, {"Date": None})):
