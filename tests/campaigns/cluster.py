@@ -5,15 +5,15 @@
 Clusters of two nodes (slurm/localcluster) train a small network by DDP over two processes. A case is hit
 once by each kind, in an order and at optimiser steps that follow from seed and case, as nearly as watching a
 file allows. Its weights, optimiser state, counters and metrics must then equal those of the run that nothing
-hit, to the last bit. Counts go to docs/campaigns.json under the key "cluster"; an interrupted campaign goes
-on where it stopped. The exit status is 1 when any case broke the rule.
+hit, to the last bit. Each case has a cluster of its own. Counts go to docs/campaigns.json under the key
+"cluster" as each case ends; a campaign that was killed goes on with the others. The exit status is 1 when
+any case broke the rule.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import queue
 import random
 import resource
 import shlex
@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,13 @@ from tests.support import MICRO, PHOTOS, photo
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "docs" / "campaigns.json"
 STEPS = 240
-PATIENCE = 2400.0
+PATIENCE = 900.0
 """Seconds to wait for anything; a machine that others use may be ten times slower than a quiet one."""
 
 
 _ENVIRONMENT = threading.Lock()
+_ENDING = threading.Event()
+"""The campaign was told to end; whoever waits in another thread gives up and stops its cluster."""
 
 
 def missing_programs() -> str:
@@ -66,9 +68,12 @@ def wait_for(what: str, condition: Callable[[], Any], every: float = 0.1) -> Any
 
     Raises:
         TimeoutError: it never was.
+        RuntimeError: the campaign ends.
     """
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
+        if _ENDING.is_set():
+            raise RuntimeError(f"the campaign ends; waited for {what}")
         found = condition()
         if found:
             return found
@@ -137,10 +142,25 @@ class Box:
             capture_output=True,
             text=True,
             check=False,
+            timeout=PATIENCE,
         )
         if done.returncode:
             raise RuntimeError(f"{words}: status {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout.strip()
+
+    def state(self) -> str:
+        """Nodes, queue, processes and last words of the daemons, for whoever looks why something hangs."""
+        processes = [f"{pid} {_name(pid)} {_status(pid)}" for pid in self.processes()]
+        logs = [
+            line
+            for path in sorted((self.cluster / "log").iterdir())
+            for line in [path.name, *path.read_text(errors="replace").splitlines()[-15:]]
+        ]
+        try:
+            tables = [self.call("sinfo", "--Node", "--long"), self.call("squeue", "--all")]
+        except (RuntimeError, subprocess.SubprocessError) as error:
+            tables = [str(error)]
+        return "\n".join([*tables, *processes, *logs])
 
     def tucodec(self, *words: object) -> str:
         """Run a command of this package."""
@@ -382,10 +402,15 @@ def _name(pid: int) -> str:
     return ""
 
 
-def _lives(pid: int) -> bool:
+def _status(pid: int) -> str:
+    """As ps says: R, S, T, Z …; X where there is no such process."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "X"
+
+
+def _lives(pid: int) -> bool:
+    return _status(pid) not in "ZX"
 
 
 def _kill(pids: Sequence[int], number: signal.Signals) -> None:
@@ -540,8 +565,11 @@ def endure(subject: Subject, kinds: Sequence[str], rng: random.Random, steps: in
         ranks = subject.freeze_at(step)
         starts = len(subject.events("start"))
         begun = time.monotonic()
-        HITS[kind](subject, ranks, rng)
-        subject.keep_going(starts)
+        try:
+            HITS[kind](subject, ranks, rng)
+            subject.keep_going(starts)
+        except (RuntimeError, TimeoutError, subprocess.SubprocessError) as error:
+            raise RuntimeError(f"{kind} from step {step}: {error}") from error
         seconds = time.monotonic() - begun
         print(
             f"{kind} from step {step}: started again after {seconds:.0f} s",
@@ -597,53 +625,60 @@ def campaign(seed: int, hits: int, results: Path, boxes: int) -> int:
     """Run cases until there were `hits` hits, one at a time on each box; returns how many broke."""
     everything = json.loads(results.read_text()) if results.exists() else {}
     counts = everything.get("cluster", {})
-    if counts.get("seed") != seed:
-        counts = {"seed": seed, "cases": 0, "hits": {}, "broken": []}  # hits: of cases that held
-    cases = range(counts["cases"], -(-hits // len(HITS)))
+    if counts.get("seed") != seed or not isinstance(counts.get("cases"), list):
+        counts = {"seed": seed, "cases": [], "hits": {}, "broken": []}  # hits: of cases that held
+    cases = [case for case in range(-(-hits // len(HITS))) if case not in counts["cases"]]
     if not cases:
         return len(counts["broken"])
-    with tempfile.TemporaryDirectory(prefix="tucodec-cluster-") as scratch:
-        recipe = Path(scratch) / "recipe.yaml"
-        write_recipe(recipe, make_data(Path(scratch) / "data"))
-        free: queue.SimpleQueue[Box] = queue.SimpleQueue()
-        started: list[Box] = []
-        try:
-            for number in range(min(boxes, len(cases))):
-                started.append(Box(Path(scratch) / f"box-{number}"))
-                free.put(started[-1])
-            reference = Subject(started[0], "straight", recipe)
+    with tempfile.TemporaryDirectory(prefix="tucodec-cluster-") as name:
+        scratch = Path(name)
+        recipe = scratch / "recipe.yaml"
+        write_recipe(recipe, make_data(scratch / "data"))
+        with _box(scratch / "straight") as box:
+            counts["proctrack"] = box.tracker
+            reference = Subject(box, "straight", recipe)
             reference.finish()
 
-            def run(case: int) -> tuple[list[str], str]:
-                rng = random.Random(f"cluster {seed} {case}")
-                kinds = rng.sample(sorted(HITS), len(HITS))
-                box = free.get()
-                with small_disk(Path(scratch) / f"disk-{case}") as disk:
-                    try:
-                        subject = Subject(box, f"case-{case}", recipe, disk)
-                        endure(subject, kinds, rng)
-                        return kinds, difference(reference.run, subject.run)
-                    except (RuntimeError, TimeoutError) as error:
-                        box.call("scancel", "--partition=normal")
-                        return kinds, str(error)
-                    finally:
-                        free.put(box)
+        def run(case: int) -> tuple[int, list[str], str]:
+            rng = random.Random(f"cluster {seed} {case}")
+            kinds = rng.sample(sorted(HITS), len(HITS))
+            with (
+                _box(scratch / f"case-{case}") as box,
+                small_disk(scratch / f"disk-{case}") as disk,
+            ):
+                try:
+                    subject = Subject(box, "hit", recipe, disk)
+                    endure(subject, kinds, rng)
+                    return case, kinds, difference(reference.run, subject.run)
+                except (RuntimeError, TimeoutError, subprocess.SubprocessError) as error:
+                    print(box.state(), file=sys.stderr, flush=True)
+                    return case, kinds, str(error)
 
-            with ThreadPoolExecutor(len(started)) as threads:
-                for case, (kinds, wrong) in zip(cases, threads.map(run, cases), strict=True):
-                    counts |= {"cases": case + 1, "proctrack": started[0].tracker}
-                    if wrong:
-                        counts["broken"].append({"case": case, "kinds": kinds, "what": wrong})
-                    else:
-                        for kind in kinds:
-                            counts["hits"][kind] = counts["hits"].get(kind, 0) + 1
-                    _save(results, counts)
-                    said = f"{counts['cases'] * len(HITS)}/{hits} hits: {', '.join(kinds)}"
-                    print(f"{said}: {wrong or 'the same'}", file=sys.stderr, flush=True)
-        finally:
-            for box in started:
-                box.stop()
+        with ThreadPoolExecutor(boxes) as threads:
+            futures = [threads.submit(run, case) for case in cases]
+            for future in as_completed(futures):
+                case, kinds, wrong = future.result()
+                counts["cases"] = sorted([*counts["cases"], case])
+                if wrong:
+                    counts["broken"].append({"case": case, "kinds": kinds, "what": wrong})
+                else:
+                    for kind in kinds:
+                        counts["hits"][kind] = counts["hits"].get(kind, 0) + 1
+                _save(results, counts)
+                said = f"{sum(counts['hits'].values())}/{hits} hits: {', '.join(kinds)}"
+                print(f"{said}: {wrong or 'the same'}", file=sys.stderr, flush=True)
     return len(counts["broken"])
+
+
+@contextlib.contextmanager
+def _box(folder: Path) -> Iterator[Box]:
+    if _ENDING.is_set():
+        raise RuntimeError("the campaign ends")
+    box = Box(folder)
+    try:
+        yield box
+    finally:
+        box.stop()
 
 
 def _save(results: Path, counts: dict[str, Any]) -> None:
@@ -665,7 +700,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if why:
         print(f"no cluster: {why}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster is stopped on the way out
+
+    def end(number: int, frame: object) -> None:
+        _ENDING.set()
+        sys.exit(128 + number)  # the clusters are stopped on the way out
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
     broken = campaign(arguments.seed, arguments.hits, arguments.results, arguments.boxes)
     print(f"at least {arguments.hits} hits, {broken} broken cases")
     return int(broken > 0)
