@@ -6,15 +6,21 @@ import re
 import sys
 
 from lightning_tucodec.files import check_targets
-from lightning_tucodec.options import count
+from lightning_tucodec.options import count, location
 from lightning_tucodec.processes import cores
 
 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tucodec shards build`."""
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SRC", help="folder, uncompressed tar, image, or URL of one")
-    add("--out", required=True, metavar="DIR|URL", help="where the shards go")
+    add(
+        "sources",
+        nargs="+",
+        type=location,
+        metavar="SRC",
+        help="folder, uncompressed tar, image, or URL of one",
+    )
+    add("--out", type=location, required=True, metavar="DIR|URL", help="where the shards go")
     add("--patch", type=int, default=256, metavar="N", help="side in pixels (default 256)")
     add("--count", type=int, metavar="N", help="patches in all (default: as many as there are)")
     add("--shard-size", type=int, default=1024, metavar="N", help="patches a shard (default 1024)")
@@ -98,15 +104,26 @@ def run_build(arguments: argparse.Namespace) -> int:
 def add_precode_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tucodec shards precode`."""
     add = parser.add_argument
-    add("sources", nargs="+", metavar="SRC", help="folder, uncompressed tar, or image")
-    add("--out", required=True, metavar="DIR", help="where the shards go")
+    add(
+        "sources",
+        nargs="+",
+        type=location,
+        metavar="SRC",
+        help="folder, uncompressed tar, or image",
+    )
+    add("--out", type=location, required=True, metavar="DIR", help="where the shards go")
     add("--codec", nargs="+", required=True, metavar="SPEC", help="settings, as vvc:qp={34,38,42}")
     add("--per-photo", type=count, default=2, metavar="N", help="settings a photograph (2)")
     add("--patch", type=int, default=160, metavar="N", help="side in pixels (160)")
     add("--shard-size", type=int, default=1024, metavar="N", help="patches a shard (1024)")
     add("--seed", type=int, default=0, metavar="K", help="settings, places and order (0)")
     add("--workers", type=int, default=cores(), metavar="W")
-    add("--cache", metavar="DIR", help="where the coded streams are kept (default: in --out)")
+    add(
+        "--cache",
+        type=location,
+        metavar="DIR",
+        help="where the coded streams are kept (default: in --out)",
+    )
     add("--json", action="store_true", help="summary as JSON")
 
 

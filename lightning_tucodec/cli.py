@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning_tucodec.errors import TucodecError, reason
-from lightning_tucodec.options import add_force, count, positive, real, whole
+from lightning_tucodec.options import add_force, count, location, positive, real, whole
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -67,10 +67,10 @@ def _register_shards(subparsers: Any) -> None:
     )
     verify = _command(commands, "verify", run_verify, "read all shards back and name what is wrong")
     stats = _command(commands, "stats", run_stats, "draw a contact sheet and histograms")
-    stats.add_argument("-o", "--out", default="stats.png", metavar="PNG")
+    stats.add_argument("-o", "--out", type=location, default="stats.png", metavar="PNG")
     add_force(stats)
     for command in (verify, stats):
-        command.add_argument("shards", metavar="DIR|URL")
+        command.add_argument("shards", type=location, metavar="DIR|URL")
         command.add_argument("--json", action="store_true")
 
 
@@ -82,7 +82,7 @@ def _register_coding(subparsers: Any) -> None:
     decompress = _command(subparsers, "decompress", cli.run_decompress, ".tuc files to PNG")
     cli.add_decompress_arguments(decompress)
     info = _command(subparsers, "info", cli.run_info, "say what stands in a .tuc file")
-    info.add_argument("file", metavar="TUC")
+    info.add_argument("file", type=location, metavar="TUC")
     models = _command(subparsers, "models", cli.run_models, "list shipped and local models")
     for command in (info, models):
         command.add_argument("--json", action="store_true")
@@ -100,7 +100,7 @@ def _register_demo(subparsers: Any) -> None:
     parser = _command(
         subparsers, "demo", run, "the whole chain on photos that ship with a dependency"
     )
-    parser.add_argument("--out", default="demo", metavar="DIR")
+    parser.add_argument("--out", type=location, default="demo", metavar="DIR")
 
 
 def _register_export(subparsers: Any) -> None:
@@ -111,9 +111,13 @@ def _register_export(subparsers: Any) -> None:
 
     parser = _command(subparsers, "export", run, "a run's weights and integer tables to one file")
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a run folder, a checkpoint, or a model"
+        "runs",
+        nargs="+",
+        type=location,
+        metavar="RUN",
+        help="a run folder, a checkpoint, or a model",
     )
-    parser.add_argument("-o", "--out", required=True, metavar="MODEL.safetensors")
+    parser.add_argument("-o", "--out", type=location, required=True, metavar="MODEL.safetensors")
     add_force(parser)
     parser.add_argument(
         "--average",
@@ -123,7 +127,9 @@ def _register_export(subparsers: Any) -> None:
         help="of each of several runs in an average of their weights; equal ones when left out",
     )
     parser.add_argument("--name", help="the model's name; the file's stem when left out")
-    parser.add_argument("--card", metavar="YAML", help="file with more entries of the card")
+    parser.add_argument(
+        "--card", type=location, metavar="YAML", help="file with more entries of the card"
+    )
 
 
 def _register_doctor(subparsers: Any) -> None:
@@ -133,9 +139,11 @@ def _register_doctor(subparsers: Any) -> None:
         return doctor(arguments)
 
     parser = _command(subparsers, "doctor", run, "what would fail in a training, and what to do")
-    parser.add_argument("--config", metavar="YAML", help="a configuration of `fit`")
-    parser.add_argument("--mirror", metavar="URL", help="as that of `fit`")
-    parser.add_argument("--script", metavar="FILE", help="a batch script, or the call of sbatch")
+    parser.add_argument("--config", type=location, metavar="YAML", help="a configuration of `fit`")
+    parser.add_argument("--mirror", type=location, metavar="URL", help="as that of `fit`")
+    parser.add_argument(
+        "--script", type=location, metavar="FILE", help="a batch script, or the call of sbatch"
+    )
     parser.add_argument("--json", action="store_true")
 
 
@@ -148,7 +156,7 @@ def _register_wandb_sync(subparsers: Any) -> None:
     parser = _command(
         subparsers, "wandb-sync", run, "send what W&B lacks of runs, from their metrics.jsonl"
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("runs", nargs="+", type=location, metavar="RUN", help="run folders")
     parser.add_argument("--offline", action="store_true", help="write an offline run instead")
 
 
@@ -168,7 +176,7 @@ def _register_evaluate(subparsers: Any) -> None:
         return 0
 
     parser = _command(subparsers, "evaluate", run, "real bytes and quality of any codecs on images")
-    parser.add_argument("images", nargs="+", metavar="IMAGE|DIR")
+    parser.add_argument("images", nargs="+", type=location, metavar="IMAGE|DIR")
     parser.add_argument(
         "--codec",
         nargs="+",
@@ -176,13 +184,13 @@ def _register_evaluate(subparsers: Any) -> None:
         metavar="SPEC",
         help="NAME[:KEY=VALUE,...] as in jpeg:q=30 or vvc:qp=37, or the name of a learned model",
     )
-    parser.add_argument("-o", "--out", required=True, metavar="RESULTS.json")
+    parser.add_argument("-o", "--out", type=location, required=True, metavar="RESULTS.json")
     add_force(parser)
     parser.add_argument(
         "--workers", type=count, help="codings at a time; all processors by default"
     )
     parser.add_argument(
-        "--keep", metavar="DIR", help="keep the coded files, named by their SHA-256"
+        "--keep", type=location, metavar="DIR", help="keep the coded files, named by their SHA-256"
     )
     parser.add_argument(
         "--memory", action="store_true", help="also the peak memory of every codec on one image"
@@ -232,9 +240,9 @@ def _register_allocate(subparsers: Any) -> None:
         "code a set under one budget: the best candidate for each image",
     )
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE|DIR")
+    add("images", nargs="+", type=location, metavar="IMAGE|DIR")
     add("--candidate", nargs="+", required=True, metavar="SPEC", help="as --codec of evaluate")
-    add("-o", "--out", required=True, metavar="DIR")
+    add("-o", "--out", type=location, required=True, metavar="DIR")
     add("--maximise", choices=("psnr", "ms-ssim"), help="else bytes are minimised")
     _add_limits(parser)
     add("--max-decode-seconds", type=positive, help="for the whole set")
@@ -285,9 +293,13 @@ def _register_bench(subparsers: Any) -> None:
     effort_command = _command(
         commands, "effort", run_effort, "what refinement at the encoder brings, and costs"
     )
-    effort_command.add_argument("images", nargs="+", metavar="IMAGE|DIR")
+    effort_command.add_argument("images", nargs="+", type=location, metavar="IMAGE|DIR")
     effort_command.add_argument(
-        "--model", nargs="+", required=True, help="of one recipe; four or more give a BD-rate"
+        "--model",
+        nargs="+",
+        type=location,
+        required=True,
+        help="of one recipe; four or more give a BD-rate",
     )
     effort_command.add_argument(
         "--effort", nargs="*", type=whole(0, 9), default=[3, 5, 7], metavar="0-9"
@@ -301,7 +313,11 @@ def _register_bench(subparsers: Any) -> None:
         help="effort 9 in time",
     )
     effort_command.add_argument(
-        "--rows", default="effort.rows.jsonl", metavar="JSONL", help="measurements, kept"
+        "--rows",
+        type=location,
+        default="effort.rows.jsonl",
+        metavar="JSONL",
+        help="measurements, kept",
     )
     effort_command.add_argument("--json", action="store_true")
 
@@ -327,8 +343,8 @@ def _register_bench(subparsers: Any) -> None:
     h266_command = _command(
         commands, "h266", run_h266, "what each part of the H.266 pipeline is worth"
     )
-    h266_command.add_argument("images", nargs="+", metavar="IMAGE|DIR")
-    h266_command.add_argument("--filter", nargs="*", default=[], metavar="MODEL")
+    h266_command.add_argument("images", nargs="+", type=location, metavar="IMAGE|DIR")
+    h266_command.add_argument("--filter", nargs="*", type=location, default=[], metavar="MODEL")
     h266_command.add_argument("--preset", default="medium")
     h266_command.add_argument(
         "--qp", nargs="*", type=whole(0, 63), metavar="QP", help="32, 35, … 47"
@@ -337,7 +353,11 @@ def _register_bench(subparsers: Any) -> None:
         "--bpp", type=positive, default=0.15, help="where gains are read (0.15)"
     )
     h266_command.add_argument(
-        "--rows", default="h266.rows.jsonl", metavar="JSONL", help="measurements, kept"
+        "--rows",
+        type=location,
+        default="h266.rows.jsonl",
+        metavar="JSONL",
+        help="measurements, kept",
     )
     h266_command.add_argument("--workers", type=count, help="codings at a time")
     h266_command.add_argument("--whole", action="store_true", help="leave out the parts")
@@ -392,6 +412,7 @@ def _register_bench(subparsers: Any) -> None:
         command.add_argument(
             "--models",
             nargs="+",
+            type=location,
             default=["paper", "fast", "tiny-mse-2"],
             metavar="NAME",
             help="presets (untrained; symbols drawn from their own P) or trained models (%(default)s)",
@@ -410,7 +431,9 @@ def _register_bench(subparsers: Any) -> None:
         command.add_argument("--repeats", type=count, default=5)
         command.add_argument("--json", action="store_true")
         if name == "codec":
-            command.add_argument("--image", help="a photograph instead of the generated picture")
+            command.add_argument(
+                "--image", type=location, help="a photograph instead of the generated picture"
+            )
             command.add_argument(
                 "--large",
                 action="store_true",
@@ -437,7 +460,9 @@ def _register_bench(subparsers: Any) -> None:
         ("loader", "loading patches against plain webdataset on PNG, and bare decoding"),
     ):
         command = _command(commands, name, run_data, summary)
-        command.add_argument("--photos", metavar="SRC", help="by default generated ones")
+        command.add_argument(
+            "--photos", type=location, metavar="SRC", help="by default generated ones"
+        )
         command.add_argument("--count", type=count, default=600, help="patches of 256×256")
         command.add_argument("--repeats", type=count, default=3)
         command.add_argument("--json", action="store_true")
@@ -459,7 +484,7 @@ def _register_bench(subparsers: Any) -> None:
     command = _command(
         commands, "train", run_train, "`fit` with all it does against a bare Lightning loop"
     )
-    command.add_argument("--photos", metavar="SRC", help="by default generated ones")
+    command.add_argument("--photos", type=location, metavar="SRC", help="by default generated ones")
     command.add_argument("--preset", default="tiny", choices=("tiny", "fast", "paper"))
     command.add_argument("--steps", type=count, default=60, help="of each training")
     command.add_argument("--repeats", type=count, default=3)
@@ -489,20 +514,22 @@ def _register_clic(subparsers: Any) -> None:
     family = subparsers.add_parser("clic", help="decode and verify what `allocate` has written")
     commands = family.add_subparsers(dest="clic_command", metavar="COMMAND", required=True)
     verify = _command(commands, "verify", run, "decode a submission and measure everything anew")
-    verify.add_argument("submission", metavar="DIR")
+    verify.add_argument("submission", type=location, metavar="DIR")
     compare = _command(
         commands, "compare", run, "verify submissions; their numbers beside Tucodec's of 2019"
     )
-    compare.add_argument("submission", metavar="DIR", nargs="+")
+    compare.add_argument("submission", type=location, metavar="DIR", nargs="+")
     check = _command(commands, "check", run, "count: are these CLIC 2019's validation images?")
-    check.add_argument("images", metavar="IMAGE|DIR", nargs="+")
+    check.add_argument("images", type=location, metavar="IMAGE|DIR", nargs="+")
     decode = _command(commands, "decode", run, "decode a submission to PNG files")
-    decode.add_argument("submission", metavar="DIR")
-    decode.add_argument("-o", "--out", required=True, metavar="DIR")
+    decode.add_argument("submission", type=location, metavar="DIR")
+    decode.add_argument("-o", "--out", type=location, required=True, metavar="DIR")
     add_force(decode)
     _add_limits(verify)
     for command in (verify, compare):
-        command.add_argument("--originals", nargs="+", required=True, metavar="IMAGE|DIR")
+        command.add_argument(
+            "--originals", nargs="+", type=location, required=True, metavar="IMAGE|DIR"
+        )
     for command in (verify, compare, decode):
         command.add_argument("--json", action="store_true")
 

@@ -4,10 +4,17 @@ import argparse
 import math
 from collections.abc import Callable
 
+from lightning_tucodec.files import expanded
+
 
 def add_force(parser: argparse.ArgumentParser) -> None:
     """`--force`: existing files may be replaced; inputs never are."""
     parser.add_argument("--force", action="store_true", help="replace files that exist already")
+
+
+def location(text: str) -> str:
+    """A type of options: a path or URL, with `~` and `$NAME` as a shell would have replaced them."""
+    return expanded(text)
 
 
 def real(

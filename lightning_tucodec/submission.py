@@ -36,7 +36,7 @@ from lightning_tucodec.evaluate import (
     find_images,
     finite,
 )
-from lightning_tucodec.files import atomic_write, check_targets, expanded
+from lightning_tucodec.files import atomic_write, check_targets
 from lightning_tucodec.images import write_png
 from lightning_tucodec.manifest import (
     DECODE,
@@ -298,7 +298,7 @@ def _decoder(folder: Path, name: str, manifest: Mapping[str, Any]) -> ImageCodec
 
 def run_allocate(arguments: argparse.Namespace) -> int:
     """`tucodec allocate`."""
-    out = Path(os.path.abspath(expanded(arguments.out)))
+    out = Path(os.path.abspath(arguments.out))
     candidates = Candidates.of(arguments.images, arguments.candidate, out)
     if arguments.part:
         part = Part(*arguments.part)

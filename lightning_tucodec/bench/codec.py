@@ -20,6 +20,7 @@ from PIL import Image
 
 from lightning_tucodec.bench.subjects import PEERS, Peer, Subject, picture, sampled, trained
 from lightning_tucodec.bench.timing import in_turns, machine, rows_of
+from lightning_tucodec.codecs.models import find
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.images import read_image, write_png
 from lightning_tucodec.nn.codec import PRESETS
@@ -210,7 +211,8 @@ def large(model: str, size: tuple[int, int] = (4000, 6000)) -> dict[str, Any]:
         Image.fromarray(picture(*size)).save(folder / "large.jpg", quality=92)
         for words in (["compress", "large.jpg"], ["decompress", "large.tuc"]):
             command = [sys.executable, "-m", "lightning_tucodec.cli", *words, "-o", "."]
-            command += ["--model", model] if words[0] == "compress" else []
+            # Its file, since the command runs in another folder.
+            command += ["--model", str(find(model).resolve())] if words[0] == "compress" else []
             # A child of its own, so that its peak is not that of another command.
             code = (
                 "import os, resource, subprocess, sys, time\n"

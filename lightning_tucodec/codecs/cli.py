@@ -19,7 +19,7 @@ from lightning_tucodec.errors import (
     reason,
 )
 from lightning_tucodec.files import atomic_write, target_check
-from lightning_tucodec.options import add_force, positive, real, whole
+from lightning_tucodec.options import add_force, location, positive, real, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,10 +47,15 @@ H266_MODELS = ("vvc", "vvc+postfilter")
 
 def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tucodec compress`."""
-    parser.add_argument("images", nargs="+", metavar="IMG", help="image files, or folders of them")
-    parser.add_argument("-o", "--out", required=True, help="a .tuc file, or a folder")
+    parser.add_argument(
+        "images", nargs="+", type=location, metavar="IMG", help="image files, or folders of them"
+    )
+    parser.add_argument(
+        "-o", "--out", type=location, required=True, help="a .tuc file, or a folder"
+    )
     parser.add_argument(
         "--model",
+        type=location,
         help=f"name or file ({DEFAULT_MODEL}); with a target the name of a family, as tiny-ssim for "
         f"tiny-ssim-1, -2, …; or {' or '.join(H266_MODELS)}",
     )
@@ -81,16 +86,22 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="0-9",
         help="search for symbols that code the image better; each level takes longer (0)",
     )
-    parser.add_argument("--recon", metavar="PNG", help="also write what a decoder will show")
+    parser.add_argument(
+        "--recon", type=location, metavar="PNG", help="also write what a decoder will show"
+    )
     add_force(parser)
     parser.add_argument("--json", action="store_true", help="one object a file, with quality")
 
 
 def add_decompress_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tucodec decompress`."""
-    parser.add_argument("files", nargs="+", metavar="TUC")
-    parser.add_argument("-o", "--out", required=True, help="a .png file, or a folder")
-    parser.add_argument("--model", help="file of the model, when it is not among the known ones")
+    parser.add_argument("files", nargs="+", type=location, metavar="TUC")
+    parser.add_argument(
+        "-o", "--out", type=location, required=True, help="a .png file, or a folder"
+    )
+    parser.add_argument(
+        "--model", type=location, help="file of the model, when it is not among the known ones"
+    )
     _add_device(parser)
     add_force(parser)
     parser.add_argument(

@@ -23,7 +23,7 @@ SUFFIX = MODEL_SUFFIX
 def model_folder() -> Path:
     """The user's own models: $TUCODEC_MODELS, or `tucodec/models` below $XDG_DATA_HOME."""
     if named := os.environ.get("TUCODEC_MODELS"):
-        return Path(named)
+        return Path(expanded(named))
     data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(data) / "tucodec" / "models"
 

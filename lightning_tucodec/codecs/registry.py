@@ -77,7 +77,7 @@ def expand(specifications: Iterable[str]) -> list[str]:
     """Specifications in which no name stands for a family of models any more, each once."""
     expanded = []
     for specification in specifications:
-        name, options = split(specification)
+        name = split(specification)[0]
         rest = specification[len(name) :]
         members: list[str] = []
         if name not in CLASSES:

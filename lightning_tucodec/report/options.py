@@ -2,7 +2,7 @@
 
 import argparse
 
-from lightning_tucodec.options import add_force, count, positive
+from lightning_tucodec.options import add_force, count, location, positive
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,11 +10,12 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
+        type=location,
         metavar="SOURCE",
         help="run folder, sweep folder, results.json, published curve (CompressAI's format) or a folder of "
         "them, published:NAME, wandb:ENTITY/PROJECT/GROUP",
     )
-    parser.add_argument("-o", "--out", required=True, metavar="REPORT.html")
+    parser.add_argument("-o", "--out", type=location, required=True, metavar="REPORT.html")
     add_force(parser)
     parser.add_argument("--anchor", metavar="NAME", help="the curve that BD-rates refer to")
     parser.add_argument(
@@ -28,10 +29,13 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         nargs="+",
+        type=location,
         metavar="IMAGE|DIR",
         help="originals of results.json: adds the gallery",
     )
-    parser.add_argument("--kept", metavar="DIR", help="coded files that `evaluate --keep` has left")
+    parser.add_argument(
+        "--kept", type=location, metavar="DIR", help="coded files that `evaluate --keep` has left"
+    )
     parser.add_argument(
         "--bpp", type=positive, help="rate of the gallery; by default the first codec's"
     )

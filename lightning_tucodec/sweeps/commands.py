@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tucodec.errors import ConfigError, ExternalToolError
+from lightning_tucodec.options import location
 from lightning_tucodec.sweeps.plan import Plan
 from lightning_tucodec.sweeps.queue import Job, outstanding, queued, submit
 from lightning_tucodec.sweeps.spec import Task
 from lightning_tucodec.sweeps.status import status, table_text
+
+
+def _path(text: str) -> Path:
+    return Path(location(text))
 
 
 def add_arguments(commands: Any, command: Any) -> None:
@@ -33,8 +38,8 @@ def add_arguments(commands: Any, command: Any) -> None:
         (submit_, "SWEEP.yaml|PLAN"),
         (local, "SWEEP.yaml|PLAN"),
     ):
-        parser.add_argument("sweep", type=Path, metavar=what)
-        parser.add_argument("--out", type=Path, default=Path("sweeps"), metavar="DIR")
+        parser.add_argument("sweep", type=_path, metavar=what)
+        parser.add_argument("--out", type=_path, default=Path("sweeps"), metavar="DIR")
         parser.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="into every task"
         )
@@ -45,7 +50,7 @@ def add_arguments(commands: Any, command: Any) -> None:
     show = command(commands, "status", run_status, "what the tasks of a sweep are doing")
     resolve = command(commands, "resolve", run_resolve, "print a task's final configuration file")
     for parser in (retry, show, resolve):
-        parser.add_argument("plan", type=Path, metavar="PLAN", help="folder of a planned sweep")
+        parser.add_argument("plan", type=_path, metavar="PLAN", help="folder of a planned sweep")
     show.add_argument("--json", action="store_true")
     retry.add_argument("tasks", nargs="*", metavar="TASK", help="as in ssim-3; all by default")
     retry.add_argument("--dry-run", action="store_true", help="print the commands of sbatch")

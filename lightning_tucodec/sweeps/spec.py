@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.files import check_name, parse_yaml, read_yaml
+from lightning_tucodec.files import check_name, expanded, parse_yaml, read_yaml
 from lightning_tucodec.training.identity import arguments
 
 Config = dict[str, Any]
@@ -205,7 +205,7 @@ def _read_stage(
     files = entries["config"] if isinstance(entries["config"], list) else [entries["config"]]
     if not files or not all(isinstance(file, str) for file in files):
         raise ConfigError(f"config: must be {_STAGE['config'][1]}")
-    contents = [read_yaml(folder / file) for file in files]
+    contents = [read_yaml(folder / expanded(file)) for file in files]
     grid: dict[str, list[Any]] = entries.get("grid") or {}
     for key, values in grid.items():
         if not isinstance(values, list) or not values:

@@ -15,7 +15,7 @@ from lightning_tucodec.codecs.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.models import SUFFIX
 from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.files import check_targets, expanded, read_yaml
+from lightning_tucodec.files import check_targets, read_yaml
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
 from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
 from lightning_tucodec.training.runs import RunFolder, load_checkpoint, network_weights
@@ -131,7 +131,7 @@ def _card(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Write the model file."""
-    out = Path(expanded(arguments.out))
+    out = Path(arguments.out)
     if out.suffix != SUFFIX:
         raise ConfigError(f"{out}: a model file's name ends in {SUFFIX}")
     card = [arguments.card] if arguments.card else []
@@ -139,7 +139,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     extra: dict[str, Any] = {}
     if arguments.card:
         extra = read_yaml(arguments.card)
-    runs = [Path(expanded(run)) for run in arguments.runs]
+    runs = [Path(run) for run in arguments.runs]
     model = export(runs, arguments.name or out.stem, extra, arguments.average)
     model.save(out)
     print(f"{out}  {model.name}  id {model.id.hex()}  {out.stat().st_size} bytes")

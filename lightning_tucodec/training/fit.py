@@ -439,6 +439,19 @@ class TucodecCLI(LightningCLI):
         return flat(plain)
 
 
+def _expanded_config(words: Sequence[str]) -> list[str]:
+    """The words, with the paths of configuration files as a shell would have given them."""
+    result: list[str] = []
+    for word in words:
+        option, sign, value = word.partition("=")
+        if result and result[-1] in ("--config", "-c"):
+            word = expanded(word)
+        elif sign and option == "--config":
+            word = f"{option}={expanded(value)}"
+        result.append(word)
+    return result
+
+
 def _own_error(error: BaseException) -> BaseException:
     """What a class of ours refused, out of what the parser made of it; else the error itself."""
     inner: BaseException | None = error
@@ -493,7 +506,7 @@ def _main(arguments: Sequence[str], preemption: Preemption) -> int:
                 save_config_callback=None,
                 seed_everything_default=0,
                 parser_kwargs={"prog": "tucodec", **raising, arguments[0]: raising},
-                args=list(arguments),
+                args=_expanded_config(arguments),
                 command=arguments[0],
                 preemption=preemption,
             )

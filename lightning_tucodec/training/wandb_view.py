@@ -30,7 +30,7 @@ from typing import Any
 
 from lightning_tucodec.curves import Curve, Quality, bd_rate, rate_at_quality, read_named
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.files import expanded, read_yaml
+from lightning_tucodec.files import read_yaml
 from lightning_tucodec.training.companions import wait
 from lightning_tucodec.training.runs import (
     Manifest,
@@ -298,7 +298,7 @@ def run_sync(arguments: argparse.Namespace) -> int:
     status = 0
     for run in arguments.runs:
         try:
-            count = sync(Path(expanded(run)), not arguments.offline)
+            count = sync(Path(run), not arguments.offline)
             print(f"{run}  {count} lines sent")
         except ConfigError as error:
             print(f"tucodec: {error}", file=sys.stderr)

@@ -64,9 +64,9 @@ def test_any_path_that_exists_is_whole(root: Path, folder: str, stem: str, decoy
 def test_a_path_that_is_missing_is_named_whole(tmp_path: Path) -> None:
     path = tmp_path / "run T10:00,x=3" / "model.safetensors"
     for text in (str(path), f"{path}:effort=3"):
-        with pytest.raises(ModelFileError, match="x=3/model.safetensors: No such file"):
+        with pytest.raises(ModelFileError, match=r"x=3/model\.safetensors: No such file"):
             registry.codec(text)
-    with pytest.raises(ModelFileError, match="x=3/model.safetensors: No such file"):
+    with pytest.raises(ModelFileError, match=r"x=3/model\.safetensors: No such file"):
         registry.codec(f"vvc+postfilter:qp=42,filter={path},turn=3").model()
 
 

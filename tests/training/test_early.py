@@ -46,7 +46,7 @@ def test_a_baseline_may_lie_where_its_separator_is(tmp_path: Path) -> None:
     results = {"bpp": [0.1, 0.2, 0.4, 0.8], "psnr-rgb": [28.0, 30.0, 33.0, 36.0]}
     file.write_text(json.dumps({"name": "A", "results": results}))
     assert read_named(str(file)).name == "A"
-    with pytest.raises(ConfigError, match=r"exp#3/none.json: No such file"):
+    with pytest.raises(ConfigError, match=r"exp#3/none\.json: No such file"):
         read_named(f"{folder / 'none.json'}#jpeg")
 
 
