@@ -28,7 +28,12 @@ def expanded(location: str) -> str:
     """A path or URL of a user, with `~` and `$NAME` replaced as a shell would.
 
     Unknown names stay, and so do those in the name of a file that exists.
+
+    Raises:
+        ConfigError: no file can have that name, whatever the file system.
     """
+    if "\0" in location:
+        raise ConfigError(f"{location}: a name of a file holds no null byte")
     return os.path.expanduser(
         location if os.path.isfile(location) else os.path.expandvars(location)
     )
@@ -81,11 +86,13 @@ def read_text(path: str | Path) -> str:
     """
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # a null byte in the name
+        raise ConfigError(f"{path}: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):

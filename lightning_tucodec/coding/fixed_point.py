@@ -69,7 +69,7 @@ class IntegerLinear:
         self.bias = bias.double() + 2.0 ** (shift - 1)
         self.shift = shift
         worst = self.weight.abs().sum(0) * LIMIT + self.bias.abs()
-        if not 1 <= shift <= 40 or not bool((worst < EXACT).all()):
+        if not bool((worst < EXACT).all()):
             raise ModelFileError(f"{name}: sums of up to {float(worst.max()):.3g} are not exact")
         if bool((self.weight.abs() > _WEIGHT_MAX).any()):
             raise ModelFileError(f"{name}: a weight has more than 16 bits")
@@ -234,6 +234,19 @@ def integer_layout(network: TucodecVAE) -> dict[str, tuple[tuple[int, ...], torc
     return layout
 
 
+def _shift(tensors: dict[str, Tensor], name: str) -> int:
+    """Bits that a layer of a model file drops.
+
+    Raises:
+        KeyError: the layer has no such tensor.
+        ModelFileError: no layer of this package drops so many, or so few.
+    """
+    shift = int(tensors[f"{name}.shift"])
+    if not 1 <= shift <= 40:
+        raise ModelFileError(f"{name}: a shift by {shift} bits is none of this package's")
+    return shift
+
+
 @torch.no_grad()
 def restore_network(network: TucodecVAE, tensors: dict[str, Tensor]) -> None:
     """Fill the floating-point entropy networks with the values that the integers stand for.
@@ -242,7 +255,7 @@ def restore_network(network: TucodecVAE, tensors: dict[str, Tensor]) -> None:
     """
 
     def rows(name: str, output_bits: int = FRACTION_BITS) -> tuple[Tensor, Tensor]:
-        bits = int(tensors[f"{name}.shift"]) - FRACTION_BITS + output_bits
+        bits = _shift(tensors, name) - FRACTION_BITS + output_bits
         weight = tensors[f"{name}.weight"].double() * 2.0**-bits
         return weight, tensors[f"{name}.bias"].double() * 2.0 ** -(bits + FRACTION_BITS)
 
@@ -319,7 +332,7 @@ class IntegerEntropyModel:
                     name,
                     tensors[f"{name}.weight"],
                     tensors[f"{name}.bias"],
-                    int(tensors[f"{name}.shift"]),
+                    _shift(tensors, name),
                 )
                 for name in names
             }

@@ -100,7 +100,8 @@ def _edit_once(rng: Generator, tree: list[Any]) -> None:
     elif way == "wrap":
         parent[key] = [value] if rng.random() < 0.5 else {"x": value}
     elif way == "nudge" and isinstance(value, int | float):
-        parent[key] = [value + 1, value - 1, -value, value * 1000, value / 2][int(rng.integers(5))]
+        half = value / 2 if abs(value) < 1e300 else value // 2
+        parent[key] = [value + 1, value - 1, -value, value * 1000, half][int(rng.integers(5))]
     elif way == "text":
         parent[key] = str(value)
     elif way == "key" and isinstance(parent, dict):
@@ -646,6 +647,7 @@ def _child(
 ) -> None:
     """Use the honest folders once, so that what is loaded once is loaded; then send each case's result."""
     torch.set_num_threads(1)
+    sys.dont_write_bytecode = True  # a case that imports something first would be a finding
     home = scratch / "home"
     for variable in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "TMPDIR"):
         os.environ[variable] = str(home)

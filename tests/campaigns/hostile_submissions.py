@@ -6,12 +6,11 @@ Case i of a seed changes a small honest submission always in the same way, decod
 `tucodec clic` does (in this process, for speed). It must end in a result or a named error of one line;
 nothing but pictures in the target may be written; and `verify` may find nothing wrong only where the
 script is the honest one and the files are regular ones that the manifest names. A finding is reproduced by
-its number (`--only I`). Counts go to docs/campaigns.json under the key "hostile_submissions"; the exit
-status is 1 when any case broke a rule.
+its number (`--only I`). Time and memory have the limits of `hostile`. Counts go to docs/campaigns.json under
+the key "hostile_submissions"; the exit status is 1 when any case broke a rule.
 """
 
 import argparse
-import collections
 import hashlib
 import json
 import os
@@ -19,19 +18,29 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from lightning_tucodec import clic
 from lightning_tucodec.errors import TucodecError
 from lightning_tucodec.manifest import DECODE_TEXT, LITTER, Limits, contents, read_manifest
 from lightning_tucodec.submission import Candidates, build, decode
-from tests.campaigns.streams import RESULTS, bit_flips, insertion, merge, splice, truncation
+from tests.campaigns.hostile import LIMIT_BYTES, LIMIT_SECONDS
+from tests.campaigns.streams import (
+    RESULTS,
+    bit_flips,
+    insertion,
+    measured,
+    splice,
+    survive,
+    tally,
+    truncation,
+)
 from tests.support import photo
 
 VALUES: tuple[Any, ...] = (
@@ -243,13 +252,24 @@ def make_corpus(root: Path) -> Path:
     return out
 
 
-def run_case(seed: int, case: int, honest: Path) -> tuple[str, str]:
-    """The mutation's name and the outcome of one case, in a folder that is removed."""
+def run_case(seed: int, case: int, honest: Path) -> tuple[str, tuple[str, float, int, float]]:
+    """The mutation's name and outcome, seconds, peak bytes and their share of the limit of one case."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(shutil.copytree(honest, Path(place, "in", "submission")))
         (folder.parent / "secret").write_bytes(b"secret")
         name = mutate(seed, case, folder)
-        return name, outcome(folder, honest.parent / "originals", Path(place, "out"))
+        originals, out = honest.parent / "originals", Path(place, "out")
+        result, seconds, peak = measured(lambda: outcome(folder, originals, out))
+        return name, (result, seconds, peak, peak / LIMIT_BYTES)
+
+
+def _child(pipe: Connection, honest: Path, seed: int, cases: range) -> None:
+    """Use the honest submission once, so that what is loaded once is loaded; then send each case's result."""
+    with tempfile.TemporaryDirectory() as place:
+        assert outcome(honest, honest.parent / "originals", Path(place, "out")) == "sound"
+    pipe.send(None)
+    for case in cases:
+        pipe.send(run_case(seed, case, honest)[1])
 
 
 # --- The campaign ----------------------------------------------------------------------------
@@ -263,28 +283,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", type=int, help="run this case alone and print it")
     arguments = parser.parse_args(argv)
-    outcomes: collections.Counter[str] = collections.Counter()
-    broken = []
     with tempfile.TemporaryDirectory() as root:
         honest = make_corpus(Path(root))
         if arguments.only is not None:
             name, result = run_case(arguments.seed, arguments.only, honest)
             print(f"case {arguments.only}, {name}: {result}")
-            return int(result.startswith("!"))
-        for case in tqdm(range(arguments.count), unit="submission", file=sys.stderr):
-            name, result = run_case(arguments.seed, case, honest)
-            outcomes["broken" if result.startswith("!") else result] += 1
-            if result.startswith("!"):
-                broken.append([case, name, result[1:]])
-    state = {
-        "seed": arguments.seed,
-        "cases": arguments.count,
-        "outcomes": outcomes,
-        "broken": broken,
-    }
-    merge(arguments.results, "hostile_submissions", state)
-    print(f"{arguments.count} submissions, {len(broken)} broken rules")
-    return int(len(broken) > 0)
+            return int(result[0].startswith("!"))
+        limits = {"seconds": LIMIT_SECONDS, "bytes": LIMIT_BYTES}
+        broken = tally(
+            arguments.results, "hostile_submissions", {"seed": arguments.seed}, list(MUTATIONS), limits,
+            LIMIT_SECONDS, 1.0, arguments.count,
+            lambda cases: survive(_child, (honest, arguments.seed), cases),
+        )  # fmt: skip
+    print(f"{arguments.count} submissions, {broken} broken rules; {arguments.results.name} updated")
+    return int(broken > 0)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,8 @@ UNFIT: dict[str, Change] = {
     "shape of h_s": tensor("entropy.h_s.up1.weight", lambda v: v[:9]),
     "vector for a matrix": tensor("entropy.parameters.mu.weight", lambda v: v.flatten()),
     "shift of two": tensor("entropy.parameters.mu.shift", lambda v: v.repeat(2)),
+    "shift beyond floats": tensor("entropy.parameters.mu.shift", lambda v: v * 0 + 2**31 - 1),
+    "shift below floats": tensor("entropy.parameters.mu.shift", lambda v: v * 0 - 2**31),
     "unequal shifts": tensor("entropy.parameters.upsilon.shift", lambda v: v + 1),
     "sigmoid": tensor("entropy.sigmoid", lambda v: -v),
     "not a number": tensor("network.h_a.conv1.weight", lambda v: v * torch.nan),

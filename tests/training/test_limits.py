@@ -13,6 +13,7 @@ from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.sweeps.spec import read_sweep
 from lightning_tucodec.training import limits
+from lightning_tucodec.training.identity import _LOCATIONS
 from lightning_tucodec.training.limits import check_numbers
 from lightning_tucodec.training.tracking import JsonlLogger, read_metrics
 from tests.training.test_fit import config, write
@@ -98,6 +99,33 @@ def test_a_file_that_is_not_utf8_is_named(
         read_sweep(tmp_path / "sweep.yaml")
     main(["doctor", "--script", str(latin)])
     assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group, names in _LOCATIONS.items() for name in names]
+)
+def test_a_name_with_a_null_byte_is_refused(
+    group: str,
+    name: str,
+    tmp_path: Path,
+    values: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """YAML can hold what no file system can."""
+    values[group][name] = "a\0b"
+    if name == "teacher":
+        kind = "lightning_tucodec.training.postfilter.PostFilterModule"
+        values["model"] = {"class_path": kind, "init_args": {"teacher": "a\0b"}}
+    path = write(tmp_path, values)
+    refused(["fit", "--config", path], "null byte", capsys)
+    refused(["doctor", "--config", path], "null byte", capsys)
+
+
+def test_a_sweep_names_a_file_with_a_null_byte(tmp_path: Path) -> None:
+    sweep = {"name": "one", "stages": {"one": {"config": "a\0b"}}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    with pytest.raises(ConfigError, match="null byte"):
+        read_sweep(tmp_path / "sweep.yaml")
 
 
 @pytest.mark.parametrize(
