@@ -264,7 +264,19 @@ class TucModel:
     @torch.inference_mode()
     def analyse_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[Latents]:
         """Symbols of H×W×3 images of one size."""
-        y = self._latent(images)
+        return self.symbols(self._latent(images))
+
+    @own_modes()
+    @torch.inference_mode()
+    def symbols(self, y: Tensor) -> list[Latents]:
+        """Symbols of N images from their latents.
+
+        Args:
+            y: g_a of the images, padded to multiples of 16; float32 N×M×h×w, on this model's device.
+
+        Raises:
+            ModelFileError: a value is not finite.
+        """
         if not torch.isfinite(y).all():
             raise ModelFileError(f"model {self.name}: makes values that are not finite of an image")
         scale = 2.0**-wavefront.FRACTION_BITS

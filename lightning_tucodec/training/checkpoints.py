@@ -5,11 +5,12 @@ thread writes the copy to `saving.ckpt` and flushes it to disk. When the step's 
 are written as well, the thread renames: last becomes previous, saving becomes last. So a checkpoint that
 can be found always belongs to complete metrics, and a kill at any moment leaves a generation that can.
 
-A signal during a validation does not wait for its end. Then the state after the batch is saved with the
+A signal during a validation waits neither for its end nor for that of the image at hand. Then the state after the batch is saved with the
 number of metric lines written so far, and whoever goes on from it begins with the validation.
 """
 
 import contextlib
+import functools
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
@@ -27,7 +28,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.training.module import NonFiniteLossError
-from lightning_tucodec.training.preemption import Preemption, ValidationStopped
+from lightning_tucodec.training.preemption import ImageAbandoned, Preemption, ValidationStopped
 from lightning_tucodec.training.runs import (
     CHECKPOINTS,
     Manifest,
@@ -218,6 +219,7 @@ class Checkpointing(pl.Callback):
         self.rng: list[dict[str, Any]] | None = None
         self.owes_validation = False
         self._after_batch: dict[str, Any] = {}
+        self._abandoned = False
         self._saved_at = 0.0
         self._saved_batch = -1
 
@@ -253,6 +255,21 @@ class Checkpointing(pl.Callback):
             own_hook(*args)
             self._end_batch(trainer)
 
+        own_step = pl_module.validation_step
+
+        @functools.wraps(own_step)  # Lightning looks at its arguments
+        def validation_step(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with self.preemption.abandoning():
+                    return own_step(*args, **kwargs)
+            except ImageAbandoned:
+                self._abandoned = True
+                return None
+
+        # Around the step itself: what Lightning does around it may wait for other ranks.
+        if pl_module.abandons_images:
+            pl_module.validation_step = validation_step
+
         # After the module's hook, which Lightning calls after those of all callbacks: what it does, such as
         # moving an average of weights, belongs to the batch.
         pl_module.on_train_batch_end = on_train_batch_end
@@ -278,8 +295,9 @@ class Checkpointing(pl.Callback):
             loop.val_loop.batch_progress.total.reset()
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """The module has its own hook back."""
-        vars(pl_module).pop("on_train_batch_end", None)
+        """The module has its own methods back."""
+        for name in ("on_train_batch_end", "validation_step"):
+            vars(pl_module).pop(name, None)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         """Everything of the step before this one is written.
@@ -300,18 +318,16 @@ class Checkpointing(pl.Callback):
         """
         first = trainer.is_global_zero
         elapsed = time.monotonic() - self._saved_at
-        stop, due, failed = self.preemption.agree(
-            self.preemption.received is not None,
+        due, failed = self.preemption.agree(
             first and elapsed >= self.seconds and not (self.seconds and self.writer.busy),
             self.writer.failed,
         )
         if failed:
             self.writer.settle()
             raise SaveError("rank 0 could not save; see its message")
-        if due or stop:
+        if due or self.preemption.stopping:
             self._save(trainer)
             self._saved_at = time.monotonic()
-        self.preemption.stopping = stop
         self._after_batch = {"rng": rng_state(), "loop": trainer.fit_loop.state_dict()}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -325,8 +341,22 @@ class Checkpointing(pl.Callback):
         Raises:
             ValidationStopped: the run is saved.
         """
-        if not _is_within_fit(trainer) or not self._told_to_stop():
-            return
+        if _is_within_fit(trainer):
+            self.preemption.agree()
+            if self.preemption.stopping:
+                self._stop_validation(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Stop if the image was abandoned, on whichever rank.
+
+        Raises:
+            ValidationStopped: the run is saved.
+        """
+        (abandoned,) = self.preemption.agree(self._abandoned)
+        if abandoned:
+            self._stop_validation(trainer)
+
+    def _stop_validation(self, trainer: pl.Trainer) -> NoReturn:
         self.preemption.owes_validation = True
         self.writer.drop()  # it would claim that the validation is done
         self._saved_batch = -1
@@ -339,13 +369,9 @@ class Checkpointing(pl.Callback):
         if not _is_within_fit(trainer):
             return
         restore_rng(self._after_batch["rng"])
-        if self._told_to_stop():
+        self.preemption.agree()
+        if self.preemption.stopping:
             self._save(trainer)
-
-    def _told_to_stop(self) -> bool:
-        (stop,) = self.preemption.agree(self.preemption.received is not None)
-        self.preemption.stopping = stop
-        return stop
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The final state, on disk."""

@@ -333,16 +333,17 @@ class TucodecCLI(LightningCLI):
             lines = redacted(str(error)).strip().splitlines() or [type(error).__name__]
             text = lines[-1][:500]
         elif self.preempted:
-            assert self.preemption.received is not None
+            assert self.preemption.stopping is not None
             self.outcome = "preempted"
-            reason, status = f"preempted ({self.preemption.received.name})", PREEMPTED
+            reason, status = f"preempted ({self.preemption.stopping.name})", PREEMPTED
         Manifest(self.folder).end(self.model.opt_step, reason, status, text)
 
     @property
     def preempted(self) -> bool:
         """Whether a signal ended the run before its last step."""
         unfinished = self.model.opt_step < self.model.max_steps
-        return self.preemption.stopping and (unfinished or self.preemption.owes_validation)
+        stopping = self.preemption.stopping is not None
+        return stopping and (unfinished or self.preemption.owes_validation)
 
     def _build_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer as Lightning builds it; `max_steps` counts batches also with several optimisers.

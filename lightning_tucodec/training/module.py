@@ -19,6 +19,7 @@ new model derives from `TrainingModule` and then
   every rank) or, for elasticity, from a seed and `batch["index"]`, the global position of each sample.
 - measures each validation image once on any number of ranks: rows carry `batch["index"]`, and
   `rows_of_all_ranks(…)` gathers them.
+- may let a signal end a validation image between two layers: `abandons_images`.
 - keeps validation pictures at `picture_path(…)`, labelled with the number of the image, and what was
   measured on every image with `keep_rows(…)`: W&B shows them as a table beside the row of the same step.
 - overrides `warm_start` if `run.init_from` makes sense for it.
@@ -59,9 +60,12 @@ class TrainingModule(pl.LightningModule):
         opt_step: training steps done; a step is one batch, whatever number of optimisers moved in it.
         images_seen: samples of all ranks so far.
         optimizers_a_step: how many optimisers step in one training step; Lightning counts each.
+        abandons_images: `validation_step` waits for no other rank, so that a signal may end it between two
+            layers; its image is measured again when the run goes on. Otherwise a stop waits for its end.
     """
 
     optimizers_a_step: int = 1
+    abandons_images: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,6 +182,8 @@ class ScheduledModule(TrainingModule):
         validation_rows: this rank's numbers of the running validation, one row an image; `index` is the
             image's number.
     """
+
+    abandons_images = True
 
     def __init__(
         self, lr: float, final_lr: float, warmup_steps: int, decay_start: float, clip_norm: float

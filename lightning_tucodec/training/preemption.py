@@ -4,12 +4,13 @@ Saving inside a signal handler hangs or corrupts now and then (lessons 34), so t
 remembers. Loader workers inherit handlers; the process id tells them apart.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -61,6 +62,10 @@ def in_step(run: Callable[[], int], preemption: "Preemption") -> int:
     return status if status in (0, PREEMPTED) else FAILED + status
 
 
+class ImageAbandoned(BaseException):
+    """A signal came in the middle of a validation image; no error, so that no `except Exception` hides it."""
+
+
 class ValidationStopped(Exception):
     """A signal came during a validation: the run is saved and goes on with that validation."""
 
@@ -71,14 +76,14 @@ class Preemption(pl.Callback):
     A context manager: inside it the signals are ours, from before the set-up to after the last save.
 
     Attributes:
-        received: the signal.
-        stopping: all ranks have agreed to stop.
+        received: the signal that this rank was sent.
+        stopping: the one that all ranks have agreed to stop for.
         owes_validation: they stopped in a validation.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.stopping = False
+        self.stopping: signal.Signals | None = None
         self.owes_validation = False
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
@@ -104,18 +109,40 @@ class Preemption(pl.Callback):
             raise KeyboardInterrupt  # asked twice at the keyboard: now
         self.received = signal.Signals(number)
 
+    @contextlib.contextmanager
+    def abandoning(self) -> Iterator[None]:
+        """Inside it a signal ends the work at hand before the next layer of a network; this rank's alone.
+
+        Raises:
+            ImageAbandoned: that has happened.
+        """
+
+        def look(*_: Any) -> None:
+            if self.received is not None:
+                raise ImageAbandoned
+
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Open a line between the ranks that does not wait for a GPU."""
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
 
     def agree(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on any rank; called on all ranks at the same place."""
-        if self._group is None:
-            return list(flags)
-        values = torch.tensor([int(flag) for flag in flags])
-        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, self._group)
-        return [bool(value) for value in values]
+        """For each flag, whether it is set on any rank; called on all ranks at the same place.
+
+        They agree as well whether to stop: `stopping`.
+        """
+        values = torch.tensor([self.received or 0, *flags], dtype=torch.int64)
+        if self._group is not None:
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, self._group)
+        number, *agreed = values.tolist()
+        self.stopping = signal.Signals(number) if number else None
+        return [bool(flag) for flag in agreed]
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on all ranks."""
@@ -127,7 +154,7 @@ class Preemption(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A signal may have come during the set-up."""
-        (self.stopping,) = self.agree(self.received is not None)
+        self.agree()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any

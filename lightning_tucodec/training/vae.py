@@ -89,7 +89,7 @@ class CodecModule(ScheduledModule):
         frozen: parts that keep the weights they start with, as in ["g_a", "g_s"].
         init_parts: parts that `run.init_from` gives weights to; None: all.
         real_files: of how many validation images, the first ones, real files are written; None: of all.
-            Files are coded on the CPU also where a GPU trains.
+            The transforms run where the training does, and bits are decided on the CPU.
         klt_start: start without `run.init_from` from `start_as_klt` of the first training crops.
     """
 
@@ -192,7 +192,8 @@ class CodecModule(ScheduledModule):
         self.used_centres.zero_()
         self.coder: TucModel | None = None
         try:
-            self.coder = TucModel(freeze(self.shown, "validation", {}, torch.float32))
+            frozen = freeze(self.shown, "validation", {}, torch.float32)
+            self.coder = TucModel(frozen, str(self.device))
         except ModelFileError as error:  # a state of training, and no reason to end it
             if self.trainer.is_global_zero:
                 print(f"step {self.opt_step}: no real files, {error}", file=sys.stderr)
@@ -216,7 +217,6 @@ class CodecModule(ScheduledModule):
         self.used_centres += torch.bincount(
             output.index.flatten().cpu(), minlength=len(self.used_centres)
         )
-        original = eight_bits(x)
         row = {
             "index": float(batch["index"][0]),
             "bpp_y": float(bits_y.mean()) / pixels,
@@ -228,10 +228,12 @@ class CodecModule(ScheduledModule):
         }
         chosen = self.real_files is None or row["index"] < self.real_files
         if self.coder is not None and chosen:
-            row["real_bpp"] = 8 * len(self.coder.encode(original)) / pixels
+            (latents,) = self.coder.symbols(output.y)
+            file = self.coder.write(latents, x.shape[-1], x.shape[-2])
+            row["real_bpp"] = 8 * len(file) / pixels
         self.validation_rows.append(row)
         if self.trainer.is_global_zero and self.trainer.loggers:
-            self.keep_picture(int(batch["index"][0]), original, eight_bits(x_hat))
+            self.keep_picture(int(batch["index"][0]), eight_bits(x), eight_bits(x_hat))
 
     def keep_picture(
         self, number: int, original: NDArray[np.uint8], shown: NDArray[np.uint8]

@@ -1,22 +1,33 @@
 """Validation measures each image once, whatever the number of images and ranks."""
 
 import json
+import os
+import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hits import rank_of, start, wait
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
 
+from lightning_tucodec.cli import main
+from lightning_tucodec.codecs.model_file import freeze
+from lightning_tucodec.codecs.tuc import TucModel
+from lightning_tucodec.nn.codec import TucodecVAE
+from lightning_tucodec.nn.transforms import AnalysisTransform
 from lightning_tucodec.training.data import in_order
-from lightning_tucodec.training.runs import read_metrics
+from lightning_tucodec.training.runs import network_weights, read_metrics
+from lightning_tucodec.training.vae import VAE, resolve_codec
 from tests.support import MICRO, photo
-from tests.training.test_fit import config, runs, write
+from tests.training.test_exact import check
+from tests.training.test_fit import config, runs, state, write
 
 
 class Numbers(Dataset[int]):
@@ -39,13 +50,24 @@ def test_every_item_is_on_a_rank(items: int, ranks: int) -> None:
     assert len(seen) - items < ranks  # no more repeats than ranks need to be equally long
 
 
-def fit_on(ranks: int, words: list[str]) -> None:
-    """A fit of so many gloo processes."""
+def fit_on(
+    ranks: int,
+    words: list[str],
+    prepare: Callable[[int], None] | None = None,
+    status: int = 0,
+) -> None:
+    """A fit of so many gloo processes, each of which begins with `prepare` and ends with the status."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     shape = ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
-    children = [start(words + shape, rank_of(rank, ranks, port)) for rank in range(ranks)]
-    assert [wait(child) for child in children] == [0] * ranks
+
+    def begin(rank: int) -> None:
+        rank_of(rank, ranks, port)()
+        if prepare is not None:
+            prepare(rank)
+
+    children = [start(words + shape, lambda rank=rank: begin(rank)) for rank in range(ranks)]
+    assert [wait(child) for child in children] == [status] * ranks
 
 
 @pytest.mark.parametrize(("ranks", "images"), [(2, 5), (3, 1)])
@@ -68,3 +90,115 @@ def assert_measured_once(folder: Path, images: int) -> None:
     assert [row["index"] for row in rows] == list(range(images))
     (line,) = [row for row in read_metrics(folder / "metrics.jsonl") if "val/psnr" in row]
     assert line["val/psnr"] == pytest.approx(np.mean([row["psnr"] for row in rows]))
+
+
+@pytest.fixture(scope="module")
+def five_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For two ranks three images each, the last one a repeat."""
+    folder = tmp_path_factory.mktemp("five")
+    for number in range(5):
+        picture = photo("coffee.png", 40, 24, left=100 + 40 * number)
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    return folder
+
+
+def words_on_two(folder: Path, shards: Path, val: Path) -> list[str]:
+    """Validates after the second and the fourth of four steps."""
+    folder.mkdir()
+    values = config(folder, shards, MICRO, steps=4)
+    values["data"]["val_images"] = str(val)
+    values["trainer"].update(val_check_interval=2, log_every_n_steps=3)
+    return ["fit", "--config", write(folder, values)]
+
+
+def signal_in_image(number: int, measured: Path) -> None:
+    """TERM between two layers of this rank's image; whatever images come to their end leave a line."""
+    original, measure = TucodecVAE.rate, VAE._measure
+    calls = 0
+
+    def rate(self: TucodecVAE, y: torch.Tensor) -> Any:
+        nonlocal calls
+        if not self.training:
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, y)
+
+    def _measure(self: VAE, batch: Any) -> None:
+        measure(self, batch)
+        with measured.open("a") as stream:
+            stream.write(f"{int(batch['index'])}\n")
+
+    TucodecVAE.rate = rate  # type: ignore[method-assign]
+    VAE._measure = _measure  # type: ignore[method-assign]
+
+
+def test_processes_stop_together_within_an_image(
+    tmp_path: Path, shard_folder: Path, five_images: Path
+) -> None:
+    """Whether all are told or one; what was measured is measured again, and the end is the straight run's."""
+    fit_on(2, words_on_two(tmp_path / "straight", shard_folder, five_images))
+    (straight,) = runs(tmp_path / "straight")
+    words = words_on_two(tmp_path / "run", shard_folder, five_images)
+    for attempt, (told, image, step) in enumerate((((0, 1), 1, 2), ((1,), 2, 2), ((0,), 6, 4))):
+        measured = [tmp_path / f"measured-{attempt}-{rank}" for rank in range(2)]
+
+        def prepare(
+            rank: int,
+            told: tuple[int, ...] = told,
+            image: int = image,
+            measured: list[Path] = measured,
+        ) -> None:
+            signal_in_image(image if rank in told else 0, measured[rank])
+
+        fit_on(2, words, prepare, status=75)
+        (folder,) = runs(tmp_path / "run")
+        assert state(folder)["tucodec"]["opt_step"] == step
+        assert "lines" in state(folder)["run"]  # the validation is still to be done
+        ends = [len(path.read_text().split()) if path.exists() else 0 for path in measured]
+        assert ends == [image - 1 if rank in told else image for rank in range(2)]
+    fit_on(2, words)
+    check(straight, folder)
+    attempts = json.loads((folder / "manifest.json").read_text())["attempts"]
+    assert [a["exit"] for a in attempts] == [*["preempted (SIGTERM)"] * 3, "finished"]
+    assert [a["status"] for a in attempts] == [75, 75, 75, 0]
+
+
+def test_a_real_file_is_made_of_the_latents_at_hand(
+    tmp_path: Path, shard_folder: Path, val_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One analysis transform an image, where the training runs; any decoder shows what was measured."""
+    files: list[tuple[bytes, torch.device]] = []
+    transforms = 0
+    write_file, g_a = TucModel.write, AnalysisTransform.forward
+
+    def noted(self: TucModel, *args: Any) -> bytes:
+        files.append((write_file(self, *args), self.device))
+        return files[-1][0]
+
+    def counted(self: AnalysisTransform, x: torch.Tensor) -> torch.Tensor:
+        nonlocal transforms
+        transforms += not self.training
+        return g_a(self, x)
+
+    values = config(tmp_path, shard_folder, MICRO, steps=2)
+    values["data"]["val_images"] = str(val_folder)
+    values["trainer"]["val_check_interval"] = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(TucModel, "write", noted)
+        patch.setattr(AnalysisTransform, "forward", counted)
+        assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    assert transforms == len(files) == 2
+    (folder,) = runs(tmp_path)
+    network = TucodecVAE(resolve_codec("tiny", MICRO))
+    network.load_state_dict(network_weights(state(folder)))
+    model = TucModel(freeze(network, "validation", {}, torch.float32))
+    rows = json.loads((folder / "images" / "step-00000002.json").read_text())
+    for (data, device), row, label in zip(files, rows, ("", "-1"), strict=True):
+        assert device == torch.device("cpu")
+        shown = model.decode(data)
+        assert row["real_bpp"] == 8 * len(data) / (shown.shape[0] * shown.shape[1])
+        pair = np.asarray(Image.open(folder / "images" / f"step-00000002{label}.png"))
+        original, measured = np.split(pair, 2, axis=1)
+        assert data == model.encode(original)
+        assert np.abs(shown.astype(int) - measured).max() <= 1  # rounding of fixed-point centres
