@@ -5,8 +5,9 @@ thread writes the copy to `saving.ckpt` and flushes it to disk. When the step's 
 are written as well, the thread renames: last becomes previous, saving becomes last. So a checkpoint that
 can be found always belongs to complete metrics, and a kill at any moment leaves a generation that can.
 
-A signal during a validation waits neither for its end nor for that of the image at hand. Then the state after the batch is saved with the
-number of metric lines written so far, and whoever goes on from it begins with the validation.
+A signal during a validation waits neither for its end nor for that of the image at hand. Then the state after
+the batch is saved with the number of metric lines written so far, and whoever goes on from it begins with
+the validation.
 """
 
 import contextlib
