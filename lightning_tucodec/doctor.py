@@ -170,17 +170,13 @@ def check_storage(config: dict[str, Any], nodes: int) -> Check:
     else:
         yield Finding("shared storage", "ok", f"{kind or 'unknown file system'}, {nodes} node(s)")
     if mirror := config["run"].get("mirror"):
-        probe = f".tucodec-doctor-{os.getpid()}"
+        from lightning_tucodec.training.mirror import check_writable
+
         try:
-            storage = Storage(mirror)
-            storage.write(probe, b"tucodec")
-            same = storage.read(probe) == b"tucodec"
-            storage.remove(probe)
-            if not same:
-                raise ConfigError("what was read is not what was written")
+            check_writable(mirror)
             yield Finding("mirror", "ok", f"{mirror}: writable")
-        except (TucodecError, OSError) as error:
-            yield Finding("mirror", "fail", f"{mirror}: {error}", "check the URL and credentials")
+        except TucodecError as error:
+            yield Finding("mirror", "fail", str(error), "check the URL and credentials")
 
 
 def check_slurm(config: dict[str, Any], script: Path | None) -> Check:

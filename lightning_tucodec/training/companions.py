@@ -33,7 +33,7 @@ class Companion:
     """
 
     def __init__(self, module: str, arguments: list[str], log: Path, **secrets: str) -> None:
-        self.name = module.rpartition(".")[2]
+        self.name, self.log = module.rpartition(".")[2], log
         # Slurm sends USR1 and TERM to every process of a step. The mask is inherited for good.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:

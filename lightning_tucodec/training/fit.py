@@ -46,10 +46,16 @@ from lightning_tucodec.training.identity import (
 )
 from lightning_tucodec.training.identity import arguments as class_arguments
 from lightning_tucodec.training.limits import check_numbers
-from lightning_tucodec.training.mirror import pull
+from lightning_tucodec.training.mirror import check_writable, pull
 from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.options import check_options
-from lightning_tucodec.training.preemption import PREEMPTED, Preemption, ValidationStopped, in_step
+from lightning_tucodec.training.preemption import (
+    PREEMPTED,
+    UNMIRRORED,
+    Preemption,
+    ValidationStopped,
+    in_step,
+)
 from lightning_tucodec.training.runs import (
     Manifest,
     RunFolder,
@@ -168,6 +174,7 @@ class TucodecCLI(LightningCLI):
     mirror: Companion | None = None
     wandb: Companion | None = None
     outcome = "finished"
+    unmirrored = False
 
     def __init__(self, *args: Any, command: str, preemption: Preemption, **kwargs: Any) -> None:
         self.command = command
@@ -274,7 +281,7 @@ class TucodecCLI(LightningCLI):
         self.resume = folder.latest()
         step = 0 if self.resume is None else int(self.resume[1]["tucodec"]["opt_step"])
         if mirror := config["run"]["mirror"]:
-            step = max(0, self._pull(folder, mirror, -1 if self.resume is None else step))
+            step = self._pull(folder, mirror)
             manifest.check(identity(config))
         folder.write_config(config)
         images = 0 if self.resume is None else int(self.resume[1]["tucodec"]["images_seen"])
@@ -282,21 +289,26 @@ class TucodecCLI(LightningCLI):
         self.cleanup.callback(self._finish_companions)
         self.cleanup.push(self._end)
 
-    def _pull(self, folder: RunFolder, mirror: str, step: int) -> int:
+    def _pull(self, folder: RunFolder, mirror: str) -> int:
         """Take over the mirror's state if it is further; returns the step to go on from.
 
         Raises:
-            DatasetError: it cannot be reached, and there is nothing here to go on from.
+            DatasetError: it cannot be read or written, and there is nothing here to go on from.
         """
+        own = None
+        if self.resume is not None:
+            counters = self.resume[1]["tucodec"]
+            own = int(counters["opt_step"]), int(counters["images_seen"])
+        pulled = None
         try:
-            pulled = pull(folder, mirror, step)
+            pulled = pull(folder, mirror, own)
+            check_writable(mirror)
         except DatasetError as error:
-            if self.resume is None:
+            if own is None and pulled is None:
                 raise
-            print(f"tucodec: {error}; goes on with what is here", file=sys.stderr)
-            return step
+            print(f"tucodec: {redacted(str(error))}; goes on with what is here", file=sys.stderr)
         if pulled is None:
-            return step
+            return 0 if own is None else own[0]
         print(f"run {folder.path}: step {pulled} comes from {redacted(mirror)}", file=sys.stderr)
         self.resume = folder.latest()
         return pulled
@@ -314,14 +326,18 @@ class TucodecCLI(LightningCLI):
             self.wandb = Companion(f"{package}.wandb_view", [path], log)
 
     def _finish_companions(self) -> None:
-        limits = {
-            self.mirror: _MIRROR_SECONDS[self.outcome],
-            self.wandb: _WANDB_SECONDS.get(mode(), 20.0),
-        }
-        for companion, seconds in limits.items():
-            if companion is not None and not companion.finish(seconds):
-                print(f"tucodec: {companion.name} did not get to its end; see its log",
-                      file=sys.stderr)  # fmt: skip
+        if self.mirror is not None and not self.mirror.finish(_MIRROR_SECONDS[self.outcome]):
+            self.unmirrored = True
+            log = self.mirror.log
+            last = log.read_text(errors="replace").splitlines()[-1:] if log.exists() else []
+            reason = "".join(last).removeprefix("tucodec: ") or "it did not answer"
+            print(
+                f"tucodec: the end of this run, step {self.model.opt_step}, is not in its mirror ({reason}); "
+                f"it is in {log.parent}: start the same command again when the mirror works",
+                file=sys.stderr,
+            )
+        if self.wandb is not None and not self.wandb.finish(_WANDB_SECONDS.get(mode(), 20.0)):
+            print("tucodec: wandb_view did not get to its end; see its log", file=sys.stderr)
 
     def _end(self, kind: type[BaseException] | None, error: BaseException | None, *_: Any) -> None:
         """Leave in the manifest how this attempt ended."""
@@ -468,8 +484,9 @@ def main(arguments: Sequence[str]) -> int:
         arguments: words from the subcommand on, as in ["fit", "--config", "recipe.yaml"].
 
     Returns:
-        Exit status: 0; 2 when the words or the file are not understood; 75 when a signal stopped the
-        run after it had saved itself. In a step of several processes see `preemption.in_step`.
+        Exit status: 0; 2 when the words or the file are not understood; 3 when the run is complete and its
+        end did not reach its mirror; 75 when a signal stopped the run after it had saved itself. In a step
+        of several processes see `preemption.in_step`.
 
     Raises:
         ConfigError: the configuration cannot work.
@@ -524,4 +541,6 @@ def _main(arguments: Sequence[str], preemption: Preemption) -> int:
         raise ConfigError(" ".join(str(error).split())) from None
     except ValueError as error:
         raise _own_error(error) from None
-    return PREEMPTED if arguments[0] == "fit" and cli.preempted else 0
+    if arguments[0] == "fit" and cli.preempted:
+        return PREEMPTED
+    return UNMIRRORED if cli.unmirrored else 0

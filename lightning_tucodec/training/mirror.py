@@ -2,13 +2,13 @@
 
     <url>/<run folder's name>/
         mirror.json                     what is whole, with size and SHA-256; checkpoints newest first
-        checkpoints/step-00001200.ckpt  two generations
+        checkpoints/step-….ckpt         two generations, named by step and content
         metrics.jsonl manifest.json config.yaml images/
 
 `mirror.json` is written last, so what it names is complete, and what a lost connection leaves half-done is
-never looked at. It may name nothing but these files, whoever wrote it. The copying is done by a process of
-its own: it costs a training step nothing, and a server that hangs holds up nobody. It ends when its parent
-closes its standard input or dies.
+never looked at; a checkpoint is never written over another. It may name nothing but these files, whoever
+wrote it. The copying is done by a process of its own: it costs a training step nothing, and a server that
+hangs holds up nobody. It ends when its parent closes its standard input or dies.
 
     TUCODEC_MIRROR=URL python -m lightning_tucodec.training.mirror RUN_FOLDER
 """
@@ -37,6 +37,30 @@ POLL_SECONDS = 2.0
 _SMALL = ("metrics.jsonl", MANIFEST, "config.yaml")
 _PICTURE = re.compile(r"images/step-\d{8}[^/\0]*\.(png|json)")
 _GENERATIONS = 2
+
+
+Progress = tuple[int, int]
+"""Steps and images of a state; a GAN's discriminator learns between two steps of its codec."""
+
+
+def check_writable(url: str) -> None:
+    """Write, read and remove a small file at a mirror's parent.
+
+    Raises:
+        DatasetError: that does not work.
+    """
+    storage = Storage(url)
+    probe = f".tucodec-probe-{os.getpid()}"
+    try:
+        storage.write(probe, b"tucodec")
+        same = storage.read(probe) == b"tucodec"
+        storage.remove(probe)
+    except OSError as error:
+        raise DatasetError(f"mirror {url}: {error.strerror or error}") from None
+    except TucodecError as error:
+        raise DatasetError(f"mirror {url}: {error}") from None
+    if not same:
+        raise DatasetError(f"mirror {url}: what was read is not what was written")
 
 
 def _mirror_of(folder: RunFolder, url: str) -> Storage:
@@ -73,16 +97,30 @@ def _problem(index: dict[str, Any]) -> str | None:
         if not _mirrored(name) or entry["name"] != name:
             return f"{entry['name']!r} as {name!r}"
     for entry in index["checkpoints"]:
-        if entry["name"] != _checkpoint(entry["step"]):
+        if entry["name"] not in (_checkpoint(entry["step"], entry["sha256"]), _old(entry["step"])):
             return f"{entry['name']!r} as step {entry['step']}"
     for entry in (*index["files"].values(), *index["checkpoints"]):
-        if type(entry["size"]) is not int or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
-            return f"{entry['name']} has no size or SHA-256"
+        numbers = (entry["size"], entry.get("images", 0))
+        if any(type(number) is not int for number in numbers) or not re.fullmatch(
+            "[0-9a-f]{64}", entry["sha256"]
+        ):
+            return f"{entry['name']} has no size, images or SHA-256"
     return None
 
 
-def _checkpoint(step: int) -> str:
+def _checkpoint(step: int, sha256: str) -> str:
+    """Its content is in its name: two states of one step, as a GAN has them, are two files."""
+    return f"checkpoints/step-{step:08d}-{sha256[:16]}.ckpt"
+
+
+def _old(step: int) -> str:
+    """Name in mirrors of earlier versions."""
     return f"checkpoints/step-{step:08d}.ckpt"
+
+
+def _progress(entry: dict[str, Any]) -> Progress:
+    """Of a checkpoint in an index; earlier versions did not write down the images."""
+    return entry["step"], entry.get("images", 0)
 
 
 class Mirror:
@@ -119,14 +157,14 @@ class Mirror:
 
     def _behind(self) -> bool:
         """Whether the mirror holds more than this run has reached so far; then it stays as it is."""
-        steps = [entry["step"] for entry in self.index["checkpoints"]]
-        if not steps or self._caught_up:
+        there = [_progress(entry) for entry in self.index["checkpoints"]]
+        if not there or self._caught_up:
             return False
         try:
-            own = _step_of((self.folder.checkpoints / CHECKPOINTS[0]).read_bytes())
+            own = _progress_of((self.folder.checkpoints / CHECKPOINTS[0]).read_bytes())
         except FileNotFoundError:
             own = None
-        self._caught_up = own is not None and own >= max(steps)
+        self._caught_up = own is not None and own >= max(there)
         return not self._caught_up
 
     def _push_checkpoint(self) -> bool:
@@ -136,12 +174,13 @@ class Mirror:
             return False
         with open(path, "rb") as stream:  # a rename while we read does not take it away
             data = stream.read()
-        step = _step_of(data)
-        if step is None:
+        own = _progress_of(data)
+        if own is None:
             return False
-        entry = self._put(_checkpoint(step), data)
-        older = [e for e in self.index["checkpoints"] if e["step"] < step]
-        self.index["checkpoints"] = [{"step": step, **entry}, *older][:_GENERATIONS]
+        entry = self._put(_checkpoint(own[0], hashlib.sha256(data).hexdigest()), data)
+        older = [e for e in self.index["checkpoints"] if _progress(e) < own]
+        newest = {"step": own[0], "images": own[1], **entry}
+        self.index["checkpoints"] = [newest, *older][:_GENERATIONS]
         self._seen[str(path)] = stamp
         return True
 
@@ -194,19 +233,22 @@ class _PlainUnpickler(pickle.Unpickler):
         return None
 
 
-def _step_of(data: bytes) -> int | None:
-    """The step of a checkpoint, without PyTorch; None when it is damaged."""
+def _progress_of(data: bytes) -> Progress | None:
+    """How far a checkpoint is, without PyTorch; None when it is damaged."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
             content = _PlainUnpickler(io.BytesIO(archive.read(name))).load()
-        return int(content["tucodec"]["opt_step"])
-    except (zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, EOFError):
+        own = content["tucodec"]
+        return int(own["opt_step"]), int(own.get("images_seen", 0))
+    except (
+        zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError, EOFError,
+    ):  # fmt: skip
         return None
 
 
-def pull(folder: RunFolder, url: str, own_step: int) -> int | None:
-    """Bring a run's state here if the mirror is further than `own_step`.
+def pull(folder: RunFolder, url: str, own: Progress | None) -> int | None:
+    """Bring a run's state here if the mirror is further than `own`, or holds any where that is None.
 
     The newest checkpoint whose bytes have the stated hash is taken, with metrics, manifest and pictures.
     Local checkpoints stay as the older generation.
@@ -221,7 +263,7 @@ def pull(folder: RunFolder, url: str, own_step: int) -> int | None:
     index = read_index(folder, url)
     last, previous = (folder.checkpoints / name for name in CHECKPOINTS)
     for entry in index.get("checkpoints", []):
-        if entry["step"] <= own_step:
+        if own is not None and _progress(entry) <= own:
             break
         incoming = folder.checkpoints / "incoming.ckpt"
         try:
@@ -260,8 +302,12 @@ def _get(storage: Storage, entry: dict[str, Any], target: Path) -> None:
         raise DatasetError(f"{storage.path(entry['name'])}: its bytes are not what was stored")
 
 
-def follow(folder: RunFolder, url: str) -> None:
-    """Push until standard input is closed, then once more; trouble is said when it changes."""
+def follow(folder: RunFolder, url: str) -> bool:
+    """Push until standard input is closed, then once more; trouble is said when it changes.
+
+    Returns:
+        Whether the last push went well.
+    """
     mirror: Mirror | None = None
     said = ""
     last_time = False
@@ -278,9 +324,9 @@ def follow(folder: RunFolder, url: str) -> None:
                 print(redacted(f"tucodec: mirror {url}: {text}"), file=sys.stderr, flush=True)
             said = text
         if last_time:
-            return
+            return not said
         last_time = wait(POLL_SECONDS)
 
 
 if __name__ == "__main__":
-    follow(RunFolder(Path(sys.argv[1])), os.environ["TUCODEC_MIRROR"])
+    sys.exit(not follow(RunFolder(Path(sys.argv[1])), os.environ["TUCODEC_MIRROR"]))

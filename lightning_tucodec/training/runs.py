@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
@@ -147,31 +147,63 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in this folder; the kernel drops the lock of the dead.
 
+        A run that is refused before it begins leaves no folder.
+
         Raises:
             ConfigError: another one does not end.
         """
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a+", encoding="utf-8") as stream:
-            deadline = time.monotonic() + _OWN_START
-            while True:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        stream.seek(0)
-                        raise ConfigError(
-                            f"{self.path}: {stream.read().strip() or 'another process'} trains this "
-                            "run; stop it first, or change the config"
-                        ) from None
-                    time.sleep(0.5)
-                except OSError:  # a file system without locks
-                    break
-                else:
-                    stream.truncate(0)
-                    stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                    stream.flush()
-                    break
-            yield
+        with self._lock():
+            try:
+                yield
+            finally:
+                if not (self.path / MANIFEST).exists():
+                    self._remove(missing)
+
+    def _remove(self, folders: Sequence[Path]) -> None:
+        """Take a folder away in which nothing has begun, and parents that were made for it."""
+        with contextlib.suppress(OSError):
+            if any(path.name not in (".lock", "checkpoints") for path in self.path.iterdir()):
+                return
+            if self.checkpoints.exists():
+                self.checkpoints.rmdir()
+            (self.path / ".lock").unlink()
+            for path in folders or (self.path,):
+                path.rmdir()
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        deadline = time.monotonic() + _OWN_START
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.path / ".lock", "a+", encoding="utf-8") as stream:
+                if self._acquire(stream, deadline):
+                    yield
+                    return
+
+    def _acquire(self, stream: TextIO, deadline: float) -> bool:
+        """Whether the lock is ours; not if its last holder has taken the file away with the folder."""
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    stream.seek(0)
+                    raise ConfigError(
+                        f"{self.path}: {stream.read().strip() or 'another process'} trains this "
+                        "run; stop it first, or change the config"
+                    ) from None
+                time.sleep(0.5)
+            except OSError:  # a file system without locks
+                return True
+            else:
+                if os.fstat(stream.fileno()).st_nlink == 0:
+                    return False
+                stream.truncate(0)
+                stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                stream.flush()
+                return True
 
 
 class Manifest:

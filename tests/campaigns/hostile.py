@@ -420,7 +420,7 @@ def use_mirror(folder: Path, out: Path, seldom: bool) -> None:
         torch.save({"tucodec": {"opt_step": 9}}, run.checkpoints / "last.ckpt")
         Mirror(run, url).push()
 
-    each(lambda: pull(run, url, 0), push)
+    each(lambda: pull(run, url, None), push)
 
 
 def build_results(folder: Path) -> None:

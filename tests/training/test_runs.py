@@ -1,11 +1,13 @@
 """Folders, manifests, mirrors, warm starts, other modules: what stands around a training."""
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from hits import kill_at_step, start, wait
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.models import SHIPPED
-from lightning_tucodec.training import companions, identity, mirror, runs
+from lightning_tucodec.training import companions, identity, mirror, preemption, runs
 from lightning_tucodec.training.identity import run_id
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.runs import Manifest, RunFolder, read_metrics
@@ -243,12 +245,14 @@ def test_a_damaged_mirror_gives_its_older_generation(words: list[str], tmp_path:
     older = state(folder)["tucodec"]["opt_step"]
     assert main(words) == 0
     mirror.Mirror(RunFolder(folder), url).push()
-    newest = tmp_path / "mirror" / folder.name / "checkpoints" / "step-00000004.ckpt"
+    checkpoints = tmp_path / "mirror" / folder.name / "checkpoints"
+    (newest,) = checkpoints.glob("step-00000004-*.ckpt")
     newest.write_bytes(b"x" * newest.stat().st_size)
     elsewhere = RunFolder(tmp_path / "elsewhere" / folder.name)
-    assert mirror.pull(elsewhere, url, 0) == older
+    assert mirror.pull(elsewhere, url, None) == older
     assert state(elsewhere.path)["tucodec"]["opt_step"] == older
-    assert mirror.pull(elsewhere, url, older) is None
+    images = state(elsewhere.path)["tucodec"]["images_seen"]
+    assert mirror.pull(elsewhere, url, (older, images)) is None
 
 
 def test_a_mirror_that_is_further_is_left_alone(words: list[str], tmp_path: Path) -> None:
@@ -282,15 +286,120 @@ def test_a_state_before_the_first_step_comes_from_the_mirror(
     assert "step 0 comes from" in capsys.readouterr().err
 
 
-def test_a_mirror_out_of_reach_stops_only_a_run_that_has_nothing(
-    words: list[str], capsys: pytest.CaptureFixture[str]
+@pytest.fixture(params=["no such protocol", "a file is in the way"])
+def bad_mirror(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """One that cannot even be read, and one that is only found out by writing."""
+    if request.param == "no such protocol":
+        return "nosuchprotocol://x"
+    (tmp_path / "file").write_text("in the way")
+    return f"{tmp_path}/file"
+
+
+def test_a_mirror_that_cannot_be_written_stops_only_a_run_that_has_nothing(
+    words: list[str], tmp_path: Path, bad_mirror: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bad = ["--mirror", "nosuchprotocol://x"]
+    """Before the first step, leaving nothing; later it is said at the start, at the end and by the status."""
+    bad = ["--mirror", bad_mirror]
     assert main([*words, *bad]) == 1
-    assert "nosuchprotocol" in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tucodec: ")
+    assert bad_mirror in line
+    assert not (tmp_path / "runs").exists()
+
+    assert wait(start(words, kill_at_step(2))) == -9
+    assert main([*words, *bad]) == preemption.UNMIRRORED
+    lines = [line for line in capsys.readouterr().err.splitlines() if "tucodec: " in line]
+    assert len(lines) == 2
+    assert "goes on with what is here" in lines[0]
+    assert "the end of this run, step 4, is not in its mirror" in lines[1]
+    (folder,) = run_folders(tmp_path)
+    attempt = Manifest(RunFolder(folder)).read()["attempts"][-1]
+    assert (attempt["exit"], attempt["status"]) == (
+        "finished",
+        0,
+    )  # the training itself is complete
+    # The same command brings it there once the mirror works.
+    good = str(tmp_path / "works")
+    assert main([*words, "--mirror", good]) == 0
+    assert mirror.read_index(RunFolder(folder), good)["checkpoints"][0]["step"] == 4
+
+
+def test_a_lock_whose_file_went_with_its_folder_is_none(tmp_path: Path) -> None:
+    """Whoever waits while a run is refused gets a lock in a folder of its own."""
+    folder = RunFolder(tmp_path / "runs" / "a")
+    with contextlib.ExitStack() as first:
+        first.enter_context(folder.locked())
+        waiting = start_waiting(folder)
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == b"waits\n"
+        time.sleep(0.5)
+        assert waiting.poll() is None
+    assert waiting.communicate(timeout=60) == (b"", None)
+    assert waiting.returncode == 0
+    assert not folder.path.exists()
+
+
+def start_waiting(folder: RunFolder) -> "subprocess.Popen[bytes]":
+    """Another process that takes the lock, and checks that a third one would find it."""
+    code = (
+        "import os, sys; from pathlib import Path; from lightning_tucodec.training.runs import RunFolder\n"
+        "folder = RunFolder(Path(sys.argv[1]))\n"
+        "print('waits', flush=True)\n"
+        "with folder.locked():\n"
+        "    assert f'process {os.getpid()} ' in (folder.path / '.lock').read_text()\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE)
+
+
+def test_two_states_of_one_step_are_two_files_of_a_mirror(words: list[str], tmp_path: Path) -> None:
+    """As a GAN has them while its discriminator plays alone; the one with more images is further."""
+    url = str(tmp_path / "mirror")
     assert main(words) == 0
-    assert main([*words, *bad]) == 0
-    assert "goes on with what is here" in capsys.readouterr().err
+    (folder,) = run_folders(tmp_path)
+    last = folder / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    copier = mirror.Mirror(RunFolder(folder), url)
+    for images in (4, 8):
+        content["tucodec"].update(opt_step=0, images_seen=images)
+        torch.save(content, last)
+        assert copier.push()
+    entries = mirror.read_index(RunFolder(folder), url)["checkpoints"]
+    assert [(e["step"], e["images"]) for e in entries] == [(0, 8), (0, 4)]
+    kept = {f"checkpoints/{p.name}" for p in (tmp_path / "mirror").glob("*/checkpoints/*")}
+    assert kept == {e["name"] for e in entries}
+    newest = tmp_path / "mirror" / folder.name / entries[0]["name"]
+    elsewhere = RunFolder(tmp_path / "elsewhere" / folder.name)
+    assert mirror.pull(elsewhere, url, (0, 4)) == 0
+    assert state(elsewhere.path)["tucodec"]["images_seen"] == 8
+    newest.write_bytes(b"")
+    assert mirror.pull(elsewhere, url, None) == 0
+    assert state(elsewhere.path)["tucodec"]["images_seen"] == 4
+    assert mirror.pull(elsewhere, url, (0, 8)) is None
+
+
+def test_a_mirror_of_an_earlier_version_is_read_and_goes_on(
+    words: list[str], tmp_path: Path
+) -> None:
+    """It named checkpoints by their step alone."""
+    url = tmp_path / "mirror"
+    assert wait(start(words, kill_at_step(2))) == -9
+    (folder,) = run_folders(tmp_path)
+    mirror.Mirror(RunFolder(folder), str(url)).push()
+    index = url / folder.name / mirror.INDEX
+    content = json.loads(index.read_text())
+    for entry in content["checkpoints"]:
+        del entry["images"]
+        name = f"checkpoints/step-{entry['step']:08d}.ckpt"
+        (index.parent / entry["name"]).rename(index.parent / name)
+        entry["name"] = name
+    index.write_text(json.dumps(content))
+    reached = state(folder)["tucodec"]["opt_step"]
+    shutil.rmtree(folder)
+    assert main([*words, "--mirror", str(url)]) == 0
+    attempt = Manifest(RunFolder(folder)).read()["attempts"][-1]
+    assert attempt["from_step"] == reached
+    steps = [e["step"] for e in mirror.read_index(RunFolder(folder), str(url))["checkpoints"]]
+    assert steps[0] == 4
 
 
 # --- processes beside a run -------------------------------------------------------------------
