@@ -84,6 +84,17 @@ def stop() -> None:
         time.sleep(0.02)
 
 
+def when_parent_ends(parent: int, act: Callable[[], object]) -> None:
+    """Do something, in a thread, soon after this process's parent is gone, or now if it is."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def end_on_interrupt() -> None:
     """Let an interrupt end this worker process at once; without a traceback, with its children."""
     signal.signal(signal.SIGINT, end_now)

@@ -4,7 +4,8 @@
 #   slurm/allocate.sh [--share N] IMAGES... [options of `tucodec allocate`]
 #
 # --share: as an element of an array, code one of N shares of the candidates and choose nothing.
-for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
+submitted=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/\.sh.*//;s|^ *Command=\(.*\)/.*|\1|p')}
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "$submitted" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
     [[ ! -f $here/common.sh ]] || break
 done
 # shellcheck source=slurm/common.sh

@@ -7,7 +7,8 @@
 # same call again and, all notes being there, writes its share of the shards. The last job does what a
 # lost element has left and writes the index. Submitting anew after a failure goes on where it
 # stopped. CPUS=8: processors a job; what the cluster wants else stands in slurm/site.sh (SITE_SBATCH_CPU).
-for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
+submitted=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/\.sh.*//;s|^ *Command=\(.*\)/.*|\1|p')}
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "$submitted" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
     [[ ! -f $here/common.sh ]] || break
 done
 # shellcheck source=slurm/common.sh

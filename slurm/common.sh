@@ -2,7 +2,7 @@
 # Sourced by the launchers: where the repository is, the site file, and how `tucodec` is called.
 #
 # A script that sbatch runs is a copy in Slurm's spool, so the launchers look for this file beside
-# themselves, then in $TUCODEC_ROOT/slurm, then where the job was submitted.
+# themselves, in $TUCODEC_ROOT/slurm, beside the script that Slurm says was submitted, and where that was done.
 set -euo pipefail
 
 TUCODEC_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -62,5 +62,5 @@ fi
 
 in_slurm() { [[ -n ${SLURM_JOB_ID:-} ]]; }
 
-# In an element of the arrays that `submit.sh --shares N` makes: which of the N shares is its own.
-own_share() { echo $((${TUCODEC_SHARES_BEFORE:-0} + SLURM_ARRAY_TASK_ID)); }
+# In an element of the arrays that `submit.sh --shares N` or `--before N` makes: which share is its own.
+own_share() { echo $((${TUCODEC_SHARES_BEFORE:-0} + ${SLURM_ARRAY_TASK_ID:-0})); }

@@ -6,7 +6,8 @@
 # RUN is a run folder, or a sweep's folder of them (sweeps/NAME-ID/runs/*). Models are written beside OUT.json, in
 # OUT-models/, under the run's name, or its whole path where two runs have one name. Classical codecs join with: -- --codec jpeg:q={10,30,50}
 #SBATCH --job-name=tucodec-evaluate
-for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
+submitted=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/\.sh.*//;s|^ *Command=\(.*\)/.*|\1|p')}
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "$submitted" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
     [[ ! -f $here/common.sh ]] || break
 done
 # shellcheck source=slurm/common.sh

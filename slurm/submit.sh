@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Submit a launcher with the site's options and print the job's id; the other launchers call this.
 #
-#   slurm/submit.sh [--dry-run] [--cpu] [--shares N] [options of sbatch] -- SCRIPT [WORDS]
+#   slurm/submit.sh [--dry-run] [--cpu] [--shares N | --before N] [options of sbatch] -- SCRIPT [WORDS]
 #
 # --cpu: a job of one process without a GPU. --dry-run prints the command only. --shares: an array of N jobs, or several
-# arrays where the cluster's MaxArraySize is smaller; their ids are joined by `:`, as --dependency takes them.
+# arrays where the cluster's MaxArraySize is smaller; their ids are joined by `:`, as --dependency takes them. --before:
+# element i of the array that the options ask for is number N + i.
 # shellcheck source=slurm/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 dry=0
 kind=train
 shares=0
+first=0
 options=()
 while [[ $# -gt 0 && $1 != -- ]]; do
     case $1 in
@@ -18,6 +20,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     --dry-run) dry=1 ;;
     --cpu) kind=cpu ;;
     --shares) shares=$2 && shift ;;
+    --before) first=$2 && shift ;;
     *) options+=("$1") ;;
     esac
     shift
@@ -72,7 +75,7 @@ submit() { # submit BEFORE OPTION...
 
 script=("$@")
 if ((shares == 0)); then
-    submit 0
+    submit "$first"
 fi
 for ((before = 0; before < shares; before += size)); do
     submit "$before" "--array=1-$((shares - before < size ? shares - before : size))"

@@ -8,7 +8,8 @@
 # with the options of slurm/site.sh. It may also run on the login node, with bash. Where nodes may not submit, it
 # prints the command to give elsewhere. Running it again submits only what is neither complete nor in the queue.
 #SBATCH --job-name=tucodec-sweep --ntasks=1 --cpus-per-task=1 --time=30
-for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
+submitted=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/\.sh.*//;s|^ *Command=\(.*\)/.*|\1|p')}
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "$submitted" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
     [[ ! -f $here/common.sh ]] || break
 done
 # shellcheck source=slurm/common.sh

@@ -6,7 +6,8 @@
 # RUN is a run folder, or all runs of a sweep (sweeps/NAME-ID/runs/*). Calls `tucodec wandb-sync`, which starts where it
 # stopped. With --every it goes on until it is stopped. It needs no Slurm, but may be submitted with sbatch as well.
 #SBATCH --job-name=tucodec-sync
-for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
+submitted=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/\.sh.*//;s|^ *Command=\(.*\)/.*|\1|p')}
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "$submitted" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
     [[ ! -f $here/common.sh ]] || break
 done
 # shellcheck source=slurm/common.sh

@@ -6,10 +6,11 @@
 #
 # Run with bash it submits itself with the site's options; in a job it trains, one process a task of Slurm.
 # `tucodec fit` ends with status 75 when it was told to stop and has saved itself. Then, and when a process was
-# killed, the job is requeued, SITE_MAX_RESTARTS times at most. Where the node has no scontrol, that is said and the
-# job ends with status 75.
+# killed, the job is requeued, SITE_MAX_RESTARTS times at most; after two starts in a row that were killed before
+# training began it stays down. Where the node has no scontrol, that is said and the job ends with status 75.
 #SBATCH --job-name=tucodec
-for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
+submitted=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/\.sh.*//;s|^ *Command=\(.*\)/.*|\1|p')}
+for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "$submitted" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
     [[ ! -f $here/common.sh ]] || break
 done
 # shellcheck source=slurm/common.sh
@@ -42,17 +43,36 @@ restarts=${SLURM_RESTART_COUNT:-0}
 site_setup
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
-# --- One line an attempt begins and ends with: what `tucodec sweep status` reads, and the fence below.
+# --- One line an attempt begins and ends with: what `tucodec sweep status` reads, and the fence below. The program adds
+# one when it has got as far as training ("begun").
 attempts=""
-note() { # note EVENT [STATUS]
+note() { # note EVENT [STATUS [REASON]]
     [[ -n $attempts ]] || return 0
-    printf '{"event": "%s", "job": "%s", "restart": %d, "time": %d, "status": %s}\n' \
-        "$1" "$job" "$restarts" "$(date +%s)" "${2:-null}" >>"$attempts"
+    local reason=${3:+", \"reason\": \"$3\""}
+    printf '{"event": "%s", "job": "%s", "restart": %d, "time": %d, "status": %s%s}\n' \
+        "$1" "$job" "$restarts" "$(date +%s)" "${2:-null}" "$reason" >>"$attempts"
+}
+last_note() { # The last line that a launcher wrote.
+    sed '/"event": "begun"/d' "$attempts" | tail -n 1
+}
+killed_early() { # How many starts of this job, the latest in a row, were killed before training began, this one included.
+    local line count=0 early=1
+    [[ -n $attempts ]] || { echo 0 && return; }
+    while read -r line; do
+        case $line in
+        *'"event": "begun"'*) early=0 ;;
+        *'"event": "start", "job": "'"$job"'"'*) early=1 ;;
+        *'"event": "end", "job": "'"$job"'"'*'"reason": "was killed'*) ((early)) && count=$((count + 1)) || count=0 ;;
+        *'"event": "lost"'*) ;;
+        *) count=0 ;;
+        esac
+    done <"$attempts"
+    echo $((early ? count + 1 : 0))
 }
 
 if [[ $1 == --sweep ]]; then
     plan=$2
-    number=${4:-${SLURM_ARRAY_TASK_ID:-0}}
+    number=${4:-$(own_share)}
     task=$3-$number
     config=$plan/configs/$task.yaml
     if [[ ${#dry[@]} == 0 ]]; then
@@ -75,6 +95,9 @@ if [[ $1 == --sweep ]]; then
 else
     config=$1
     words=("${@:2}")
+    if [[ ${#dry[@]} == 0 ]] && mkdir -p slurm-logs; then
+        attempts=slurm-logs/$job.jsonl
+    fi
 fi
 
 shape=(--trainer.num_nodes "${SLURM_JOB_NUM_NODES:-1}" --trainer.devices "${SLURM_NTASKS_PER_NODE:-1}")
@@ -96,21 +119,23 @@ watch_seconds=3
 mine=""
 if [[ -n $attempts ]]; then
     mkdir -p "$(dirname "$attempts")"
-    if [[ -s $attempts && $(tail -n 1 "$attempts") == *'"event": "start"'* ]]; then
+    export TUCODEC_ATTEMPTS=$attempts
+    if [[ -s $attempts && $(last_note) == *'"event": "start"'* ]]; then
         note lost
         sleep $((SITE_FENCE_SECONDS + 3 * watch_seconds))
     fi
     note start
-    mine=$(tail -n 1 "$attempts")
+    mine=$(last_note)
 fi
 superseded() { # Only another attempt writes after this one's start.
-    [[ -n $mine && $(tail -n 1 "$attempts") != "$mine" ]]
+    [[ -n $mine && $(last_note) != "$mine" ]]
 }
 
 echo "train.sh: job $job, start $restarts, on ${SLURM_JOB_NODELIST:-this node}: $config"
 # The signal before a time limit goes to srun's tasks; TERM at a requeue or preemption comes here too, and the tasks
 # must have time to save themselves.
-trap : TERM USR1
+told=""
+trap 'told=1' TERM USR1
 "${command[@]}" &
 step=$!
 status=0
@@ -141,25 +166,32 @@ if ((status == 3)); then
     say "job $job is complete, but its mirror lacks the end: start the same command again when the mirror works"
     status=0
 fi
-note end "$status"
-if ((status == 0)); then
-    exit 0
-elif ((status == 75)); then
+# Status 138 is USR1, the time limit. TERM comes here too when the job is told to stop, but not when srun ends the
+# other processes after one was killed.
+if ((status == 75 || status == 138)) || [[ $status -ge 128 && -n $told ]]; then
     reason="was told to stop"
 elif ((status >= 128)); then
     reason="was killed"
 else
-    say "job $job ended with status $status"
+    note end "$status"
+    ((status == 0)) || say "job $job ended with status $status"
     exit "$status"
 fi
+stay_down() { # stay_down STATUS WHY
+    note end "$status" "$2"
+    say "job $job $2"
+    exit "$1"
+}
+if [[ $reason == "was killed" ]] && (($(killed_early) >= 2)); then
+    stay_down 1 "was killed before training began, twice in a row: out of memory? see the log; when the cause is gone, submit it again"
+fi
 if ((restarts >= SITE_MAX_RESTARTS)); then
-    say "job $job $reason, and was started again $restarts times: it stays down (SITE_MAX_RESTARTS)"
-    exit 1
+    stay_down 1 "$reason, and was started again $restarts times: it stays down (SITE_MAX_RESTARTS)"
 fi
 if ! command -v scontrol >/dev/null; then
-    say "job $job $reason; no scontrol here to requeue it: submit it again, it will go on"
-    exit 75
+    stay_down 75 "$reason; no scontrol here to requeue it: submit it again, it will go on"
 fi
+note end "$status" "$reason"
 say "job $job $reason (status $status): requeue"
 # It may fail because Slurm was first: then the job waits in the queue already.
 scontrol requeue "$job" || true

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -95,7 +96,8 @@ def _fit(config: Path) -> int:
     """Train in a process of its own, and return its exit status.
 
     Lightning starts the other ranks with the words and the environment of its own process; what one task
-    leaves in them is nothing to the next. Whoever stops this process stops that one.
+    leaves in them is nothing to the next. Whoever stops this process stops that one; who kills it as well,
+    since that one watches it.
     """
     from lightning_tucodec.training.companions import SIGNALS
 
@@ -111,7 +113,8 @@ def _fit(config: Path) -> int:
     previous = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         words = [sys.executable, "-m", "lightning_tucodec.cli", "fit", "--config", str(config)]
-        children.append(subprocess.Popen(words))
+        environment = {**os.environ, "TUCODEC_PARENT": str(os.getpid())}
+        children.append(subprocess.Popen(words, env=environment))
         if received:  # in the moment before
             children[0].terminate()
         status = children[0].wait()
@@ -137,7 +140,7 @@ def _planned(arguments: argparse.Namespace, dry: bool = False) -> Plan:
     plan, write = Plan.make(arguments.sweep, arguments.set, arguments.out)
     if not dry:
         write()
-    return plan
+    return Plan.open(plan.folder) if (plan.folder / "plan.yaml").exists() else plan
 
 
 def run_retry(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+import uuid
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
@@ -21,10 +22,17 @@ from lightning_tucodec.training.runs import RunFolder
 
 
 class Plan:
-    """A planned sweep; see the package's docstring for its folder."""
+    """A planned sweep; see the package's docstring for its folder.
 
-    def __init__(self, folder: Path, tasks: list[Task]) -> None:
+    Args:
+        folder: of the plan.
+        tasks: all of them.
+        key: part of its jobs' names, different for each folder that was written; older plans have none.
+    """
+
+    def __init__(self, folder: Path, tasks: list[Task], key: str = "") -> None:
         self.folder = folder
+        self.key = key
         self.tasks = {task.name: task for task in tasks}
 
     @classmethod
@@ -38,7 +46,8 @@ class Plan:
             raise ConfigError(f"{folder}: holds no plan (plan.yaml is missing)")
         content = read_yaml(folder / "plan.yaml")
         try:
-            return cls(folder, [Task(**entry) for entry in content["tasks"]])
+            tasks = [Task(**entry) for entry in content["tasks"]]
+            return cls(folder, tasks, str(content.get("key", "")))
         except (KeyError, TypeError):
             raise ConfigError(f"{folder / 'plan.yaml'}: damaged; plan the sweep again") from None
 
@@ -138,7 +147,8 @@ class Writer:
             else:
                 _dump(self.folder / "waiting" / f"{task.name}.yaml", config)
         tasks = [asdict(task) for task in self.configs]
-        _dump(self.folder / "plan.yaml", {"name": self.name, "tasks": tasks})
+        key = uuid.uuid4().hex[:6]
+        _dump(self.folder / "plan.yaml", {"name": self.name, "key": key, "tasks": tasks})
 
 
 def _write_final(folder: Path, task: Task, config: Config) -> None:

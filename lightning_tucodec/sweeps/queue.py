@@ -1,6 +1,7 @@
 """A plan's jobs in Slurm: what is in the queue, and how tasks become arrays."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,11 +22,13 @@ class Job:
         array: id of its array of jobs.
         state: as `squeue` says, in lower case.
         reason: why it is not running.
+        before: number of the task that is element 0 of the array.
     """
 
     array: str
     state: str
     reason: str
+    before: int = 0
 
 
 def queued(plan: Plan) -> dict[str, Job]:
@@ -42,7 +45,7 @@ def queued(plan: Plan) -> dict[str, Job]:
         f"--user={os.getuid()}",
         "--format=%F|%K|%T|%r|%j",
     ]
-    stages = {f"{plan.folder.name}-{task.stage}": task.stage for task in plan.tasks.values()}
+    stages = {_job_name(plan, task.stage, 0): task.stage for task in plan.tasks.values()}
     try:
         printed = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=60, check=False
@@ -55,10 +58,36 @@ def queued(plan: Plan) -> dict[str, Job]:
         raise ExternalToolError(f"squeue failed: {' '.join(printed.stderr.split())}")
     found = {}
     for line in printed.stdout.splitlines():
-        array, number, state, reason, name = line.split("|", 4)
-        if name in stages:
-            found[f"{stages[name]}-{number}"] = Job(array, state.lower(), reason)
+        array, index, state, reason, name = line.split("|", 4)
+        stem, before = _split(name)
+        if stem in stages and index.isdecimal():
+            number = before + int(index)
+            found[f"{stages[stem]}-{number}"] = Job(array, state.lower(), reason, before)
     return found
+
+
+def _job_name(plan: Plan, stage: str, before: int) -> str:
+    """What a stage's array is called; plans of one name in two folders differ by their keys."""
+    key = f".{plan.key}" if plan.key else ""
+    return f"{plan.folder.name}-{stage}{key}" + (f"+{before}" if before else "")
+
+
+def _split(name: str) -> tuple[str, int]:
+    """Such a name without `before`, and that."""
+    found = re.fullmatch(r"(.*)\+(\d+)", name, re.DOTALL)
+    return (found[1], int(found[2])) if found else (name, 0)
+
+
+def _array_size() -> int | None:
+    """How many elements an array may have here, rounded down to 10, 100, …; None where that is not known."""
+    try:
+        printed = subprocess.run(
+            ["scontrol", "show", "config"], capture_output=True, text=True, timeout=60, check=False
+        ).stdout
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"^MaxArraySize *= *(\d+)$", printed, re.MULTILINE)
+    return 10 ** (len(found[1]) - 1) if found else None  # indices are smaller than MaxArraySize
 
 
 def root() -> Path:
@@ -81,6 +110,8 @@ def outstanding(plan: Plan, jobs: dict[str, Job]) -> list[Task]:
 def submit(plan: Plan, tasks: Sequence[Task], jobs: dict[str, Job], dry: bool = False) -> None:
     """Submit tasks: of a stage, all that may start together are one array of jobs.
 
+    Where the cluster's MaxArraySize is smaller they are several, each with indices from 0 on.
+
     A stage whose tasks each start from the task of the same number in another stage depends on that
     stage's array by `aftercorr`; other predecessors are waited for one by one.
 
@@ -94,42 +125,59 @@ def submit(plan: Plan, tasks: Sequence[Task], jobs: dict[str, Job], dry: bool = 
         ConfigError: a task's predecessor is neither complete nor in the queue nor submitted.
         ExternalToolError: sbatch does not take them; the message holds the command to give elsewhere.
     """
-    arrays = {name: job.array for name, job in jobs.items()}
+    size = _array_size()
+    arrays = {name: (job.array, job.before) for name, job in jobs.items()}
     remaining = list(tasks)
     while remaining:
-        groups: dict[tuple[str, str], list[Task]] = {}
+        groups: dict[tuple[str, str, int], list[Task]] = {}
         for task in remaining:
             done = task.after is None or plan.is_complete(plan.task(task.after))
             if done or task.after in arrays:
-                after = "" if done else _dependency(plan, task, arrays)
-                groups.setdefault((task.stage, after), []).append(task)
+                before = task.number // size * size if size else 0
+                after = "" if done else _dependency(plan, task, before, arrays)
+                groups.setdefault((task.stage, after, before), []).append(task)
         if not groups:
             first = remaining[0]
             raise ConfigError(f"{first.name}: starts from {first.after}, which is not submitted")
-        for (stage, after), members in groups.items():
-            identifier = _sbatch(plan, stage, after, members, dry)
-            arrays.update({task.name: identifier for task in members})
+        for (stage, after, before), members in groups.items():
+            log = f"{stage}-{_number_in_log(before, size)}.log"
+            identifier = _sbatch(plan, stage, after, members, before, log, dry)
+            arrays.update({task.name: (identifier, before) for task in members})
         remaining = [task for task in remaining if task.name not in arrays]
 
 
-def _dependency(plan: Plan, task: Task, arrays: dict[str, str]) -> str:
+def _dependency(plan: Plan, task: Task, before: int, arrays: dict[str, tuple[str, int]]) -> str:
     """What `sbatch --dependency` is to say for a task whose predecessor is in an array."""
     assert task.after is not None
-    before = plan.task(task.after)
+    previous = plan.task(task.after)
+    array, start = arrays[previous.name]
+    index = previous.number - start
     stage = [other for other in plan.tasks.values() if other.stage == task.stage]
-    if all(other.after == f"{before.stage}-{other.number}" for other in stage):
-        return f"aftercorr:{arrays[before.name]}"
-    return f"afterok:{arrays[before.name]}_{before.number}"
+    if index == task.number - before and all(
+        other.after == f"{previous.stage}-{other.number}" for other in stage
+    ):
+        return f"aftercorr:{array}"
+    return f"afterok:{array}_{index}"
 
 
-def _sbatch(plan: Plan, stage: str, after: str, tasks: Sequence[Task], dry: bool) -> str:
+def _number_in_log(before: int, size: int | None) -> str:
+    """The number of a task in the name of its log, for sbatch, which knows only the index in the array."""
+    digits = len(str(size or 10)) - 1
+    if before == 0 and digits:
+        return "%a"
+    return f"{before // (size or 1)}%{digits}a" if digits else str(before)
+
+
+def _sbatch(
+    plan: Plan, stage: str, after: str, tasks: Sequence[Task], before: int, log: str, dry: bool
+) -> str:
     """Submit one array; returns its id."""
     launcher = root() / "slurm"
     command = [
-        str(launcher / "submit.sh"), *(["--dry-run"] if dry else []),
-        f"--job-name={plan.folder.name}-{stage}",
-        f"--array={','.join(str(task.number) for task in tasks)}",
-        f"--output={str(plan.folder).replace('%', '%%')}/logs/{stage}-%a.log",
+        str(launcher / "submit.sh"), *(["--dry-run"] if dry else []), "--before", str(before),
+        f"--job-name={_job_name(plan, stage, before)}",
+        f"--array={','.join(str(task.number - before) for task in tasks)}",
+        f"--output={str(plan.folder).replace('%', '%%')}/logs/{log}",
         *([f"--dependency={after}", "--kill-on-invalid-dep=yes"] if after else []),
         "--", str(launcher / "train.sh"), "--sweep", str(plan.folder), stage,
     ]  # fmt: skip
@@ -146,6 +194,6 @@ def _sbatch(plan: Plan, stage: str, after: str, tasks: Sequence[Task], dry: bool
     names = ", ".join(task.name for task in tasks)
     if dry:
         print(done.stdout.strip())
-        return f"<{stage}>"
+        return f"<{stage}{f'+{before}' if before else ''}>"
     print(f"job {done.stdout.strip()}: {names}", file=sys.stderr)
     return done.stdout.strip()

@@ -4,13 +4,15 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from lightning_tucodec.files import read_yaml
 from lightning_tucodec.sweeps.plan import Plan
 from lightning_tucodec.sweeps.queue import Job
 from lightning_tucodec.sweeps.spec import Task, entry
-from lightning_tucodec.training.runs import Manifest, RunFolder, read_metrics
+from lightning_tucodec.training.runs import ECHO, Manifest, RunFolder, read_metrics
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ def _row(plan: Plan, task: Task, job: Job | None, known: bool) -> Row:
             state = "waiting" if waits else "pending"
             note = f"for {task.after}" if waits else job.reason
     elif ended is not None:
-        state, note = "failed", _last_error(plan, task) or f"exit status {ended}"
+        state, note = "failed", _last_error(plan, task, attempts) or f"exit status {ended}"
     elif attempts:
-        state, note = "lost" if known else "started", _last_error(plan, task)
+        state, note = "lost" if known else "started", _last_error(plan, task, attempts)
     else:
         state = "planned"
     folder = plan.run_folder(task)
@@ -92,23 +94,50 @@ def _newest(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
     return None
 
 
-def _last_error(plan: Plan, task: Task) -> str:
-    """What the manifest says of the last attempt, else the log's last line about an error."""
+def _last_error(plan: Plan, task: Task, attempts: Sequence[dict[str, Any]]) -> str:
+    """Why the last attempt ended: as its launcher says, or its manifest, or the log's last error.
+
+    The manifest may know nothing of an attempt that was refused, or only that another process ended first.
+    """
+    if reason := attempts[-1].get("reason"):
+        return str(reason)
+    said = ""
     folder = plan.run_folder(task)
     if folder is not None:
-        entries = Manifest(RunFolder(folder)).read().get("attempts")
-        if entries and entries[-1].get("error"):
-            return str(entries[-1]["error"])
-    path = plan.file("logs", task, ".log")
-    if not path.exists():
-        return ""
-    with open(path, "rb") as stream:
+        started = max(
+            (row.get("time", 0) for row in attempts if row["event"] == "start"), default=0
+        )
+        entry = (Manifest(RunFolder(folder)).read().get("attempts") or [{}])[-1]
+        if entry.get("error") and _seconds(entry["start"]) >= started:
+            said = str(entry["error"])
+    ours, others = _lines_of_errors(plan.file("logs", task, ".log"))
+    if said and not said.startswith(ECHO):
+        return said
+    return (ours or [said] * bool(said) or others or [""])[-1]
+
+
+def _seconds(time: str) -> float:
+    try:
+        return datetime.fromisoformat(time).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def _lines_of_errors(log: Path) -> tuple[list[str], list[str]]:
+    """Of the last attempt in a log: lines of this program, lines of others that look like errors."""
+    if not log.exists():
+        return [], []
+    with open(log, "rb") as stream:
         stream.seek(0, os.SEEK_END)
         stream.seek(max(0, stream.tell() - 65536))
         lines = stream.read().decode("utf-8", "replace").splitlines()
+    starts = [
+        i for i, line in enumerate(lines) if line.startswith("train.sh: job") and ", start " in line
+    ]
+    lines = lines[max(starts, default=0) :]
     ours = [line.strip() for line in lines if line.startswith("tucodec")]
     others = [line.strip() for line in lines if re.search(r"error|Error|CANCELLED|Killed", line)]
-    return (ours or others or [""])[-1]
+    return ours, others
 
 
 def table_text(rows: Sequence[Row]) -> str:

@@ -4,8 +4,6 @@ import itertools
 import math
 import mmap
 import os
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError
 from lightning_tucodec.images import image_files, read_image
+from lightning_tucodec.processes import when_parent_ends
 from lightning_tucodec.training.plan import DataPlan, derive, hash_positions
 from lightning_tucodec.training.shards import ShardReader
 
@@ -289,13 +288,7 @@ def _end_with_parent(parent: int, worker: int) -> None:
 
     PyTorch watches too, but not if the parent was killed before the worker first looked.
     """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    when_parent_ends(parent, lambda: os._exit(1))
 
 
 class _Starts(Sampler[int]):

@@ -7,6 +7,7 @@ without one they are `VAE` and `PatchDataModule`.
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 import uuid
@@ -32,6 +33,7 @@ from lightning_tucodec.curves import read_named
 from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError, redacted
 from lightning_tucodec.files import expanded, read_text
 from lightning_tucodec.losses import check_crop
+from lightning_tucodec.processes import when_parent_ends
 from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
 from lightning_tucodec.training.companions import Companion
 from lightning_tucodec.training.data import check_images
@@ -57,6 +59,7 @@ from lightning_tucodec.training.preemption import (
     in_step,
 )
 from lightning_tucodec.training.runs import (
+    ECHO,
     Manifest,
     RunFolder,
     attempt_key,
@@ -348,6 +351,10 @@ class TucodecCLI(LightningCLI):
             status = 1
             lines = redacted(str(error)).strip().splitlines() or [type(error).__name__]
             text = lines[-1][:500]
+            step = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+            # What is raised where a connection is closed; TERM may have come before or come yet.
+            if step and isinstance(error, RuntimeError) and self.preemption.is_echo():
+                text = f"{ECHO}: {text}"
         elif self.preempted:
             assert self.preemption.stopping is not None
             self.outcome = "preempted"
@@ -492,6 +499,10 @@ def main(arguments: Sequence[str]) -> int:
         ConfigError: the configuration cannot work.
     """
     preemption = Preemption()
+    if parent := os.environ.pop(
+        "TUCODEC_PARENT", None
+    ):  # the ranks that Lightning starts have another
+        when_parent_ends(int(parent), lambda: os.kill(os.getpid(), signal.SIGTERM))
     if arguments[0] == "fit":
         return in_step(lambda: _main(arguments, preemption), preemption)
     return _main(arguments, preemption)

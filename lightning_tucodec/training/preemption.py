@@ -56,10 +56,7 @@ def in_step(run: Callable[[], int], preemption: "Preemption") -> int:
         status = 1
     except Exception:
         traceback.print_exc()
-        deadline = time.monotonic() + _PEER_SECONDS
-        while preemption.received is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        status = 1 if preemption.received is None else PREEMPTED
+        status = PREEMPTED if preemption.is_echo() else 1
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     return status if status in (0, PREEMPTED) else FAILED + status
@@ -91,6 +88,7 @@ class Preemption(pl.Callback):
         self._previous: dict[signal.Signals, Any] = {}
         self._owner = os.getpid()
         self._group: Any = None
+        self._deadline: float | None = None
 
     def __enter__(self) -> "Preemption":
         """Take the signals."""
@@ -129,6 +127,16 @@ class Preemption(pl.Callback):
             yield
         finally:
             hook.remove()
+
+    def is_echo(self) -> bool:
+        """Whether an error only says that another process of the step has ended, which srun confirms by TERM.
+
+        Waits for that; asked again, it answers at once.
+        """
+        self._deadline = self._deadline or time.monotonic() + _PEER_SECONDS
+        while self.received is None and time.monotonic() < self._deadline:
+            time.sleep(0.1)
+        return self.received is not None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Open a line between the ranks that does not wait for a GPU."""

@@ -47,6 +47,8 @@ _PACKAGES = (
 _DIFF_LIMIT = 1 << 20  # characters of a diff that are kept
 _OWN_START = 120.0  # seconds to wait for whoever still holds the folder
 _MAX_WITHOUT_PROGRESS = 2
+ECHO = "another process ended first"
+"""How an attempt's error begins that is not the cause."""
 _ANNOUNCE = 1800.0  # seconds to wait for rank 0, which may be fetching a checkpoint from far away
 
 
@@ -289,6 +291,7 @@ class Manifest:
             }
         )  # fmt: skip
         self._write(content)
+        _tell_launcher()
 
     def end(self, step: int | None, reason: str, status: int, error: str | None) -> None:
         """Say how this process's attempt ended; a full disk is no reason to hide that."""
@@ -407,6 +410,18 @@ def _restarts_without_progress(attempts: Sequence[dict[str, Any]], step: int, im
             break
         count += 1
     return count
+
+
+def _tell_launcher() -> None:
+    """Tell slurm/train.sh that training begins; it counts the starts that are killed before that."""
+    path = os.environ.get("TUCODEC_ATTEMPTS")
+    if path is None or not started_by_srun():
+        return
+    try:
+        with open(path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"event": "begun", "time": int(time.time())}) + "\n")
+    except OSError as error:
+        print(f"tucodec: {path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
 def slurm_ids() -> dict[str, str]:

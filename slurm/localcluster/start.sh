@@ -11,10 +11,11 @@
 # default, jobs of partition `urgent` preempt it. FINISH=N (seconds, 20): what a job is given to save itself.
 # PROCTRACK=cgroup|linuxproc: how Slurm finds a job's processes. With cgroup, as most sites have it, signals reach
 # only the processes that Slurm started itself; that is the default where cgroups of version 1 can be written to.
+# MAX_ARRAY=N (1001): MaxArraySize of the cluster.
 set -euo pipefail
 
 if [[ $# -lt 1 || $1 == -h || $1 == --help ]]; then
-    sed -n '2,13s/^# \{0,1\}//p' "$0"
+    sed -n '2,14s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 for program in munged slurmctld slurmd sbatch; do
@@ -107,6 +108,7 @@ SlurmctldTimeout=30
 MessageTimeout=30
 MinJobAge=3600
 ReturnToService=2
+MaxArraySize=${MAX_ARRAY:-1001}
 # Time limits are looked at every half minute; a job may overrun by nothing.
 OverTimeLimit=0
 CONF

@@ -409,7 +409,8 @@ def _status(pid: int) -> str:
     return "X"
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
     return _status(pid) not in "ZX"
 
 
@@ -502,7 +503,7 @@ def kill_slurmd(subject: Subject, ranks: list[int], rng: random.Random) -> None:
     try:
         wait_for(f"{node} to be down", lambda: _node(subject.box, node).startswith("down"), 0.5)
         _kill(ranks, signal.SIGCONT)
-        wait_for("the job's processes to end", lambda: not any(map(_lives, processes)), 0.5)
+        wait_for("the job's processes to end", lambda: not any(map(lives, processes)), 0.5)
     finally:
         _kill(ranks, signal.SIGCONT)
         slurmd = shutil.which("slurmd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")

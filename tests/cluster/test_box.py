@@ -161,11 +161,27 @@ def test_a_cluster_that_hands_nothing_on_and_paths_with_spaces(box: Box, box_rec
         "cd 'a checkout' && slurm/train.sh 'a recipe.yaml'",
     )  # fmt: skip
     wait_for("the job's end", lambda: job not in box.call("squeue", "--noheader", "--format=%A"), 1)
-    (log,) = (checkout / "slurm-logs").iterdir()
+    (log,) = (checkout / "slurm-logs").glob("*.log")
     manifests = [json.loads(path.read_text()) for path in checkout.glob("runs/*/manifest.json")]
     assert manifests, log.read_text()
     (attempt,) = manifests[0]["attempts"]
     assert (attempt["exit"], attempt["world_size"]) == ("finished", 2)
+
+
+def test_a_launcher_submitted_from_elsewhere_finds_its_repository(
+    box: Box, box_recipe: Path, tmp_path: Path
+) -> None:
+    """Slurm runs a copy in its spool, without the environment; only Slurm knows where it comes from."""
+    sweep = tmp_path / "a sweep.sh.yaml"
+    sweep.write_text(yaml.safe_dump({"name": "far", "stages": {"a": {"config": str(box_recipe)}}}))
+    told = f"TUCODEC_SITE={box.env['TUCODEC_SITE']},PYTHONPATH={REPOSITORY}"
+    script = REPOSITORY / "slurm" / "sweep_lambdas.sh"
+    box.call(
+        "env", "--chdir", tmp_path, "sbatch", "--wait", f"--export={told}", "--output=log",
+        script, sweep, "--dry-run",
+    )  # fmt: skip
+    log = (tmp_path / "log").read_text()
+    assert f"{REPOSITORY}/slurm/train.sh --sweep sweeps/far-" in log, log
 
 
 def test_what_one_process_refuses_ends_the_job(box: Box, box_recipe: Path) -> None:
@@ -181,6 +197,40 @@ def test_what_one_process_refuses_ends_the_job(box: Box, box_recipe: Path) -> No
     (row,) = rows(box, subject.plan).values()
     assert (row["state"], row["restarts"]) == ("failed", 0)
     assert "was begun with another configuration" in str(row["note"])
+
+
+def test_a_job_that_is_killed_without_progress_stays_down_and_says_why(
+    box: Box, box_recipe: Path
+) -> None:
+    """One of two processes is killed at each start, as for want of memory, before anything was saved.
+
+    The other one only sees that its connection is closed.
+    """
+    sets = ["model.lmbda=202", "run.checkpoint_minutes=60"]
+    subject = Subject(box, "greedy", box_recipe, sets=sets)
+    for start in range(2):
+        wait_for("the start", lambda number=start: len(subject.events("start")) > number)
+        os.kill(subject.freeze_at(2)[1], signal.SIGKILL)
+        os.kill(subject.ranks()[0], signal.SIGCONT)
+    wait_for("three ends", lambda: len(subject.events("end")) == 3)
+    wait_for("its job to leave the queue", lambda: not box.queue(subject.plan), 0.5)
+    (row,) = rows(box, subject.plan).values()
+    assert (row["state"], row["restarts"]) == ("failed", 2)
+    assert "2 starts of this job in a row were killed or failed at step 0" in str(row["note"])
+    attempts = json.loads((subject.run / "manifest.json").read_text())["attempts"]
+    assert all("another process ended first" in attempt["error"] for attempt in attempts), attempts
+
+
+def test_a_job_that_is_killed_before_training_begins_stays_down(box: Box, box_recipe: Path) -> None:
+    program = box.work / "too-big"
+    program.write_text("#!/bin/bash\nkill -KILL $$\n")
+    program.chmod(0o755)
+    subject = Subject(box, "too-big-run", box_recipe, SITE_TUCODEC=program)
+    wait_for("two ends", lambda: len(subject.events("end")) == 2)
+    wait_for("its job to leave the queue", lambda: not box.queue(subject.plan), 0.5)
+    (row,) = rows(box, subject.plan).values()
+    assert (row["state"], row["restarts"]) == ("failed", 1)
+    assert "was killed before training began, twice in a row" in str(row["note"])
 
 
 def test_signals_reach_the_program_and_two_processes_a_node_are_one_run(
@@ -230,6 +280,44 @@ def test_hit_by_every_kind_a_run_ends_as_the_straight_one(
             assert [difference(straight.run, subject.run) for subject in subjects] == ["", ""]
     finally:
         other.stop()
+
+
+def test_a_sweep_larger_than_an_array_and_two_plans_of_one_name(
+    box_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two stages of twelve tasks where arrays hold ten; each has its log and its own predecessor."""
+    why = missing_programs()
+    if why:
+        pytest.skip(why)
+    monkeypatch.setenv("MAX_ARRAY", "11")
+    program = tmp_path / "trainer"
+    program.write_text("#!/bin/bash\necho trained $3\n[[ $SLURM_ARRAY_TASK_ID != 1 ]]\n")
+    program.chmod(0o755)
+    small = Box(tmp_path / "box", 2, SITE_TUCODEC=program, SITE_STAGGER_SECONDS=0)
+    try:
+        sweep = small.work / "wide.yaml"
+        grid = {"config": str(box_recipe), "grid": {"data.seed": list(range(12))}}
+        stages = {"a": grid, "b": {**grid, "init_from": {"stage": "a"}}}
+        sweep.write_text(yaml.safe_dump({"name": "wide", "stages": stages}, sort_keys=False))
+        plan = Plan.open(Path(small.tucodec("sweep", "plan", sweep, "--out", small.work / "x")))
+        twin = Plan.open(Path(small.tucodec("sweep", "plan", sweep, "--out", small.work / "y")))
+        assert plan.folder.name == twin.folder.name
+        small.tucodec("sweep", "submit", plan.folder)
+        assert len({job.array for job in small.queue(plan).values()}) == 4
+        assert small.queue(twin) == {}
+        wait_for("the jobs' end", lambda: not small.queue(plan), 0.5)
+        states = {name: row["state"] for name, row in rows(small, plan).items()}
+        failed = {"a-1", "a-11"}
+        never = {"b-1", "b-11"}
+        assert {name for name, state in states.items() if state == "failed"} == failed
+        assert {name for name, state in states.items() if state == "planned"} == never
+        assert {name for name, state in states.items() if state == "complete"} == (
+            set(plan.tasks) - failed - never
+        )
+        for name in set(plan.tasks) - never:
+            assert f"{name}.yaml" in plan.file("logs", plan.task(name), ".log").read_text()
+    finally:
+        small.stop()
 
 
 def test_two_clusters_side_by_side_leave_nothing_behind(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,11 +18,11 @@ from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.sweeps.plan import Plan, resolve_config
 from lightning_tucodec.sweeps.queue import Job, queued, submit
-from lightning_tucodec.sweeps.spec import Config, read_sweep
+from lightning_tucodec.sweeps.spec import Config, Task, read_sweep
 from lightning_tucodec.sweeps.status import status
 from lightning_tucodec.training.identity import flat
 from lightning_tucodec.training.runs import RunFolder
-from tests.campaigns.cluster import REPOSITORY, wait_for, write_recipe
+from tests.campaigns.cluster import REPOSITORY, lives, wait_for, write_recipe
 
 STAGES: dict[str, Any] = {
     "mse": {"config": "recipe.yaml", "set": {"model.lmbda": 100.0}},
@@ -346,6 +347,47 @@ def test_arrays_and_dependencies(recipe: Path, capsys: pytest.CaptureFixture[str
         submit(made, [made.task("links-1")], {}, dry=True)
 
 
+def test_a_stage_beyond_the_clusters_limit_is_several_arrays(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Indices begin at 0 in each; what corresponds by number still corresponds, else it is waited for."""
+    tools = recipe.parent / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text("#!/bin/bash\necho 'MaxArraySize            = 11'\n")
+    (tools / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    names = [f"{stage}-{number}" for stage in "ab" for number in range(12)]
+    tasks = [Task(n[0], int(n[2:]), {}, f"a-{n[2:]}" if n[0] == "b" else None) for n in names]
+    made = Plan(recipe.parent / "try", tasks, "key")
+
+    def commands(jobs: dict[str, Job]) -> list[list[str]]:
+        submit(made, [task for task in tasks if task.name not in jobs], jobs, dry=True)
+        printed = capsys.readouterr().out.replace("\\", "").splitlines()
+        options = ("--job-name", "--array", "--output", "--dependency")
+        return [
+            [word.partition("=")[2].removeprefix(str(made.folder)) for word in line.split()
+             if word.startswith(options)] for line in printed
+        ]  # fmt: skip
+
+    all_ten = ",".join(map(str, range(10)))
+    assert commands({}) == [
+        ["try-a.key", all_ten, "/logs/a-%a.log"],
+        ["try-a.key+10", "0,1", "/logs/a-1%1a.log"],
+        ["try-b.key", all_ten, "/logs/b-%a.log", "aftercorr:<a>"],
+        ["try-b.key+10", "0,1", "/logs/b-1%1a.log", "aftercorr:<a+10>"],
+    ]
+    # Submitted when the limit was another one: the indices differ, so each is waited for by itself.
+    jobs = {task.name: Job("77", "running", "None") for task in tasks[:12]}
+    assert commands(jobs)[1:] == [
+        ["try-b.key+10", str(i), "/logs/b-1%1a.log", f"afterok:77_{10 + i}"] for i in (0, 1)
+    ]
+    (tools / "squeue").write_text(
+        "#!/bin/bash\necho '78|1|RUNNING|None|try-b.key+10'; echo '79|1|RUNNING|None|try-b.other'\n"
+    )
+    (tools / "squeue").chmod(0o755)
+    assert queued(made) == {"b-11": Job("78", "running", "None", 10)}
+
+
 def test_the_status_of_every_kind(recipe: Path) -> None:
     values = [float(value) for value in range(6)]
     stages = {
@@ -382,6 +424,43 @@ def test_the_status_of_every_kind(recipe: Path) -> None:
     assert found["b-0"].note == "for a-0"
     lost_row = found["a-2"]
     assert (lost_row.step, lost_row.bpp, lost_row.psnr, lost_row.restarts) == (6, 0.5, 30.0, 1)
+
+
+def test_the_cause_of_a_failure_is_shown_not_its_echo(recipe: Path) -> None:
+    """The manifest's last error may be an older one's, or only say that another process has ended."""
+    made = plan(recipe.parent, {"a": {"config": "recipe.yaml"}})
+    task = made.task("a-0")
+    folder = made.run_folder(task)
+    assert folder is not None
+    folder.mkdir(parents=True)
+    manifest = {
+        "start": "2026-01-01T00:00:00+00:00",
+        "host": "h",
+        "pid": 1,
+        "code": 0,
+        "exit": "failed",
+    }
+    started = 1767225600
+
+    def note(error: str, start: int, log: str, reason: str | None = None) -> str:
+        content = {"code": [{}], "attempts": [{**manifest, "error": error}]}
+        (folder / "manifest.json").write_text(json.dumps(content))
+        rows = [{"event": "start", "time": start}, {"event": "begun", "time": start}]
+        rows.append({"event": "end", "status": 1} | ({"reason": reason} if reason else {}))
+        made.file("attempts", task, ".jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        head = "train.sh: job 7, start 0, on n1: c.yaml\n"
+        made.file("logs", task, ".log").write_text(f"{head}tucodec: old\n{head}{log}\n")
+        (row,) = status(made, {})
+        assert row.state == "failed"
+        return row.note
+
+    echo = "another process ended first: Connection closed by peer"
+    assert note("no room", started, "Error: x") == "no room"
+    assert note("no room", started + 60, "tucodec: refused\nError: x") == "tucodec: refused"
+    assert note("no room", started + 60, "srun: error: x") == "srun: error: x"
+    assert note(echo, started, "tucodec: the other's\nError: x") == "tucodec: the other's"
+    assert note(echo, started, "Error: x") == echo
+    assert note(echo, started, "Error: x", "was killed: it stays down").endswith("stays down")
 
 
 def test_where_sbatch_is_missing_the_command_is_said(
@@ -447,7 +526,7 @@ def test_without_scontrol_a_job_says_so(
     """As inside a container: srun is there, scontrol is not."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("bash", "env", "dirname", "sed", "sleep", "date", "cat"):
+    for name in ("bash", "env", "dirname", "sed", "sleep", "date", "cat", "mkdir", "tail"):
         (tools / name).symlink_to(f"/usr/bin/{name}")
     (tools / "srun").write_text(f'#!/bin/bash\necho "$@" >{tmp_path}/words\nexit {status}\n')
     (tools / "srun").chmod(0o755)
@@ -463,6 +542,53 @@ def test_without_scontrol_a_job_says_so(
     assert text in done.stderr
     words = (tmp_path / "words").read_text()
     assert "fit --config c.yaml --trainer.num_nodes 3 --trainer.devices 2 --run.threads 1" in words
+
+
+@pytest.mark.parametrize(
+    ("history", "status", "stays"),
+    [
+        ("", 137, False),
+        ("start 137", 137, True),
+        ("start 137", 143, True),  # srun ended the others, and says so
+        ("start 137", 138, False),  # USR1 at the time limit
+        ("start 137", 75, False),
+        ("start begun 137", 137, False),
+        ("start 137 start begun 137", 137, False),
+        ("start begun 137 start 137", 137, True),
+        ("start 137 start 75", 137, False),
+        ("start 137 start lost", 137, True),
+    ],
+)
+def test_starts_that_are_killed_before_training_begins_are_counted(
+    tmp_path: Path, history: str, status: int, stays: bool
+) -> None:
+    """A job whose memory does not even hold the program would be requeued for ever."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "srun").write_text(f"#!/bin/bash\nexit {status}\n")
+    requeued = tmp_path / "requeued"
+    (tools / "scontrol").write_text(f"#!/bin/bash\n[[ $1 != requeue ]] || touch {requeued}\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    (tmp_path / "slurm-logs").mkdir()
+    attempts = tmp_path / "slurm-logs" / "5.jsonl"
+    reasons = {"75": "was told to stop", "137": "was killed"}
+    for word in history.split():
+        end = {"event": "end", "job": "5", "restart": 0, "time": 1, "status": 0}
+        row = end | {"reason": reasons[word]} if word in reasons else end | {"event": word}
+        with attempts.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": "3"}
+    command = [str(REPOSITORY / "slurm" / "train.sh"), "c.yaml"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=env, cwd=tmp_path
+    )
+    assert done.returncode == (1 if stays else 75)
+    assert requeued.exists() != stays
+    assert ("killed before training began" in done.stderr) == stays
+    last = json.loads(attempts.read_text().splitlines()[-1])
+    assert (last["event"], last["restart"]) == ("end", 3)
+    assert last["reason"] in done.stderr
 
 
 def test_an_array_beyond_the_clusters_limit_is_split(tmp_path: Path) -> None:
@@ -546,25 +672,34 @@ def test_a_sweep_runs_here_stage_by_stage(
     assert "starts" not in capfd.readouterr().err
 
 
-def test_a_sweep_that_is_stopped_stops_its_task(tmp_path: Path, recipe: Path) -> None:
-    """TERM at the sweep's process: the task saves itself, no process stays, the sweep says 75."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_is_stopped_stops_its_task(
+    tmp_path: Path, recipe: Path, number: signal.Signals
+) -> None:
+    """TERM or KILL at the sweep's process: the task saves itself, no process stays; after TERM it says 75."""
     write(tmp_path, {"one": {"config": "recipe.yaml", "set": {"trainer.max_steps": 1000000}}})
     words = [sys.executable, "-m", "lightning_tucodec.cli", "sweep", "run", "sweep.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(words, cwd=tmp_path, env=environment)
     try:
         wait_for("a step", lambda: any(tmp_path.glob("runs/*/metrics.jsonl")))
-        process.terminate()
-        assert process.wait(timeout=300) == 75
+        process.send_signal(number)
+        assert process.wait(timeout=300) == (75 if number == signal.SIGTERM else -number)
     finally:
         process.kill()
     (manifest,) = tmp_path.glob("runs/*/manifest.json")
-    (attempt,) = json.loads(manifest.read_text())["attempts"]
-    assert attempt["exit"] == "preempted (SIGTERM)"
-    assert not Path(f"/proc/{attempt['pid']}").exists()
+
+    def attempt() -> dict[str, Any]:
+        (found,) = json.loads(manifest.read_text())["attempts"]
+        return dict(found)
+
+    wait_for("the task's end", lambda: attempt()["exit"])
+    assert attempt()["exit"] == "preempted (SIGTERM)"
+    wait_for("its process to go", lambda: not lives(attempt()["pid"]))
     assert (manifest.parent / "checkpoints" / "last.ckpt").exists()
     (attempts,) = tmp_path.glob("sweeps/*/attempts/one-0.jsonl")
-    assert json.loads(attempts.read_text().splitlines()[-1])["status"] == 75
+    last = json.loads(attempts.read_text().splitlines()[-1])
+    assert last["status"] == (75 if number == signal.SIGTERM else None)
 
 
 def test_an_attempt_that_goes_on_elsewhere_ends(tmp_path: Path) -> None:
