@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -160,14 +161,12 @@ class Storage:
             self._made.add(parent)
 
     def _retry(self, name: str, action: Callable[[Any, str], T]) -> T:
-        import fsspec
-
         url = self.path(name)
         for attempt in range(ATTEMPTS):
             try:
-                fs, path = fsspec.core.url_to_fs(url)
-                fs.invalidate_cache()  # others write here too; not every backend can do without one
-                return action(fs, path)
+                with _file_system(url) as (fs, path):
+                    fs.invalidate_cache()  # others write here too; not every backend can do without one
+                    return action(fs, path)
             except (FileNotFoundError, IsADirectoryError):
                 raise
             except (ImportError, ValueError, PermissionError) as error:
@@ -271,6 +270,23 @@ def _walk(root: Path) -> Iterator[tuple[str, int]]:
                     yield file.relative_to(root).as_posix(), 0
     for folder in unreadable:
         yield Path(folder).relative_to(root).as_posix() + "/", 0
+
+
+@contextmanager
+def _file_system(url: str) -> Iterator[tuple[Any, str]]:
+    """fsspec's file system of a URL, and the path on it."""
+    if url.startswith(("sftp://", "ssh://")):
+        try:
+            from lightning_tucodec.sftp import connected
+        except ModuleNotFoundError:
+            raise ImportError("needs paramiko: pip install 'lightning-tucodec[sftp]'") from None
+
+        with connected(url) as found:
+            yield found
+    else:
+        import fsspec
+
+        yield fsspec.core.url_to_fs(url)
 
 
 def _one_line(error: BaseException) -> str:
