@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -41,7 +40,7 @@ from data_pipelines.patches import (
 from data_pipelines.sources import Entry, Source, fingerprint, list_entries
 from data_pipelines.tasks import run_tasks
 from lightning_tucodec.errors import ConfigError, DatasetError, ImageInputError
-from lightning_tucodec.files import atomic_write
+from lightning_tucodec.files import atomic_write, temporary_folder
 from lightning_tucodec.images import read_image
 from lightning_tucodec.storage import Storage, sha256_file
 from lightning_tucodec.training.plan import derive, permute
@@ -326,10 +325,6 @@ class _Build:
             folder = Path(self.storage.location)
             with suppress(OSError):  # gone, or used by another process
                 (folder / _STATE).rmdir()
-            # What atomic writes of killed processes have left.
-            for name in ("shard-*", INDEX, REJECTED):
-                for leftover in folder.glob(f".{name}.*.tmp"):
-                    leftover.unlink(missing_ok=True)
 
     def _chunk(self, chunk: int) -> list[Entry]:
         return self.entries[chunk * _CHUNK : (chunk + 1) * _CHUNK]
@@ -504,8 +499,8 @@ def _write_shard(
     storage, name = Storage(out), shard_name(number)
     first = number * options.shard_size
     if storage.remote:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / name
+        with temporary_folder() as folder:
+            path = folder / name
             with open(path, "wb") as stream:
                 _write_tar(stream, samples, first, options.encoding)
             record = describe_shard(path, name, EXTENSION[options.encoding])

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lightning_tucodec.errors import DatasetError
-from lightning_tucodec.processes import end_on_interrupt, interrupt_children
+from lightning_tucodec.processes import INTERRUPTS, end_on_interrupt, interrupt_children
 
 
 def run_tasks(
@@ -58,7 +58,7 @@ def _results(
         raise DatasetError(
             "a worker process was killed (out of memory?); use fewer --workers and run again"
         ) from None
-    except KeyboardInterrupt:
+    except INTERRUPTS:
         wait_for_all = False
         interrupt_children()
         raise

@@ -568,8 +568,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    from lightning_tucodec import processes
+
     words = list(sys.argv[1:] if argv is None else argv)
     _usable_streams()
+    # A training saves itself when it is told to end: its signals are `training.preemption`'s.
+    saves_itself = bool(words) and words[0] == "fit"
+    with contextlib.nullcontext() if saves_itself else processes.interruptible():
+        try:
+            return _run(words)
+        except processes.INTERRUPTS as interrupt:
+            status = getattr(interrupt, "status", 130)
+            processes.announce()
+            processes.stop(status)
+            if (
+                argv is None
+            ):  # the process is ours: its end need not wait for what libraries clean up
+                os._exit(status)
+            return status
+
+
+def _run(words: Sequence[str]) -> int:
+    """The exit status of a command, whose errors are told."""
     try:
         if words and words[0] in _LIGHTNING_COMMANDS:
             from lightning_tucodec.training.fit import main as lightning_main
@@ -580,12 +600,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = int(arguments.run(arguments))
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        from lightning_tucodec import processes
-
-        print("tucodec: interrupted", file=sys.stderr, flush=True)
-        processes.stop()
-        return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; that is not an error of ours.
         _drop_output()

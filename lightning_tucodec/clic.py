@@ -12,7 +12,8 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from tqdm import tqdm
 
 import data_pipelines
 import lightning_tucodec
+from lightning_tucodec import processes
 from lightning_tucodec.allocation import Quantity, Table
 from lightning_tucodec.codecs import ffmpeg
 from lightning_tucodec.codecs.classical import PillowCodec
 from lightning_tucodec.codecs.registry import CLASSES, split
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.evaluate import Row, allocation_table, compare, find_images, finite
+from lightning_tucodec.files import temporary_folder
 from lightning_tucodec.images import read_image
 from lightning_tucodec.manifest import (
     MANIFEST,
@@ -126,15 +129,15 @@ def verify(
     wrong = [f"{name}: has no stream" for name in sorted(set(paths) - _names(manifest))]
     wrong += wrong_files(folder, manifest)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as out:
-        decoded = zip(manifest["images"], _decode_elsewhere(folder, Path(out)), strict=False)
+    with temporary_folder() as out, closing(_decode_elsewhere(folder, out)) as results:
+        decoded = zip(manifest["images"], results, strict=False)
         for entry, result in tqdm(decoded, "verify", len(manifest["images"]), disable=None):
             label = f"{entry['file']} ({entry['image']})"
             if "error" in result:
                 wrong.append(f"{label}: {result['error']}")
                 continue
             size = (folder / entry["file"]).stat().st_size
-            shown = Path(out) / png_name(entry)
+            shown = out / png_name(entry)
             try:
                 row = compare(read_image(paths[entry["image"]]), read_image(shown), size)
             except TucodecError as error:
@@ -197,7 +200,7 @@ def _names(manifest: dict[str, Any]) -> set[str]:
     return {entry["image"] for entry in manifest["images"]}
 
 
-def _decode_elsewhere(folder: Path, out: Path) -> Iterator[dict[str, Any]]:
+def _decode_elsewhere(folder: Path, out: Path) -> Generator[dict[str, Any], None, None]:
     """Rows of `submission.decode`, from a process that knows no model but the submission's.
 
     Raises:
@@ -211,9 +214,10 @@ def _decode_elsewhere(folder: Path, out: Path) -> Iterator[dict[str, Any]]:
     count = 0
     with (
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
+        processes.child(
             # -P: no module from the folder that the user stands in, which may be the submission.
             [sys.executable, "-P", "-c", _ISOLATED, *words],
+            ours=True,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -221,12 +225,9 @@ def _decode_elsewhere(folder: Path, out: Path) -> Iterator[dict[str, Any]]:
         ) as process,
     ):
         assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                yield json.loads(line)
-                count += 1
-        finally:
-            process.kill()
+        for line in process.stdout:
+            yield json.loads(line)
+            count += 1
         if count < len(read_manifest(folder)["images"]):
             errors.seek(0)
             last = errors.read().decode(errors="replace").strip().splitlines()[-1:]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from lightning_tucodec import processes
 from lightning_tucodec.codecs import models, registry
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.cli import DEFAULT_MODEL
@@ -85,10 +86,10 @@ def tucodec(*words: str) -> str:
     """
     print("$ tucodec", *words, file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "lightning_tucodec.cli", *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = processes.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ExternalToolError(f"`tucodec {words[0]}` failed with status {done.returncode}")
-    return done.stdout
+    return str(done.stdout)
 
 
 def recipe(shards: Path, lmbda: float, steps: int, runs: Path) -> dict[str, Any]:

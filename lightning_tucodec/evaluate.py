@@ -38,6 +38,7 @@ from lightning_tucodec.images import image_files, read_image
 from lightning_tucodec.perceptual import DEFINITIONS as PERCEPTUAL
 from lightning_tucodec.perceptual import MEASURES, check_names
 from lightning_tucodec.processes import (
+    INTERRUPTS,
     cores,
     end_on_interrupt,
     interrupt_children,
@@ -474,7 +475,7 @@ def peak_memory(specification: str, image: Path) -> int:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_on_interrupt) as pool:
         try:
             return pool.submit(_own_peak_memory, specification, image).result()
-        except KeyboardInterrupt:
+        except INTERRUPTS:
             interrupt_children()
             raise
         except BrokenProcessPool:

@@ -6,7 +6,6 @@ weights of AlexNet and VGG-16 in PyTorch's cache. All compare 8-bit RGB images, 
 """
 
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from lightning_tucodec.codecs import ffmpeg
 from lightning_tucodec.errors import ConfigError, ExternalToolError
+from lightning_tucodec.files import temporary_folder
 from lightning_tucodec.images import write_png
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def ssimulacra2(original: Image, decoded: Image) -> float:
         from ssimulacra2 import compute_ssimulacra2
     except ImportError:
         raise ConfigError(f"SSIMULACRA 2 needs ssimulacra2: {_INSTALL}") from None
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / name for name in ("original.png", "decoded.png")]
+    with temporary_folder() as folder:
+        paths = [folder / name for name in ("original.png", "decoded.png")]
         for path, image in zip(paths, (original, decoded), strict=True):
             write_png(path, image)
         return float(compute_ssimulacra2(*map(str, paths)))

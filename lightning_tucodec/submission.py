@@ -6,7 +6,6 @@ and another budget costs only the choice.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +34,7 @@ from lightning_tucodec.evaluate import (
     find_images,
     finite,
 )
-from lightning_tucodec.files import atomic_write, check_targets
+from lightning_tucodec.files import FORMER, atomic_write, check_targets, temporary_folder
 from lightning_tucodec.images import write_png
 from lightning_tucodec.manifest import (
     DECODE,
@@ -145,20 +143,13 @@ def build(
     chosen = [rows[i * len(codecs) + int(j)] for i, j in enumerate(best.choice)]
     out.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: nothing that lies beside is ever in the way.
-    work = Path(tempfile.mkdtemp(prefix=".tucodec.", dir=out.parent))
-    try:
+    with temporary_folder(out) as work:
         new = work / "new"
         about = {"minimised": minimise, "limits": asdict(limits), "totals": finite(summary(best))}
         _write(new, candidates, chosen, about)
         if reason := foreign(new):
             raise ConfigError(f"{candidates.folder}: is damaged, remove it ({reason})")
         _put(new, out)
-    except BaseException:
-        shutil.rmtree(work / "new", ignore_errors=True)
-        with contextlib.suppress(OSError):
-            work.rmdir()
-        raise
-    shutil.rmtree(work, ignore_errors=True)
     return best
 
 
@@ -219,20 +210,14 @@ def _check_replaceable(folder: Path, shown: Path) -> None:
 
 
 def _put(new: Path, out: Path) -> None:
-    """Rename `new` to `out`; a former submission there ends in `former` beside `new`."""
-    former = new.with_name("former")
-    if not os.path.lexists(out):
-        new.rename(out)
-        return
-    _check_replaceable(out, out)
-    out.rename(former)
-    try:
-        # Whatever somebody put there meanwhile: now nobody finds it by its name any more.
+    """Rename `new` to `out`; a former submission there ends as `FORMER` beside `new`."""
+    if os.path.lexists(out):
+        _check_replaceable(out, out)
+        former = new.with_name(FORMER)
+        out.rename(former)
+        # Whatever somebody put there meanwhile: now nobody finds it by its name any more. It goes back.
         _check_replaceable(former, out)
-        new.rename(out)
-    except BaseException:
-        former.rename(out)
-        raise
+    new.rename(out)
 
 
 def summary(best: "Allocation") -> dict[str, Any]:

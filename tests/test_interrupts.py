@@ -1,90 +1,253 @@
-"""Ctrl-C ends every long command at once, with its children, and the same command goes on."""
+"""Ctrl-C and `kill` end every long command at once, with its children, and the same command goes on."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from lightning_tucodec.cli import main
+from lightning_tucodec.codecs.models import find
 from tests.support import photo
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
+
+Busy = Callable[["Command"], bool]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that runs."""
+
+    folder: Path
+    mark: str
+    process: "subprocess.Popen[bytes]"
+
+    def processes(self, *words: str) -> list[int]:
+        """Its processes, ended ones aside, in whatever session, that have all the words in their command."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command = (folder / "cmdline").read_bytes()
+                if self.mark.encode() in (folder / "environ").read_bytes() and all(
+                    word.encode() in command for word in words
+                ):
+                    found.append(int(folder.name))
+        return found
+
+    def seconds(self) -> float:
+        """Processor time of its first process."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) / os.sysconf("SC_CLK_TCK")
+
+
+def runs(*words: str) -> Busy:
+    """A process with these words is there."""
+    return lambda command: bool(command.processes(*words))
+
+
+def wrote(pattern: str) -> Busy:
+    """A file is there."""
+    return lambda command: any(command.folder.glob(pattern))
+
+
+def computes(command: Command) -> bool:
+    """It has computed for some seconds."""
+    return command.seconds() > 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command, when it is at its work, and how it is told to end."""
+
+    words: str
+    busy: Busy
+    number: signal.Signals
+    everybody: bool
+    """All processes of its session are told, as a terminal does."""
+    goes_on: bool = False
+    """The same command is called again until it has ended."""
+    status: int | None = None
+
+
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 SLOW = "vvc:qp=20,preset=slower"
-COMMANDS = {
-    "evaluate": f"evaluate photos --codec jpeg:q=30 {SLOW} -o results.json --workers 2",
-    "evaluate-learned": "evaluate photos --codec tiny-mse-5:effort=9 -o learned.json --workers 2",
-    "compress-vvc": "compress photos -o vvc/ --model vvc --qp 20 --preset slower",
-    "precode": f"shards precode photos --out shards --codec {SLOW} --per-photo 1 --workers 2",
-}
-"""Each takes minutes."""
+LEARNED = "compress photos -o tuc --model tiny-mse-5 --effort 9"
+CASES = {
+    "evaluate": Case(
+        f"evaluate photos --codec jpeg:q=30 {SLOW} -o e.json --workers 2",
+        runs("libvvenc"), INT, False,
+    ),
+    "evaluate-learned": Case(
+        "evaluate photos --codec tiny-mse-5:effort=9 -o l.json --workers 2", computes, TERM, True
+    ),
+    "evaluate-memory": Case(
+        "evaluate photos --codec tiny-mse-2 -o m.json --memory", runs("spawn_main"), TERM, True, True
+    ),
+    "compress": Case(LEARNED, computes, INT, True),
+    "compress-vvc": Case(
+        "compress photos -o vvc/ --model vvc --qp 20 --preset slower", runs("libvvenc"), TERM, False
+    ),
+    "precode": Case(
+        f"shards precode photos --out pre --codec {SLOW} --per-photo 1 --workers 2",
+        runs("libvvenc"), TERM, True,
+    ),
+    "build": Case(
+        "shards build photos --out shards --patch 32 --max-overlap 0.5 --workers 2 --shard-size 64",
+        wrote("shards/shard-*.tar"), INT, True, True,
+    ),
+    "download": Case("shards verify s3://bucket/shards", runs("verify"), INT, False),
+    "allocate": Case(
+        "allocate photos --candidate jpeg:q=5 vvc:qp=45,preset=faster -o chosen --max-bpp 1",
+        runs("libvvenc"), HUP, False, True,
+    ),
+    "allocate-highs": Case("bench allocate --repeats 9", computes, INT, False),
+    "verify": Case(
+        "clic verify submission --originals photos", runs("clic", "decode"), INT, False, True
+    ),
+    "verify-all": Case(
+        "clic verify submission --originals photos", runs("clic", "decode"), TERM, True, True
+    ),
+    "clic-compare": Case(
+        "clic compare submission --originals photos", runs("clic", "decode"), INT, True
+    ),
+    "decode": Case("clic decode submission -o png --force", wrote("png/*.png"), TERM, False, True),
+    "bench-codec": Case(
+        "bench codec --models tiny --peers --size 512 768 --repeats 999", computes, TERM, False
+    ),
+    "bench-h266": Case("bench h266 photos --preset slower --qp 30", runs("libvvenc"), INT, True),
+    "bench-shards": Case("bench shards --count 60 --repeats 99", runs("forkserver"), INT, False),
+    "bench-train": Case("bench train", runs("fit"), INT, False),
+    "demo": Case("demo", runs("forkserver"), INT, False),
+    "demo-all": Case("demo", runs("cli", "shards", "build"), TERM, True),
+    "compare": Case(
+        "compare results.json -o page.html --samples 1000000", computes, INT, True
+    ),
+    "export": Case("export model.safetensors -o x.safetensors",
+                   lambda command: command.seconds() > 1, TERM, False, True),
+    "sweep": Case("sweep run sweep.yaml", runs("cli", "fit"), INT, False, False, 75),
+}  # fmt: skip
+"""Most take minutes."""
 
 
-def marked(mark: str, program: str = "") -> list[int]:
-    """Processes, ended ones aside, that have the mark in their environment and the text in their command."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes()
-            if mark.encode() in (folder / "environ").read_bytes() and program.encode() in command:
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the commands name."""
+    folder = tmp_path_factory.mktemp("material")
+    (folder / "photos").mkdir()
+    for index in range(4):
+        picture = Image.fromarray(photo("coffee.png", 400, 300, left=50 * index))
+        picture.resize((800, 600)).save(folder / "photos" / f"{index}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        candidates = ["jpeg:q=5", "tiny-mse-5"]
+        words = ["allocate", "photos", "--candidate", *candidates, "-o", "submission"]
+        assert main([*words, "--min-psnr", "30"]) == 0
+        codecs = [f"{name}:q={q}" for name in ("jpeg", "webp") for q in (10, 20, 40, 60)]
+        assert main(["evaluate", "photos", "--codec", *codecs, "-o", "results.json"]) == 0
+    (folder / "model.safetensors").write_bytes(find("tiny-mse-5").read_bytes())
+    return folder
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
-@pytest.mark.parametrize("name", COMMANDS)
-def test_an_interrupt_ends_it_at_once(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "photos").mkdir()
-    for index in range(2):
-        Image.fromarray(photo("coffee.png", 400, 300)).resize((1200, 900)).save(
-            tmp_path / "photos" / f"{index}.png"
-        )
+@contextlib.contextmanager
+def started(words: str, folder: Path, **more: str) -> Iterator[Command]:
+    """A command in a session of its own, whose output goes to the file `said`."""
     mark = uuid.uuid4().hex
-    words = [sys.executable, "-m", "lightning_tucodec.cli", *COMMANDS[name].split()]
-    environment = {**os.environ, "TUCODEC_TEST": mark, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TUCODEC_TEST": mark, "OMP_NUM_THREADS": "1", **more}
     with (
-        (tmp_path / "said").open("wb") as said,
+        (folder / "said").open("wb") as said,
         subprocess.Popen(
-            words, cwd=tmp_path, env=environment, stdout=said, stderr=said, start_new_session=True
+            [sys.executable, "-m", "lightning_tucodec.cli", *words.split()],
+            cwd=folder, env=environment, stdout=said, stderr=said, start_new_session=True,
         ) as process,
-    ):
+    ):  # fmt: skip
+        command = Command(folder, mark, process)
         try:
-            learned = "effort" in COMMANDS[name]
-            until = time.monotonic() + 120
-            while not busy(process, mark, learned):
-                assert process.poll() is None, (tmp_path / "said").read_text()
-                assert time.monotonic() < until
-                time.sleep(0.1)
-            process.send_signal(signal.SIGINT)
-            # 3 s on a machine that has time; whole minutes without the mechanism.
-            assert process.wait(15) == 130
-            until = time.monotonic() + 5
-            while marked(mark) and time.monotonic() < until:
-                time.sleep(0.02)
-            assert not marked(mark)
+            yield command
         finally:
-            for pid in marked(mark):
-                os.kill(pid, signal.SIGKILL)
+            for pid in command.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def until(wanted: Callable[[], bool], seconds: float) -> float:
+    """Wait for something; how long it took."""
+    begun = time.monotonic()
+    while not wanted():
+        assert time.monotonic() - begun < seconds
+        time.sleep(0.02)
+    return time.monotonic() - begun
+
+
+def interrupt(command: Command, case: Case) -> tuple[float, int]:
+    """Seconds from the signal to the end of the last process, and the status."""
+    time.sleep(0.5)  # well into it
+    assert command.process.poll() is None, (command.folder / "said").read_text()
+    (os.killpg if case.everybody else os.kill)(command.process.pid, case.number)
+    seconds = until(lambda: command.process.poll() is not None and not command.processes(), 60)
+    return seconds, command.process.returncode
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_signal_ends_it_at_once(name: str, material: Path, tmp_path: Path) -> None:
+    case = CASES[name]
+    for path in material.iterdir():
+        if path.name != "said":
+            (tmp_path / path.name).symlink_to(path)
+    environment = {"TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    with silent_server() as port:
+        if name == "download":
+            environment |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+            environment |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+        if name == "sweep":
+            write_sweep(tmp_path)
+        with started(case.words, tmp_path, **environment) as command:
+            until(lambda: case.busy(command) or command.process.poll() is not None, 300)
+            seconds, status = interrupt(command, case)
     text = (tmp_path / "said").read_text()
-    assert text.splitlines()[-1] == "tucodec: interrupted"
+    print(f"{name}: {seconds:.2f} s", file=sys.__stderr__, flush=True)
+    assert status == (case.status or 128 + case.number), text
+    # 3 s on a machine that has time; minutes without the mechanism.
+    assert seconds < 15
     assert "Traceback" not in text
-    if name == "evaluate":  # what was measured stays, and the command goes on
-        monkeypatch.chdir(tmp_path)
-        assert main(["evaluate", "photos", "--codec", "jpeg:q=30", "-o", "results.json"]) == 0
-    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+    assert "tucodec: interrupted" in text or case.status
+    assert not left(tmp_path)
+    if case.goes_on:
+        with started(case.words, tmp_path, **environment) as command:
+            assert command.process.wait(300) == 0, (tmp_path / "said").read_text()
+        assert not left(tmp_path)
 
 
-def busy(process: "subprocess.Popen[bytes]", mark: str, learned: bool) -> bool:
-    """Whether the command is at its long work: an encoder runs, or it has computed for some seconds."""
-    if not learned:
-        return bool(marked(mark, "libvvenc"))
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) / os.sysconf("SC_CLK_TCK") > 4
+def left(folder: Path) -> list[Path]:
+    """Temporary files."""
+    found = [path for path in folder.rglob("*") if ".tucodec." in path.name]
+    return found + [path for path in (folder / "tmp").iterdir() if "torch" not in path.name]
+
+
+def write_sweep(folder: Path) -> None:
+    """A training that does not end by itself."""
+    from lightning_tucodec.demo import recipe
+
+    config = recipe(folder / "shards", 800.0, 10**6, folder / "runs")
+    assert main(["shards", "build", str(folder / "photos"), "--out", str(folder / "shards")]) == 0
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
+    stages = {"one": {"config": "recipe.yaml"}}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({"name": "s", "stages": stages}))
+
+
+@contextlib.contextmanager
+def silent_server() -> Iterator[int]:
+    """A port that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]

@@ -8,7 +8,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from lightning_tucodec import processes
 from lightning_tucodec.bench.subjects import PEERS, Peer, Subject, picture, sampled, trained
 from lightning_tucodec.bench.timing import in_turns, machine, rows_of
 from lightning_tucodec.codecs.models import find
 from lightning_tucodec.coding.container import unpack
+from lightning_tucodec.files import temporary_folder
 from lightning_tucodec.images import read_image, write_png
 from lightning_tucodec.nn.codec import PRESETS
 
@@ -66,9 +67,9 @@ def run(
     subjects = subjects_of(models, rates, pixels)
     others = [Peer(name, rates[0], pixels) for name in peers]
     actions: Actions = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         for subject in subjects:
-            actions |= _actions(subject, Path(folder))
+            actions |= _actions(subject, folder)
         for peer in others:
             actions |= {
                 f"{peer.name} encode": peer.compress,
@@ -196,8 +197,9 @@ def import_seconds(repeats: int = 3) -> float:
         "import time, torch; t = time.perf_counter(); import lightning_tucodec as tuc; tuc.load; "
         "import lightning_tucodec.codecs.tuc; print(time.perf_counter() - t)"
     )
+    command = [sys.executable, "-c", code]
     seconds = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+        float(processes.run(command, check=True, stdout=subprocess.PIPE).stdout)
         for _ in range(repeats + 1)
     ]
     return round(statistics.median(seconds[1:]), 3)
@@ -206,8 +208,7 @@ def import_seconds(repeats: int = 3) -> float:
 def large(model: str, size: tuple[int, int] = (4000, 6000)) -> dict[str, Any]:
     """Peak memory and seconds of `compress` and `decompress` of a large JPEG, each in a new process."""
     result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         Image.fromarray(picture(*size)).save(folder / "large.jpg", quality=92)
         for words in (["compress", "large.jpg"], ["decompress", "large.tuc"]):
             command = [sys.executable, "-m", "lightning_tucodec.cli", *words, "-o", "."]
@@ -219,7 +220,7 @@ def large(model: str, size: tuple[int, int] = (4000, 6000)) -> dict[str, Any]:
                 "t = time.perf_counter(); subprocess.run(sys.argv[1:], check=True, stdout=2)\n"
                 "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, time.perf_counter() - t)"
             )
-            done = subprocess.run(
+            done = processes.run(
                 [sys.executable, "-c", code, *command],
                 cwd=folder,
                 check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,

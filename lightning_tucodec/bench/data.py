@@ -12,7 +12,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipelines.patches import decode_patch, encode_patch
 from data_pipelines.shards import BuildOptions, build
+from lightning_tucodec import processes
 from lightning_tucodec.bench.timing import asked, in_turns, machine, rows_of
+from lightning_tucodec.files import temporary_folder
 from lightning_tucodec.training.shards import ShardReader
 
 PATCH = 256
@@ -51,8 +52,7 @@ def photographs(folder: Path, count: int) -> Path:
 
 def run_shards(source: str | None, count: int = 600, repeats: int = 3) -> dict[str, Any]:
     """Building with one and two workers against encoding the same patches in memory."""
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
+    with temporary_folder() as scratch:
         source = source or str(photographs(scratch / "photographs", max(4, count // 12)))
         options = BuildOptions(patch=PATCH, count=count, shard_size=max(1, count // 12))
         build([source], str(scratch / "first"), options, workers=2)  # warms the worker processes
@@ -123,7 +123,10 @@ class _TwoEncoders:
 
     def __exit__(self, *exception: object) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
-            pipe.send(False)
+            if exception[0] is None:
+                pipe.send(False)
+            else:
+                process.kill()
             process.join()
             pipe.close()
 
@@ -164,10 +167,10 @@ def run_memory(scratch: Path, source: str, few: int = 1000, many: int = 6000) ->
     """
 
     def peak(folder: str, patch: int) -> float:
-        with tempfile.TemporaryDirectory(dir=scratch) as out:
-            done = subprocess.run(
-                [sys.executable, "-c", _MEASURED_BUILD, folder, out, str(patch)],
-                check=True, capture_output=True, text=True,
+        with temporary_folder(scratch / "out") as out:
+            done = processes.run(
+                [sys.executable, "-c", _MEASURED_BUILD, folder, str(out), str(patch)],
+                check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
         return int(done.stdout) * 1024 / 1e9
 
@@ -199,8 +202,7 @@ def run_loader(
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
+    with temporary_folder() as scratch:
         source = source or str(photographs(scratch / "photographs", max(4, count // 12)))
         for encoding in ("webp", "png", "raw"):
             options = BuildOptions(

@@ -11,7 +11,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ import yaml
 from tqdm import tqdm
 
 from data_pipelines.shards import BuildOptions, build
+from lightning_tucodec import processes
 from lightning_tucodec.bench.data import photographs
 from lightning_tucodec.bench.timing import asked, machine, rows_of
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.files import temporary_folder
 from lightning_tucodec.training.vae import VAE
 
 BARE, FIT, SAVING = "bare loop", "fit", "fit, saving all the time"
@@ -98,7 +99,9 @@ def _train(command: list[str], folder: Path) -> tuple[list[float], int]:
     """Seconds of each step of one training, and how many of these steps began a save."""
     out = folder / "times.json"
     environment = {**os.environ, "TUCODEC_BENCH": str(out), "WANDB_MODE": "offline"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = processes.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     if done.returncode:
         raise ConfigError(f"a training of the bench failed: {done.stderr.strip()[-500:]}")
     times = json.loads(out.read_text(encoding="utf-8"))
@@ -133,8 +136,7 @@ def run(
     model = {"preset": preset, "codec": codec}
     times: dict[str, list[list[float]]] = {name: [] for name in (BARE, FIT, SAVING)}
     saves = 0
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
+    with temporary_folder() as scratch:
         source = source or str(photographs(scratch / "photographs", 8))
         shards = scratch / "shards"
         build([source], str(shards), BuildOptions(patch=128, count=64, shard_size=16))

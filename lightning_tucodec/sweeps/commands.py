@@ -96,8 +96,9 @@ def _fit(config: Path) -> int:
     """Train in a process of its own, and return its exit status.
 
     Lightning starts the other ranks with the words and the environment of its own process; what one task
-    leaves in them is nothing to the next. Whoever stops this process stops that one; who kills it as well,
-    since that one watches it.
+    leaves in them is nothing to the next. Whoever stops this process stops that one, which has its own
+    session: it hears of Ctrl-C once, whether all were told or this process alone. Whoever kills it kills that
+    one as well, since it watches.
     """
     from lightning_tucodec.training.companions import SIGNALS
 
@@ -107,14 +108,13 @@ def _fit(config: Path) -> int:
     def forward(number: int, frame: object) -> None:
         received.append(number)
         for child in children:
-            if number != signal.SIGINT:  # the terminal gives it to both
-                child.send_signal(number)
+            child.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         words = [sys.executable, "-m", "lightning_tucodec.cli", "fit", "--config", str(config)]
         environment = {**os.environ, "TUCODEC_PARENT": str(os.getpid())}
-        children.append(subprocess.Popen(words, env=environment))
+        children.append(subprocess.Popen(words, env=environment, start_new_session=True))
         if received:  # in the moment before
             children[0].terminate()
         status = children[0].wait()
