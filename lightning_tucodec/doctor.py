@@ -72,7 +72,7 @@ def check_machine() -> Check:
 
 def check_data(config: dict[str, Any]) -> Check:
     """Shards, their index, validation images."""
-    from lightning_tucodec.training.data import check_images
+    from lightning_tucodec.training.data import check_validation
     from lightning_tucodec.training.identity import arguments
     from lightning_tucodec.training.shards import ShardIndex
 
@@ -99,12 +99,11 @@ def check_data(config: dict[str, Any]) -> Check:
     images = data.get("val_images")
     if images is None:
         yield Finding("validation", "warn", "no images", "name a folder with --data.val_images")
-    elif "class_path" in config["data"]:
-        level: Literal["ok", "fail"] = "ok" if Path(images).is_dir() else "fail"
-        yield Finding("validation", level, images, "name a folder with --data.val_images")
     else:
         try:
-            yield Finding("validation", "ok", f"{images}: {check_images(images)} images")
+            count = check_validation(config)
+            text = f"{images}: not looked at" if count is None else f"{images}: {count} images"
+            yield Finding("validation", "ok", text)
         except TucodecError as error:
             yield Finding("validation", "fail", str(error), "mend it, or --data.val_images")
 
@@ -291,16 +290,18 @@ def check_wandb(config: dict[str, Any]) -> Check:
     if not config["run"].get("wandb"):
         yield Finding("wandb", "ok", "not asked for; metrics.jsonl has everything")
         return
-    if not os.environ.get("WANDB_API_KEY"):
-        fix = "set WANDB_API_KEY, or send the run later with `tucodec wandb-sync`"
+    from lightning_tucodec.training.wandb_view import has_key, server
+
+    if not has_key():
+        fix = "set WANDB_API_KEY or `wandb login`, or send the run later with `tucodec wandb-sync`"
         yield Finding("wandb", "warn", "no key: offline", fix)
         return
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    url = server()
     host, _, port = url.partition("://")[2].partition("/")[0].partition(":")
     try:
         number = int(port or (443 if url.startswith("https") else 80))
         socket.create_connection((host, number), timeout=5).close()
-        yield Finding("wandb", "ok", f"key is set, {host} answers")
+        yield Finding("wandb", "ok", f"there is a key, {host} answers")
     except (OSError, ValueError) as error:
         fix = "run offline (WANDB_MODE=offline) and send later with `tucodec wandb-sync`"
         yield Finding("wandb", "warn", f"{host} does not answer from here ({error})", fix)

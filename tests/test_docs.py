@@ -263,6 +263,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("CONFIG", "CACHE", "DATA"):
             patch.setenv(f"WANDB_{name}_DIR", str(folder / "wandb"))
         patch.delenv("WANDB_API_KEY", raising=False)
+        patch.setenv("NETRC", str(folder / "netrc"))
         own = commands(README)
         status = next(line for line in own if "sweep status" in line)
         own.remove(status)  # of the sweep that the page on the game trains

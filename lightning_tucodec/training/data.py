@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError
 from lightning_tucodec.images import image_files, read_image
 from lightning_tucodec.processes import when_parent_ends
+from lightning_tucodec.training.identity import DEFAULT_DATA, arguments
 from lightning_tucodec.training.plan import DataPlan, derive, hash_positions
 from lightning_tucodec.training.shards import ShardReader
 
@@ -334,6 +336,25 @@ class WholeImages(Dataset[dict[str, Any]]):
         }
 
 
+def check_validation(config: dict[str, Any]) -> int | None:
+    """Read all that a resolved configuration validates on; see `PatchDataModule.check_validation`.
+
+    Returns:
+        The number of images or patches; None without any, or with a data module that is not ours, which may
+        mean something else by `val_images`.
+
+    Raises:
+        TucodecError: what cannot be validated on.
+    """
+    path = config["data"].get("class_path", DEFAULT_DATA)
+    location = arguments(config, "data").get("val_images")
+    if location is None or not path.startswith("lightning_tucodec."):
+        return None
+    module, _, name = path.rpartition(".")
+    kind: type[PatchDataModule] = getattr(import_module(module), name)
+    return kind.check_validation(location)
+
+
 def check_images(folder: str) -> int:
     """Decode every validation image; returns their number.
 
@@ -454,6 +475,15 @@ class PatchDataModule(pl.LightningDataModule):
         if limit is not None:
             self._loader.limit(limit)
         return self._loader
+
+    @classmethod
+    def check_validation(cls, location: str) -> int:
+        """What `val_images` names, read to the last item before the first step; returns their number.
+
+        Raises:
+            TucodecError: what cannot be validated on.
+        """
+        return check_images(location)
 
     def val_dataloader(self) -> Any:
         """Whole images: image float32 1×3×H×W, index int64 1; see `in_order` on repeats."""

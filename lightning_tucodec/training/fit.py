@@ -36,7 +36,7 @@ from lightning_tucodec.losses import check_crop
 from lightning_tucodec.processes import when_parent_ends
 from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
 from lightning_tucodec.training.companions import Companion
-from lightning_tucodec.training.data import check_images
+from lightning_tucodec.training.data import check_validation
 from lightning_tucodec.training.identity import (
     DEFAULT_DATA,
     DEFAULT_MODEL,
@@ -67,7 +67,7 @@ from lightning_tucodec.training.runs import (
     started_by_srun,
 )
 from lightning_tucodec.training.tracking import Counters, JsonlLogger
-from lightning_tucodec.training.wandb_view import mode
+from lightning_tucodec.training.wandb_view import check_names, mode
 
 _MIRROR_SECONDS = {"finished": 900.0, "preempted": 60.0, "failed": 60.0}
 """How long the last copy to the mirror may take; before a requeue there is little time."""
@@ -88,7 +88,7 @@ class RunConfig:
         checkpoint_minutes: time between two saves; 0 saves after every step and waits for it.
         mirror: parent folder or fsspec URL of copies of run folders; a run goes on from there when it
             is further there.
-        wandb: mirror metrics to W&B (offline unless WANDB_API_KEY is set).
+        wandb: mirror metrics to W&B (offline without a key in WANDB_API_KEY or ~/.netrc).
         project: W&B project.
         group: W&B group, such as the sweep.
         job_type: W&B job type.
@@ -150,8 +150,8 @@ def check_config(config: dict[str, Any]) -> None:
 
     Raises:
         ConfigError: numbers out of range, options that would have no effect, crops that the recipe's
-            distortion cannot be measured on, no such baseline, or URLs out of a run folder's `config.yaml`,
-            which has no credentials.
+            distortion cannot be measured on, names that W&B refuses, no such baseline, or URLs out of a run
+            folder's `config.yaml`, which has no credentials.
     """
     check_numbers(config)
     check_options(config)
@@ -160,6 +160,8 @@ def check_config(config: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{name}: {values[name]} has lost its credentials; give the URL again"
             )
+    if config["run"].get("wandb"):
+        check_names(config["run"])
     if baseline := config["run"].get("baseline"):
         read_named(baseline)
     recipe = class_arguments(config, "model").get("recipe")
@@ -276,9 +278,7 @@ class TucodecCLI(LightningCLI):
         if attempt_key() is None:  # the ranks that Lightning starts inherit it
             os.environ["TUCODEC_ATTEMPT"] = uuid.uuid4().hex
             self.cleanup.callback(os.environ.pop, "TUCODEC_ATTEMPT", None)
-        images = class_arguments(config, "data").get("val_images")
-        if images is not None and "class_path" not in config["data"]:
-            check_images(images)
+        check_validation(config)
         self.cleanup.enter_context(folder.locked())
         manifest.check(identity(config))
         self.resume = folder.latest()

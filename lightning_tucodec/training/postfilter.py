@@ -18,10 +18,11 @@ from lightning_tucodec.nn.postfilter import (
     corrected,
 )
 from lightning_tucodec.training.data import PatchDataModule, in_order
+from lightning_tucodec.training.identity import initial_weights
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.optimizers import follow, muon_adam
-from lightning_tucodec.training.precoded import PrecodedBatches, PrecodedSamples
-from lightning_tucodec.training.runs import network_weights
+from lightning_tucodec.training.precoded import PrecodedBatches, PrecodedSamples, check_samples
+from lightning_tucodec.training.runs import load_checkpoint, network_weights
 
 _FLOOR = 2e-5
 """Added to squared errors in the loss; 47 dB, beyond which nothing needs to be gained."""
@@ -96,7 +97,7 @@ class PostFilterModule(ScheduledModule):
         return muon_adam(self.network, ("body",), self.lr)
 
     def warm_start(self, source: str) -> None:
-        """Take over the averaged weights of a checkpoint, or those of an exported filter.
+        """Take over the averaged weights of a checkpoint or run folder, or those of an exported filter.
 
         A network of fewer blocks or corrections gives the first ones; new blocks start close to the identity.
 
@@ -104,11 +105,11 @@ class PostFilterModule(ScheduledModule):
             ConfigError: the source is of another network.
         """
         try:
-            if source.endswith(".ckpt"):
-                content = torch.load(source, map_location="cpu", weights_only=True)
-                weights = network_weights(content)
+            path = initial_weights(source)
+            if path.suffix == SUFFIX:
+                weights = load_filter(path).network.state_dict()
             else:
-                weights = load_filter(source).network.state_dict()
+                weights = network_weights(load_checkpoint(path))
             for name, fresh in self.network.state_dict().items():
                 if name.startswith(("body.", "modulation.out.", "tail.")):
                     known = weights.get(name, fresh[:0])
@@ -116,7 +117,7 @@ class PostFilterModule(ScheduledModule):
             self.network.load_state_dict(weights)
         except (OSError, KeyError, RuntimeError, TucodecError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"run.init_from {source}: {reason} (a .ckpt or a {SUFFIX})") from None
+            raise ConfigError(f"run.init_from {source}: {reason}") from None
         self.averaged.load_state_dict(self.network.state_dict())
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -205,6 +206,11 @@ class PrecodedDataModule(PatchDataModule):
         flip: bool = True,
     ) -> None:
         super().__init__(shards, batch_size, crop, num_workers, seed, val_images, flip)
+
+    @classmethod
+    def check_validation(cls, location: str) -> int:
+        """See `check_samples`."""
+        return check_samples(location)
 
     def val_dataloader(self) -> Any:
         """All patches, in batches with the fields of `PrecodedBatches`."""

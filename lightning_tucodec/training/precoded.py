@@ -81,8 +81,7 @@ class PrecodedBatches(RankBatches):
     ) -> None:  # fmt: skip
         if crop % 2:
             raise ConfigError(f"crop {crop}: must be even, since chroma is halved")
-        if reader.index.format != FORMAT:
-            raise ConfigError(f"{reader.location}: not made by `tucodec shards precode`")
+        _check_format(reader)
         super().__init__(reader, plan, batch_size, crop, flip, rank, world_size)
         self.shape = (self.shape[0], 6 * crop * crop + 2)
 
@@ -106,6 +105,7 @@ class PrecodedSamples(Dataset[Batch]):
 
     def __init__(self, location: str) -> None:
         self.reader = ShardReader(location)
+        _check_format(self.reader)
 
     def __len__(self) -> int:
         return -(-len(self.reader) // self.BATCH)
@@ -116,9 +116,38 @@ class PrecodedSamples(Dataset[Batch]):
             raise IndexError(item)
         first = item * self.BATCH
         numbers = range(first, min(first + self.BATCH, len(self.reader)))
-        side = self.reader.index.patch
-        rows = [Precoded.from_bytes(self.reader.encoded(number), side) for number in numbers]
-        return {**_batch(rows), "index": torch.tensor(numbers)}
+        return {**_batch([self.read(n) for n in numbers]), "index": torch.tensor(numbers)}
+
+    def read(self, number: int) -> Precoded:
+        """One patch.
+
+        Raises:
+            DatasetError: it is none; the message names it.
+        """
+        try:
+            return Precoded.from_bytes(self.reader.encoded(number), self.reader.index.patch)
+        except DatasetError as error:
+            raise DatasetError(f"{self.reader.location}: sample {number}: {error}") from None
+
+
+def _check_format(reader: ShardReader) -> None:
+    if reader.index.format != FORMAT:
+        raise ConfigError(f"{reader.location}: not made by `tucodec shards precode`")
+
+
+def check_samples(location: str) -> int:
+    """Read all shards of pre-coded patches for validation; returns the number of patches.
+
+    A run does so before its first step, as with validation images.
+
+    Raises:
+        TucodecError: they are missing, damaged or not pre-coded.
+    """
+    samples = PrecodedSamples(location)
+    samples.reader.check_hashes()
+    for number in range(len(samples.reader)):
+        samples.read(number)
+    return len(samples.reader)
 
 
 def _batch(samples: list[Precoded]) -> Batch:

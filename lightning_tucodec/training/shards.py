@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lightning_tucodec.errors import ConfigError, DatasetError
-from lightning_tucodec.storage import ShardCache, Storage
+from lightning_tucodec.storage import ShardCache, Storage, sha256_file
 
 _OPEN_MAPS = 128  # each holds a file descriptor, and opening one costs less than decoding a patch
 
@@ -188,6 +188,17 @@ class ShardReader:
         if self.cache is not None:
             for shard in shards:
                 self._path(shard)
+
+    def check_hashes(self) -> None:
+        """Read every shard.
+
+        Raises:
+            DatasetError: its bytes are not those that were built.
+        """
+        for shard, digest in enumerate(self.index.sha256):
+            path = self._path(shard)
+            if sha256_file(path) != digest:
+                raise DatasetError(f"{path}: damaged; see `tucodec shards verify {self.location}`")
 
     def check_cache(self, shards: int) -> None:
         """Raise ConfigError unless the cache can hold so many shards at a time."""

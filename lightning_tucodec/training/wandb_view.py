@@ -21,12 +21,14 @@ import base64
 import contextlib
 import io
 import json
+import netrc
 import os
 import shutil
 import sys
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lightning_tucodec.curves import Curve, Quality, bd_rate, rate_at_quality, read_named
 from lightning_tucodec.errors import ConfigError
@@ -46,15 +48,55 @@ ARRAY_SECONDS = 60.0
 _QUALITIES: tuple[Quality, ...] = ("psnr", "ms_ssim_db")
 """In the order of `validation_point`."""
 
+_NOT_IN_PROJECTS = "/\\#?%:"
+_PROJECT_LENGTH = 128
+_TAG_LENGTH = 64
 _THUMBNAIL = 640
 _STYLE = "body { font: 14px sans-serif } td { padding: 4px 12px; text-align: right; vertical-align: top }"
 
 
+def server() -> str:
+    """URL of W&B's server."""
+    return os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def has_key() -> bool:
+    """Whether W&B will find a key: in the environment, or in `~/.netrc`, where `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    path = os.environ.get("NETRC") or "~/.netrc"
+    try:
+        entry = netrc.netrc(os.path.expanduser(path)).authenticators(urlsplit(server()).netloc)
+    except (OSError, ValueError, netrc.NetrcParseError):
+        return False
+    return entry is not None and bool(entry[2])
+
+
 def mode() -> str:
     """`online` with a key, else `offline`; WANDB_MODE overrides."""
-    return os.environ.get("WANDB_MODE") or (
-        "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    )
+    return os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+
+
+def check_names(run: dict[str, Any]) -> None:
+    """Refuse what W&B's client would not open a run with.
+
+    Args:
+        run: group `run` of a configuration.
+
+    Raises:
+        ConfigError: which option it is and what it can be.
+    """
+    project = run.get("project") or ""
+    if len(project) > _PROJECT_LENGTH or any(letter in project for letter in _NOT_IN_PROJECTS):
+        raise ConfigError(
+            f"run.project: W&B takes at most {_PROJECT_LENGTH} letters and none of {_NOT_IN_PROJECTS}, "
+            f"got {project!r:.80}"
+        )
+    for tag in run.get("tags") or ():
+        if not 1 <= len(tag) <= _TAG_LENGTH:
+            raise ConfigError(
+                f"run.tags: W&B takes 1 to {_TAG_LENGTH} letters, got {len(tag)}: {tag!r:.80}"
+            )
 
 
 class View:
@@ -281,7 +323,7 @@ def sync(run: Path, online: bool = True) -> int:
     if not folder.metrics.exists():
         raise ConfigError(f"{run}: no metrics.jsonl; is it a run folder?")
     if online and mode() != "online":
-        raise ConfigError("wandb-sync needs WANDB_API_KEY (or --offline)")
+        raise ConfigError("wandb-sync needs a key, in WANDB_API_KEY or ~/.netrc (or --offline)")
     try:
         view = View(folder, online)
         count = view.send()

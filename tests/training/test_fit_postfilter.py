@@ -1,5 +1,7 @@
 """The post-filter's recipe: trains, goes on where it stopped, exports the averaged weights."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +198,61 @@ def test_two_processes_measure_every_patch_once(shards: Path, tmp_path: Path) ->
     fit_on(2, [*words(tmp_path / "run", shards, 1), *options])
     (folder,) = (tmp_path / "run" / "runs").iterdir()
     assert_measured_once(folder, len(ShardReader(str(shards))))
+
+
+def test_a_run_folder_is_a_warm_start(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is for a codec: its newest checkpoint, of which the average is taken."""
+    assert main(words(tmp_path / "first", shards, 3)) == 0
+    (first,) = (tmp_path / "first" / "runs").iterdir()
+    command = words(tmp_path / "second", shards, 1)
+    assert main([*command, "--run.init_from", str(first), "--model.lr", "0"]) == 0
+    (second,) = (tmp_path / "second" / "runs").iterdir()
+    weights = [
+        network_weights(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True))
+        for folder in (first, second)
+    ]
+    for name, value in weights[0].items():
+        assert torch.equal(weights[1][name], value), name
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    capsys.readouterr()
+    assert main([*command, "--run.init_from", str(empty)]) == 1
+    assert f"{empty}/checkpoints/last.ckpt" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("damage", ["a byte", "cut", "no index", "another kind"])
+def test_precoded_validation_is_read_before_the_first_step(
+    damage: str,
+    shards: Path,
+    shard_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held_out = tmp_path / "held_out"
+    shutil.copytree(shard_folder if damage == "another kind" else shards, held_out)
+    tar = min(held_out.glob("*.tar"))
+    if damage == "a byte":
+        content = bytearray(tar.read_bytes())
+        content[2000] ^= 1
+        tar.write_bytes(content)
+    elif damage == "cut":
+        tar.write_bytes(tar.read_bytes()[:-512])
+    elif damage == "no index":
+        (held_out / "index.json").unlink()
+    command = words(tmp_path / "run", shards, 1)
+    place = ["--data.init_args.val_images", str(held_out)]
+    assert main([*command, *place]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tucodec: {held_out}")
+    assert not (tmp_path / "run" / "runs").exists()
+    path = Path(command[2])
+    values = yaml.safe_load(path.read_text())
+    values["data"]["init_args"]["val_images"] = str(held_out)
+    path.write_text(yaml.safe_dump(values))
+    assert main(["doctor", "--json", "--config", str(path)]) == 1
+    failing = [f for f in json.loads(capsys.readouterr().out) if f["level"] == "fail"]
+    assert [(f["name"], f["text"]) for f in failing] == [
+        ("validation", line.removeprefix("tucodec: "))
+    ]

@@ -37,6 +37,7 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CONFIG", "CACHE", "DATA"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "w"))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("API_KEY", "BASE_URL", "MODE", "SERVICE"):  # SERVICE: an earlier test's client
         monkeypatch.delenv(f"WANDB_{name}", raising=False)
     monkeypatch.setattr(TrainingModule, "count_step", TrainingModule.count_step)
@@ -314,3 +315,76 @@ def test_sync_names_what_is_no_run(
     assert main(["wandb-sync", str(tmp_path)]) == 1
     assert "WANDB_API_KEY" in capsys.readouterr().err
     assert wandb_view.mode() == "offline"
+
+
+def test_a_key_in_netrc_is_as_good_as_one_in_the_environment(
+    words: list[str],
+    tmp_path: Path,
+    server: WandbServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`wandb login` leaves it there; the client itself finds it when lines are sent."""
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert wait(start(words)) == 0
+    (folder,) = runs(tmp_path)
+    host = server.url.partition("://")[2]
+    netrc = tmp_path / "netrc"
+    doctor = ["doctor", "--json", *words[1:]]
+    values = yaml.safe_load(Path(words[-1]).read_text())
+    values["run"]["wandb"] = True
+    Path(words[-1]).write_text(yaml.safe_dump(values))
+
+    def finding() -> str:
+        main(doctor)
+        found = json.loads(capsys.readouterr().out)
+        return next(f["text"] for f in found if f["name"] == "wandb")
+
+    for text in (None, "machine", f"machine other.example login user password {'1' * 40}\n"):
+        if text is not None:
+            netrc.write_text(text)
+        assert wandb_view.mode() == "offline"
+    assert finding() == "no key: offline"
+    netrc.write_text(f"machine {host} login user password {'1' * 40}\n")
+    netrc.chmod(0o600)
+    assert wandb_view.mode() == "online"
+    assert finding().startswith("there is a key")
+    assert wait(start(["wandb-sync", str(folder)])) == 0
+    (stored,) = server.runs.values()
+    assert len(stored.rows) == len(read_metrics(folder / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "taken"),
+    [
+        ("project", "a" * 128, True), ("project", "a" * 129, False), ("project", "a b-c_d.e", True),
+        *[("project", f"a{letter}b", False) for letter in "/\\#?%:"],
+        ("tags", ["a" * 64, "b"], True), ("tags", ["a" * 65], False), ("tags", ["a", ""], False),
+    ],
+)  # fmt: skip
+def test_names_that_the_client_refuses_are_known_before_the_first_step(
+    name: str,
+    value: Any,
+    taken: bool,
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import wandb
+
+    outcome = contextlib.nullcontext() if taken else pytest.raises((wandb.UsageError, ValueError))
+    with outcome:
+        wandb.Settings(**{{"project": "project", "tags": "run_tags"}[name]: value})
+    if taken:
+        wandb_view.check_names({name: value})
+        return
+    values = yaml.safe_load(Path(words[-1]).read_text())
+    values["run"].update({"wandb": True, name: value})
+    Path(words[-1]).write_text(yaml.safe_dump(values))
+    assert main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tucodec: run.{name}: W&B takes ")
+    assert not (tmp_path / "runs").exists()
+    assert main(["doctor", "--json", *words[1:]]) == 1
+    failing = [f for f in json.loads(capsys.readouterr().out) if f["level"] == "fail"]
+    assert [f["text"] for f in failing] == [line.removeprefix("tucodec: ")]
