@@ -7,7 +7,6 @@ of an encoder is measured anew.
 """
 
 import csv
-import functools
 import hashlib
 import io
 import json
@@ -35,6 +34,7 @@ from lightning_tucodec.codecs.video import VideoCodec
 from lightning_tucodec.errors import ConfigError, ExternalToolError, OutputError, TucodecError
 from lightning_tucodec.files import atomic_write, begins_with, check_targets
 from lightning_tucodec.images import image_files, read_image
+from lightning_tucodec.once import once
 from lightning_tucodec.perceptual import DEFINITIONS as PERCEPTUAL
 from lightning_tucodec.perceptual import MEASURES, check_names
 from lightning_tucodec.processes import (
@@ -259,7 +259,7 @@ def evaluate(
     workers = cores() if workers is None else workers
     if workers < 1:
         raise ConfigError(f"workers: {workers} is not at least 1")
-    load = functools.lru_cache(maxsize=workers + 1)(_load)
+    load = once(_load, workers + 1)
     lock = threading.Lock()
     names = [path.name for path in images]
     unique = len(set(names)) == len(names)

@@ -8,7 +8,6 @@ after its scales were shifted until P has the wanted rate; CompressAI's networks
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from lightning_tucodec.coding import rans, wavefront
 from lightning_tucodec.coding.categorical import build_cdf
 from lightning_tucodec.coding.laplace import SCALE_COUNT, decode_laplace, encode_laplace
 from lightning_tucodec.nn.transforms import STRIDE
+from lightning_tucodec.once import once_property
 
 PEERS = ("mbt2018", "cheng2020-attn")
 """CompressAI's autoregressive models, at 192 channels."""
@@ -59,7 +59,7 @@ class Subject:
     pixels: NDArray[np.uint8]
     latents: Latents
 
-    @cached_property
+    @once_property
     def data(self) -> bytes:
         """The `.tuc` file of the latents."""
         height, width = self.pixels.shape[:2]

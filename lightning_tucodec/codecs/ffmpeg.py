@@ -1,6 +1,5 @@
 """The ffmpeg binary of the imageio-ffmpeg wheel: bytes in, bytes out, errors in words."""
 
-import functools
 import re
 import subprocess
 import tempfile
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from lightning_tucodec import processes
 from lightning_tucodec.errors import CorruptStreamError, ExternalToolError
+from lightning_tucodec.once import once
 
 
 def executable() -> str:
@@ -140,7 +140,7 @@ def compare(
     return said
 
 
-@functools.cache
+@once
 def version(encoder: str) -> str:
     """What coded a picture: ffmpeg's version, the encoder and, where it tells, its own version."""
     import imageio_ffmpeg

@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from lightning_tucodec.coding.wavefront import Z_LIMIT, EntropyModel
 from lightning_tucodec.errors import ModelFileError
 from lightning_tucodec.files import atomic_write
 from lightning_tucodec.nn.codec import CodecConfig, TucodecVAE, config_from_dict, config_to_dict
+from lightning_tucodec.once import once_property
 
 FORMAT = 1
 """Version of the layout described above."""
@@ -168,7 +168,7 @@ class ModelFile:
         except (OSError, SafetensorError, *UNFIT) as error:
             raise ModelFileError(f"{path}: not an exported model ({one_line(error)})") from None
 
-    @cached_property
+    @once_property
     def _checked(self) -> CodecConfig:
         """The configuration, once every tensor has the shape that it asks for.
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.codecs.tuc import TucModel
 from lightning_tucodec.errors import ModelFileError, UnknownModelError
 from lightning_tucodec.files import expanded
+from lightning_tucodec.once import once
 
 SHIPPED = Path(__file__).parent.parent / "weights"
 """Models that come with the package."""
@@ -39,7 +39,7 @@ def model_files() -> list[Path]:
     ]
 
 
-@cache
+@once
 def _load(path: Path, modified_ns: int, device: str) -> TucModel | FilterModel:
     file = ModelFile.load(path)
     if file.config.get("kind") == FilterModel.KIND:
@@ -47,7 +47,7 @@ def _load(path: Path, modified_ns: int, device: str) -> TucModel | FilterModel:
     return TucModel(file, device)
 
 
-@cache
+@once
 def _id(path: Path, modified_ns: int) -> bytes:
     """Of the file alone: to build a model takes ten times as long."""
     return ModelFile.load(path).id

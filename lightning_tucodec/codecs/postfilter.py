@@ -1,7 +1,6 @@
 """Decoded planes to RGB through a PostFilter."""
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from lightning_tucodec.nn.postfilter import (
     PostFilterConfig,
     corrected,
 )
+from lightning_tucodec.once import once_property
 
 _PEAK = 1023.0
 
@@ -110,7 +110,7 @@ class FilterModel:
         config = {"kind": cls.KIND, **vars(network.config)}
         return cls(ModelFile(name, config, tensors, card))
 
-    @cached_property
+    @once_property
     def network(self) -> PostFilter:
         """The network in eval mode.
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -34,6 +33,7 @@ from lightning_tucodec.nn import tiles
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.hyperprior import HYPER_STRIDE
 from lightning_tucodec.nn.transforms import STRIDE, TransformConfig
+from lightning_tucodec.once import once_property
 
 STRIP_POSITIONS = 8192
 """A strip has about this many positions of y at most (2 megapixels): it bounds the memory of the entropy
@@ -202,35 +202,35 @@ class TucModel:
         """The model card."""
         return self.file.card
 
-    @cached_property
+    @once_property
     @own_modes()
     def network(self) -> TucodecVAE:
         """The floating-point network (nn.Module) in eval mode."""
         network = self.file.network()
         return network.to(memory_format=_layout(network.config.transform)).to(self.device)
 
-    @cached_property
+    @once_property
     def layout(self) -> torch.memory_format:
         """How the activations of the network lie in memory."""
         return _layout(self.network.config.transform)
 
-    @cached_property
+    @once_property
     @own_modes()
     def frozen_network(self) -> TucodecVAE:
         """The same network without gradients of its weights: what only moves latents needs no more."""
         network = self.file.network().requires_grad_(False)
         return network.to(memory_format=_layout(network.config.transform)).to(self.device)
 
-    @cached_property
+    @once_property
     def entropy_model(self) -> wavefront.EntropyModel:
         """The integers that decide bits."""
         return self.file.entropy_model()
 
-    @cached_property
+    @once_property
     def _halo_analysis(self) -> tiles.Halo:
         return tiles.measure(self.network.g_a, 3, STRIDE, 1)
 
-    @cached_property
+    @once_property
     def _halo_synthesis(self) -> tiles.Halo:
         return tiles.measure(
             self.network.g_s, self.network.config.transform.latent_channels, 1, STRIDE
@@ -299,7 +299,7 @@ class TucModel:
             for n, indices in enumerate(symbols.cpu().numpy())
         ]
 
-    @cached_property
+    @once_property
     @own_modes()
     def centres(self) -> Tensor:
         """The centres as every decoder knows them, float32."""

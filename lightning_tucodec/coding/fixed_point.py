@@ -13,7 +13,6 @@ convolution, whose algorithms need not be exact, and no transcendental function.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from lightning_tucodec.nn.context import (
     Tap,
     TapConv2d,
 )
+from lightning_tucodec.once import once_property
 
 FRACTION_BITS = MU_BITS
 """Fractional bits of every activation; the means leave the network in the coder's own format."""
@@ -384,7 +384,7 @@ class IntegerEntropyModel:
         ):
             raise ModelFileError("parameters.gamma and parameters.upsilon differ in their shifts")
 
-    @cached_property
+    @once_property
     def compiled(self) -> kernels.Network:
         """The layers that `kernels.decode_strip` runs, in its order."""
         names: list[tuple[str, Sequence[Tap]]] = [

@@ -7,7 +7,6 @@ no PyTorch until a checkpoint is read, so that whoever only looks at runs is qui
 
 import contextlib
 import fcntl
-import functools
 import json
 import os
 import platform
@@ -27,6 +26,7 @@ import yaml
 from lightning_tucodec.curves import decibels
 from lightning_tucodec.errors import ConfigError, redacted
 from lightning_tucodec.files import atomic_write, check_name, read_json_lines
+from lightning_tucodec.once import once
 from lightning_tucodec.training.identity import (
     CHECKPOINTS,
     digest,
@@ -451,7 +451,7 @@ def started_by_srun() -> bool:
     return "SLURM_STEP_NUM_TASKS" in os.environ
 
 
-@functools.cache
+@once
 def _torchrun_key(restart: str) -> str:
     """A word of rank 0 for all ranks that torchrun starts: its own id is `none` unless the user gives one."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

@@ -275,8 +275,8 @@ def _only_models_of(folder: Path) -> Iterator[None]:
         del os.environ["TUCODEC_MODELS"]
         if before is not None:
             os.environ["TUCODEC_MODELS"] = before
-        models._load.cache_clear()
-        models._id.cache_clear()
+        models._load.forget()
+        models._id.forget()
 
 
 def build_submission(folder: Path) -> None:

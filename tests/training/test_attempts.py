@@ -153,9 +153,9 @@ def test_every_start_by_torchrun_has_a_key_of_its_own(monkeypatch: pytest.Monkey
         monkeypatch.setenv("MASTER_PORT", str(store.port))
         for rank in ("0", "1"):
             monkeypatch.setenv("RANK", rank)
-            runs._torchrun_key.cache_clear()
+            runs._torchrun_key.forget()
             found.append(attempt_key())
-    runs._torchrun_key.cache_clear()
+    runs._torchrun_key.forget()
     assert found[0] == found[1]
     assert found[2] == found[3]
     assert found[0] != found[2]
