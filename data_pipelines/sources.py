@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from lightning_tucodec.errors import DatasetError
+from lightning_tucodec.errors import DatasetError, ImageInputError
 from lightning_tucodec.files import expanded
 from lightning_tucodec.images import IMAGE_SUFFIXES, is_image_name
 from lightning_tucodec.storage import Storage, is_remote
@@ -16,10 +16,16 @@ from lightning_tucodec.storage import Storage, is_remote
 _ARCHIVES = (".tgz", ".gz", ".bz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
 
 
+def _is_archive(name: str) -> bool:
+    base = PurePosixPath(name).name.lower()
+    return base.endswith((".tar", *_ARCHIVES)) and not base.startswith(".")
+
+
 class Entry(NamedTuple):
     """One image file: number of its source, name in it, first byte (within a tar) and size.
 
-    A name that ends with "/" is a folder that may not be read; it is rejected as an image would be.
+    What may hold images but is none is rejected as an image would be: a folder that may not be read, whose
+    name ends with "/", an archive, a link that leads nowhere.
     """
 
     source: int
@@ -66,7 +72,7 @@ class Source:
         return [
             Entry(number, name, 0, size)
             for name, size in self.storage.files()
-            if is_image_name(name) or name.endswith("/")
+            if is_image_name(name) or name.endswith("/") or _is_archive(name) or self._is_lost(name)
         ]
 
     def read(self, entry: Entry) -> bytes:
@@ -74,12 +80,20 @@ class Source:
 
         Raises:
             PermissionError: it stands for a folder that may not be read.
+            ImageInputError: it is an archive.
         """
+        if _is_archive(entry.name):
+            raise ImageInputError(f"{entry.name}: an archive inside a source; name it as a source")
         if entry.name.endswith("/"):
             raise PermissionError(f"{entry.name}: the folder may not be read (permissions)")
         if self.is_tar:
             return self.storage.read(self.name, entry.offset, entry.offset + entry.size)
         return self.storage.read(entry.name)
+
+    def _is_lost(self, name: str) -> bool:
+        """Whether it is a link to something, perhaps a folder of images, that is not there."""
+        path = self.storage.path(name)
+        return not self.storage.remote and os.path.islink(path) and not os.path.exists(path)
 
     def licence(self) -> str | None:
         """First 2,000 characters of a LICENSE file in the source's top folder."""
@@ -96,7 +110,7 @@ class Source:
                 found = [
                     Entry(number, member.name, member.offset_data, member.size)
                     for member in tar
-                    if member.isfile() and is_image_name(member.name)
+                    if member.isfile() and (is_image_name(member.name) or _is_archive(member.name))
                 ]
         except tarfile.TarError as error:
             raise DatasetError(
@@ -112,10 +126,12 @@ def list_entries(sources: Sequence[Source]) -> list[Entry]:
         DatasetError: there is none.
     """
     found = [entry for number, source in enumerate(sources) for entry in source.entries(number)]
-    if all(entry.name.endswith("/") for entry in found):
+    if not any(is_image_name(entry.name) for entry in found):
+        archives = [entry.name for entry in found if _is_archive(entry.name)]
+        hint = f"; name {archives[0]} as a source, unpacked if it is packed" if archives else ""
         raise DatasetError(
             f"{', '.join(source.location for source in sources)}: no images "
-            f"({' '.join(sorted(IMAGE_SUFFIXES))}) found"
+            f"({' '.join(sorted(IMAGE_SUFFIXES))}) found{hint}"
         )
     return found
 

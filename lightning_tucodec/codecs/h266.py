@@ -35,7 +35,12 @@ from lightning_tucodec.codecs.options import Options
 from lightning_tucodec.codecs.postfilter import FilterModel
 from lightning_tucodec.codecs.vvc import PRESETS, TOOLS, Vvc
 from lightning_tucodec.coding.container import MODEL_ID_BYTES, CodecKind, Container, pack, unpack
-from lightning_tucodec.errors import CorruptStreamError, ImageInputError, UnknownModelError
+from lightning_tucodec.errors import (
+    CorruptStreamError,
+    ImageInputError,
+    UnknownModelError,
+    UnsupportedVersionError,
+)
 from lightning_tucodec.metrics import sse
 
 DEFAULT_FILTER = "vvc-postfilter"
@@ -224,6 +229,7 @@ def decode_container(container: Container, model: FilterModel | None = None) -> 
 
     Raises:
         CorruptStreamError: the picture is not one of ours.
+        UnsupportedVersionError: it has flags that only a newer program writes.
         UnknownModelError: the post-filter is not known.
     """
     head, weights, picture, model = _parts(container, model)
@@ -243,6 +249,10 @@ def _parts(
     container: Container, model: FilterModel | None
 ) -> tuple[bytes, bytes, bytes, FilterModel | None]:
     """Head, weights and picture of the strip, and the filter, which is None where the gate is closed."""
+    if container.kind == CodecKind.VVC and container.flags & ~_FILTERED:
+        raise UnsupportedVersionError(
+            f"the file has flags {container.flags:#x} that are unknown: update lightning-tucodec"
+        )
     (strip,) = container.strips if len(container.strips) == 1 else (None,)
     if container.kind != CodecKind.VVC or strip is None or len(strip) < _HEAD_BYTES:
         raise CorruptStreamError("the file does not hold one H.266 picture")

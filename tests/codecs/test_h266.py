@@ -33,6 +33,7 @@ from lightning_tucodec.errors import (
     ImageInputError,
     ModelFileError,
     UnknownModelError,
+    UnsupportedVersionError,
 )
 from lightning_tucodec.metrics import sse
 from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
@@ -243,6 +244,9 @@ def test_files_that_cannot_be(folder: Path) -> None:
             decompress(tuc((strip,), width))
     with pytest.raises(UnknownModelError, match="0000000000000000"):
         decompress(tuc((strip,), flags=1))
+    for flags in (2, 3, 8):
+        with pytest.raises(UnsupportedVersionError, match=f"flags {flags:#x} that are unknown"):
+            decompress(tuc((strip,), flags=flags))
     with pytest.raises(ImageInputError, match=r"16385×1 pixels.* sides up to 16384"):
         H266(42, filter="none").encode(np.zeros((1, 16385, 3), np.uint8))
 

@@ -138,6 +138,12 @@ def test_what_cannot_be_read_is_listed(
     shutil.copytree(photos, source)
     (source / "secret").mkdir()
     (source / "gone.png").symlink_to(tmp_path / "nothing")
+    (source / "more").symlink_to(tmp_path / "nothing")
+    for name in ("rest.tar", "rest.zip", "._rest.tar", "notes.txt"):
+        (source / name).write_bytes(b"x")
+    with tarfile.open(tmp_path / "inner.tar", "w") as tar:
+        for name in ("photo000.png", "rest.tar"):
+            tar.add(source / name, name)
     honest = os.scandir
 
     def scandir(path: Any) -> Any:
@@ -147,14 +153,27 @@ def test_what_cannot_be_read_is_listed(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "scandir", scandir)
-        summary = build([str(source)], str(tmp_path / "out"), OPTIONS)
+        sources = [str(source), str(tmp_path / "inner.tar")]
+        summary = build(sources, str(tmp_path / "out"), OPTIONS)
     rows = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
-    assert {row["image"]: row["kind"] for row in rows} == {
-        "secret/": "unreadable", "gone.png": "unreadable",
-    }  # fmt: skip
+    assert sorted(
+        (row["source"], row["image"], row["reason"].split(":")[0])
+        for row in rows
+        if row["kind"] == "unreadable"
+    ) == [
+        ("inner.tar", "rest.tar", "an archive inside a source; name it as a source"),
+        ("set", "gone.png", "[Errno 2] No such file or directory"),
+        ("set", "more", "[Errno 2] No such file or directory"),
+        ("set", "rest.tar", "an archive inside a source; name it as a source"),
+        ("set", "rest.zip", "an archive inside a source; name it as a source"),
+        ("set", "secret/", "the folder may not be read (permissions)"),
+    ]
     assert summary.contents is not None
-    assert summary.contents["rejected"] == {"unreadable": 2}
-    assert summary.contents["sources"][0]["images"] == 24
+    assert summary.contents["rejected"]["unreadable"] == 6
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "rest.tar").touch()
+    with pytest.raises(DatasetError, match=r"no images .* found; name rest\.tar as a source"):
+        build([str(tmp_path / "empty")], str(tmp_path / "none"), OPTIONS)
 
 
 @pytest.mark.parametrize("name", ["set.tar.gz", "set.tgz", "set.zip", "set.tar.zst"])
