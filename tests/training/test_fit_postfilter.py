@@ -173,7 +173,7 @@ def test_a_teacher_is_learned_from(shards: Path, tmp_path: Path) -> None:
 def test_no_such_teacher(
     option: list[str], what: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*words(tmp_path / "run", shards, 60), *option]) != 0
+    assert main([*words(tmp_path / "run", shards, 60), *option]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert what in line
     assert not (tmp_path / "run" / "runs").exists()
