@@ -24,6 +24,7 @@ from tests.campaigns.cluster import (
     Subject,
     difference,
     endure,
+    lives,
     missing_programs,
     small_disk,
     wait_for,
@@ -254,6 +255,29 @@ def test_signals_reach_the_program_and_two_processes_a_node_are_one_run(
     exits = [attempt["exit"] for attempt in manifest["attempts"]]
     assert exits == ["preempted (SIGUSR1)", "preempted (SIGTERM)", "finished"]
     assert difference(straight.run, subject.run) == ""
+
+
+@pytest.mark.parametrize("hands_on", [True, False])
+def test_signals_pass_a_container_that_hands_them_on(
+    box: Box, box_recipe: Path, hands_on: bool
+) -> None:
+    """Wrappers that become the program do; one that waits for it is ended by the signal, and it too."""
+    script = box.work / f"container-{hands_on}"
+    script.write_text(f'#!/bin/bash\n{"exec " if hands_on else ""}"$@"\n')
+    script.chmod(0o755)
+    container = f"'env A=b setpriv --no-new-privs {script}'"
+    subject = Subject(box, f"contained-{hands_on}", box_recipe, SITE_CONTAINER=container)
+    ranks = subject.freeze_at(2)
+    box.call("scancel", "--signal=USR1", subject.job)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+    assert subject.wait_end() == (75 if hands_on else 138)
+    (first, *_) = json.loads((subject.run / "manifest.json").read_text())["attempts"]
+    assert first["exit"] == ("preempted (SIGUSR1)" if hands_on else None)
+    wait_for("the training to end", lambda: not any(map(lives, ranks)))
+    subject.keep_going(1)
+    subject.box.call("scancel", subject.job)
+    wait_for("its job to leave the queue", lambda: not box.queue(subject.plan), 0.5)
 
 
 def _node_of(pid: int) -> str:
