@@ -585,6 +585,8 @@ class Guard:
             if isinstance(path, int | None):
                 continue
             real = os.path.realpath(os.fsdecode(path))
+            if event == "open" and os.path.isdir(real):  # a temporary file without a name
+                continue
             if not real.startswith((*self.allowed, "/dev/")):
                 self.broken.append(f"{event} {real}"[:100])
 
