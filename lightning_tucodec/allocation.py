@@ -30,10 +30,10 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Literal
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_tucodec.compiling import compiled
 from lightning_tucodec.errors import ConfigError
 
 Quantity = Literal["bytes", "sse", "ms_ssim", "seconds"]
@@ -502,7 +502,7 @@ def _largest_sum(values: NDArray[np.int64], exists: NDArray[np.bool_]) -> int:
     return sum(np.where(exists, values, 0).max(1).tolist())
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _dominated(values, exists):  # type: ignore[no-untyped-def]
     """n×k, True where another existing entry of the row is no worse in all m values of n×k×m."""
     n, k, m = values.shape
@@ -581,7 +581,7 @@ def _within(
     return found, complete
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _states(  # type: ignore[no-untyped-def]
     starts, shifts, costs, high_after, low_after, slack, multiplier, width, beam
 ):
@@ -670,7 +670,7 @@ def _states(  # type: ignore[no-untyped-def]
     return True, complete, picks
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _hulls(cost, weight, exists):  # type: ignore[no-untyped-def]
     """Lower convex hull of each row's (weight, cost) points, from the lightest to the cheapest.
 
@@ -705,7 +705,7 @@ def _hulls(cost, weight, exists):  # type: ignore[no-untyped-def]
     return order, length
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _greedy(n, image, step, extra, room):  # type: ignore[no-untyped-def]
     """Walk the edges from the steepest on and take each that still fits and is next in its row."""
     level = np.zeros(n, np.int64)

@@ -10,13 +10,12 @@ A decoder's state is `head = int64[2]`: the rANS state and the index of the next
 Its `words` end with a sentinel, which a sound stream never uses up.
 """
 
-import functools
-import threading
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lightning_tucodec.compiling import compiled
 
 Ints = NDArray[Any]
 Int = Any  # an int or an np.int64: to numba the same
@@ -39,39 +38,6 @@ INVERSE_SCALE_SHIFT = 18
 # An escaped value is coded as its bit length (uniform over 32) and the bits below the leading one.
 ESCAPE_LENGTH_BITS = 5
 ESCAPE_MAX_LENGTH = PRECISION
-
-
-_pending: list[Callable[..., Any]] = []
-_compiling = threading.Lock()
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """`numba.njit` without the global lock, cached on disk where there is a place for it.
-
-    Importing numba takes longer than the rest of this package. So what a module finds here at first is
-    a stand-in; the first call of any puts the compiled functions in the places of all.
-    """
-    _pending.append(function)
-
-    @functools.wraps(function)
-    def first_call(*arguments: Any) -> Any:
-        _compile_all()
-        return globals()[function.__name__](*arguments)
-
-    return first_call
-
-
-def _compile_all() -> None:
-    from numba import njit
-
-    with _compiling:
-        for function in _pending:
-            try:
-                kernel = njit(cache=True, nogil=True, error_model="numpy")(function)
-            except RuntimeError:  # neither the package's folder nor the user's cache can be written
-                kernel = njit(nogil=True, error_model="numpy")(function)
-            globals()[function.__name__] = kernel
-        _pending.clear()
 
 
 @compiled
