@@ -525,8 +525,8 @@ def _register_clic(subparsers: Any) -> None:
     decode.add_argument("submission", type=location, metavar="DIR")
     decode.add_argument("-o", "--out", type=location, required=True, metavar="DIR")
     add_force(decode)
-    _add_limits(verify)
     for command in (verify, compare):
+        _add_limits(command)
         command.add_argument(
             "--originals", nargs="+", type=location, required=True, metavar="IMAGE|DIR"
         )

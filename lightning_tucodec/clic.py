@@ -321,9 +321,14 @@ def comparison(measured: dict[str, dict[str, Any]], minimised: dict[str, Quantit
     return "\n".join(lines)
 
 
+def _asked(arguments: argparse.Namespace) -> Limits:
+    """Limits of the command line, that in bits a pixel aside."""
+    return Limits(arguments.max_bytes, arguments.min_psnr, arguments.min_ms_ssim)
+
+
 def run_verify(arguments: argparse.Namespace) -> int:
     """`tucodec clic verify`: status 1 when anything is wrong, a line each on stderr."""
-    asked = Limits(arguments.max_bytes, arguments.min_psnr, arguments.min_ms_ssim)
+    asked = _asked(arguments)
     folder = Path(arguments.submission)
     totals, wrong = verify(folder, arguments.originals, asked, arguments.max_bpp)
     claimed = Limits(**read_manifest(folder)["limits"]).given()
@@ -343,7 +348,9 @@ def run_compare(arguments: argparse.Namespace) -> int:
     minimised: dict[str, Quantity] = {}
     status = 0
     for name in arguments.submission:
-        totals, wrong = verify(Path(name), arguments.originals)
+        totals, wrong = verify(
+            Path(name), arguments.originals, _asked(arguments), arguments.max_bpp
+        )
         status |= _complain(name, wrong)
         if totals:
             measured[name] = totals

@@ -31,6 +31,8 @@ FORMAT = "tucodec-submission-2"
 MANIFEST = "manifest.json"
 DECODE = "decode"
 
+# It is part of the format: another text needs another number there. Else `verify` would name submissions of
+# earlier versions, and `allocate` would not replace them, without a word on why.
 # -P: a folder that the user happens to stand in provides no Python modules.
 DECODE_TEXT = """\
 #!/bin/sh
@@ -152,6 +154,7 @@ def _mapping(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+_OTHER_FORMAT = _matches("tucodec-submission-[0-9]{1,9}")
 _SHA256 = _matches("[0-9a-f]{64}")
 
 _KEYS: dict[str, Check] = {
@@ -232,7 +235,13 @@ def _check_keys(value: Any, where: str, keys: Mapping[str, Check]) -> None:
 
 
 def _check_manifest(content: Any) -> None:
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    written = content.get("format") if isinstance(content, dict) else None
+    if written != FORMAT:
+        if _OTHER_FORMAT(written):
+            raise ValueError(
+                f"another version of this program wrote it, as {written}; this one reads {FORMAT}: "
+                "write it again with `tucodec allocate`, in a new folder"
+            )
         raise ValueError(f"its format is not {FORMAT}")
     _check_keys(content, "the manifest", _KEYS)
     _check_keys(content["limits"], "limits", _LIMIT_KEYS)

@@ -23,7 +23,14 @@ from lightning_tucodec.codecs.model_file import freeze
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.evaluate import evaluate
-from lightning_tucodec.manifest import DECODE_TEXT, Limits, byte_budget, foreign, read_manifest
+from lightning_tucodec.manifest import (
+    DECODE_TEXT,
+    FORMAT,
+    Limits,
+    byte_budget,
+    foreign,
+    read_manifest,
+)
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO
@@ -686,3 +693,43 @@ def test_numbers_that_cannot_be_limits(value: float, tmp_path: Path) -> None:
         byte_budget(value, 100)
     with pytest.raises(ConfigError, match="workers"):
         evaluate([], [], tmp_path / "rows.jsonl", workers=-1)
+
+
+def test_compare_keeps_to_the_callers_limits(
+    submission: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = str(submission.parent / "photos")
+    words = ["clic", "compare", str(submission), "--originals", photos]
+    assert cli.main([*words, "--max-bpp", "0.9", "--min-psnr", "20"]) == 0
+    capsys.readouterr()
+    for option, value, quantity in (
+        ("--max-bpp", "0.1", "bytes"),
+        ("--max-bytes", "100", "bytes"),
+        ("--min-psnr", "60", "sse"),
+        ("--min-ms-ssim", "0.9999", "ms_ssim"),
+    ):
+        assert cli.main([*words, option, value]) == 1
+        assert f"the limit on {quantity} is missed" in capsys.readouterr().err
+
+
+def test_submissions_of_other_versions_are_told_as_such(
+    copy: Path, submission: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither believed nor replaced, and the line says what to do."""
+    edit(copy, lambda manifest: manifest.update(format="tucodec-submission-1"))
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    photos = str(submission.parent / "photos")
+    allocate = ["allocate", photos, "--candidate", "jpeg:q=10", "--max-bpp", "9", "-o", str(copy)]
+    for words in (["clic", "verify", str(copy), "--originals", photos], allocate):
+        assert cli.main(words) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "another version of this program wrote it, as tucodec-submission-1" in line
+        assert "tucodec allocate" in line
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_the_decode_script_belongs_to_the_format() -> None:
+    """Who changes the script numbers the format anew: another version's is then told as such."""
+    script = {"tucodec-submission-2": "c0d4ed34ef7da35d"}
+    digest = hashlib.sha256(DECODE_TEXT.encode()).hexdigest()[:16]
+    assert script[FORMAT] == digest
