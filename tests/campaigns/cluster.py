@@ -409,6 +409,13 @@ def _status(pid: int) -> str:
     return "X"
 
 
+def _started(pid: int) -> str:
+    """When a process began, in the kernel's ticks, which tells it from a later one of the same id."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
 def lives(pid: int) -> bool:
     """Whether there is such a process, and it has not ended."""
     return _status(pid) not in "ZX"
@@ -498,12 +505,16 @@ def kill_slurmd(subject: Subject, ranks: list[int], rng: random.Random) -> None:
     """
     node = rng.choice(("n1", "n2"))
     pid = int((subject.box.cluster / f"slurmd-{node}.pid").read_text())
-    processes = subject.everything()
+    processes = {process: _started(process) for process in subject.everything()}
+
+    def left() -> list[int]:
+        return [p for p, began in processes.items() if lives(p) and _started(p) == began]
+
     os.kill(pid, signal.SIGKILL)
     try:
         wait_for(f"{node} to be down", lambda: _node(subject.box, node).startswith("down"), 0.5)
         _kill(ranks, signal.SIGCONT)
-        wait_for("the job's processes to end", lambda: not any(map(lives, processes)), 0.5)
+        wait_for("the job's processes to end", lambda: not left(), 0.5)
     finally:
         _kill(ranks, signal.SIGCONT)
         slurmd = shutil.which("slurmd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
