@@ -106,7 +106,6 @@ CASES = {
         "shards build photos --out shards --patch 32 --max-overlap 0.5 --workers 2 --shard-size 64",
         wrote("shards/shard-*.tar"), INT, True, True,
     ),
-    "download": Case("shards verify s3://bucket/shards", runs("verify"), INT, False),
     "allocate": Case(
         "allocate photos --candidate jpeg:q=5 vvc:qp=45,preset=faster -o chosen --max-bpp 1",
         runs("libvvenc"), HUP, False, True,
@@ -121,21 +120,10 @@ CASES = {
     "clic-compare": Case(
         "clic compare submission --originals photos", runs("clic", "decode"), INT, True
     ),
-    "decode": Case("clic decode submission -o png --force", wrote("png/*.png"), TERM, False, True),
     "bench-codec": Case(
         "bench codec --models tiny --peers --size 512 768 --repeats 999", computes, TERM, False
     ),
-    "bench-h266": Case("bench h266 photos --preset slower --qp 30", runs("libvvenc"), INT, True),
     "bench-shards": Case("bench shards --count 60 --repeats 99", runs("forkserver"), INT, False),
-    "bench-train": Case("bench train", runs("fit"), INT, False),
-    "demo": Case("demo", runs("forkserver"), INT, False),
-    "demo-all": Case("demo", runs("cli", "shards", "build"), TERM, True),
-    "compare": Case(
-        "compare results.json -o page.html --samples 1000000", computes, INT, True
-    ),
-    "export": Case("export model.safetensors -o x.safetensors",
-                   lambda command: command.seconds() > 1, TERM, False, True),
-    "sweep": Case("sweep run sweep.yaml", runs("cli", "fit"), INT, False, False, 75),
 }  # fmt: skip
 """Most take minutes."""
 
