@@ -147,7 +147,13 @@ class ModelFile:
         """
         try:
             with safe_open(path, framework="pt") as content:
-                description = json.loads((content.metadata() or {})["tucodec"])
+                metadata = content.metadata() or {}
+                if "tucodec" not in metadata:
+                    raise ModelFileError(
+                        f"{path}: holds weights, but no model of this package; "
+                        "`tucodec export RUN -o MODEL.safetensors` writes one"
+                    )
+                description = json.loads(metadata["tucodec"])
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
             if description["format"] != FORMAT:
                 raise ModelFileError(

@@ -11,7 +11,13 @@ from lightning_tucodec.codecs.h266 import H266
 from lightning_tucodec.codecs.refine import RefinedModel
 from lightning_tucodec.codecs.tuc import TucModel
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.metrics import bits_per_pixel, quality
+from lightning_tucodec.metrics import (
+    bits_per_pixel,
+    ms_ssim_scales,
+    pixels_ms_ssim,
+    psnr_from_sse,
+    sse,
+)
 
 Quantity = Literal["bpp", "psnr", "ms_ssim"]
 Setting = H266 | TucModel | RefinedModel
@@ -47,10 +53,13 @@ class Target:
         """The quantity of a coding of an H×W×3 image; infinite for the PSNR of the image itself."""
         if self.quantity == "bpp":
             return bits_per_pixel(len(coding.data), image.shape[0] * image.shape[1])
-        value = quality(image, coding.shown)[self.quantity]
-        if value is None and self.quantity == "ms_ssim":
+        if self.quantity == "psnr":
+            error = sse(image, coding.shown)
+            return psnr_from_sse(error, image.size) if error else np.inf
+        value = pixels_ms_ssim(image, coding.shown)
+        if value is None:
             raise ConfigError(f"{self}: MS-SSIM needs at least 11 pixels a side")
-        return np.inf if value is None else value
+        return value
 
     def met(self, measured: float) -> bool:
         """Whether a value of the quantity is within the bound."""
@@ -88,9 +97,7 @@ def best(models: Sequence[Setting], image: NDArray[np.uint8], target: Target) ->
         raise _missed(target, codings[closest].setting.name, measured[closest])
     if target.quantity == "bpp":
         # PSNR as well where an image is too small for MS-SSIM, which nobody has asked for.
-        by_ssim = (
-            all(map(_is_ssim, models)) and quality(image, meeting[0].shown)["ms_ssim"] is not None
-        )
+        by_ssim = all(map(_is_ssim, models)) and ms_ssim_scales(*image.shape[:2]) > 0
         trained_for = Target("ms_ssim" if by_ssim else "psnr", 0)
         return max(meeting, key=lambda coding: trained_for.measure(image, coding))
     return min(meeting, key=lambda coding: len(coding.data))

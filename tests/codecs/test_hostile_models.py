@@ -173,3 +173,10 @@ def test_a_bomb_is_a_named_error() -> None:
     data[at + 5 : at + 9] = struct.pack(">HH", 60_000, 60_000)
     with pytest.raises(CorruptStreamError, match="not a whole JPEG file"):
         Jpeg(50).decode(bytes(data))
+
+
+def test_weights_of_others_are_told_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.safetensors"
+    path.write_bytes(save({"weight": torch.zeros(3)}, {"format": "pt"}))
+    with pytest.raises(ModelFileError, match=r"no model of this package; `tucodec export RUN"):
+        ModelFile.load(path)

@@ -108,3 +108,18 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "--model tiny-ssim-3 is none" in capsys.readouterr().err
     assert main([*words, "--model", "tiny-ssim"]) == 1
     assert "stands for several models" in capsys.readouterr().err
+
+
+def test_ms_ssim_is_measured_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes more memory and time than the rest of a coding."""
+
+    def refuse(*_: object) -> float:
+        raise AssertionError("MS-SSIM was measured")
+
+    for module in ("metrics", "codecs.targets"):
+        monkeypatch.setattr(f"lightning_tucodec.{module}.pixels_ms_ssim", refuse)
+    tiny = [load(name) for name in family("tiny-mse")]
+    assert best(tiny, PHOTO, Target("psnr", 27)).setting in tiny
+    assert best(tiny, PHOTO, Target("bpp", 8)).setting in tiny
+    with pytest.raises(AssertionError, match="MS-SSIM was measured"):
+        best(tiny, PHOTO, Target("ms_ssim", 0.5))
