@@ -74,7 +74,10 @@ def run_submit(arguments: argparse.Namespace) -> int:
 
 def run_here(arguments: argparse.Namespace) -> int:
     """`tucodec sweep run`: without Slurm; called again it goes on where it was stopped."""
+    from lightning_tucodec.training.companions import UNMIRRORED
+
     plan = _planned(arguments)
+    result = 0
     for task in plan.tasks.values():
         if plan.is_complete(task):
             continue
@@ -84,12 +87,14 @@ def run_here(arguments: argparse.Namespace) -> int:
         try:
             print(f"task {task.name}", file=sys.stderr)
             status = _fit(config)
+            if status == UNMIRRORED:  # the training is complete; `fit` has said what is missing
+                result, status = UNMIRRORED, 0
         finally:
             _note(plan, task, "end", status)
         if status:
             return status
     print(plan.folder)
-    return 0
+    return result
 
 
 def _fit(config: Path) -> int:

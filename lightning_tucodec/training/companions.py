@@ -16,6 +16,10 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 """What tells a run to save itself and stop; companions wait for its word instead."""
 
 
+UNMIRRORED = 3
+"""Exit status of a run that is complete here, and whose end its mirror does not have."""
+
+
 def wait(seconds: float) -> bool:
     """In a companion: pause, but return at once, with True, when the run has ended."""
     ready, _, _ = select.select([0], [], [], seconds)

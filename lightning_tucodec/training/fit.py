@@ -35,7 +35,7 @@ from lightning_tucodec.files import expanded, read_text
 from lightning_tucodec.losses import check_crop
 from lightning_tucodec.processes import when_parent_ends
 from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
-from lightning_tucodec.training.companions import Companion
+from lightning_tucodec.training.companions import UNMIRRORED, Companion
 from lightning_tucodec.training.data import check_validation
 from lightning_tucodec.training.identity import (
     DEFAULT_DATA,
@@ -53,7 +53,6 @@ from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.options import check_options
 from lightning_tucodec.training.preemption import (
     PREEMPTED,
-    UNMIRRORED,
     Preemption,
     ValidationStopped,
     in_step,

@@ -23,9 +23,6 @@ from lightning_tucodec.training.companions import SIGNALS
 PREEMPTED = 75
 """Exit status of a run that saved itself and wants to be started again (sysexits' EX_TEMPFAIL)."""
 
-UNMIRRORED = 3
-"""Exit status of a run that is complete here, and whose end its mirror does not have."""
-
 FAILED = 200
 """Added to the status of a process that failed by itself beside others in a step of Slurm."""
 

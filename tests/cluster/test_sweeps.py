@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from lightning_tucodec.sweeps.status import status
 from lightning_tucodec.training.identity import flat
 from lightning_tucodec.training.runs import RunFolder
 from tests.campaigns.cluster import REPOSITORY, lives, wait_for, write_recipe
+from tests.training.hits import kill_at_step, start, wait
 
 STAGES: dict[str, Any] = {
     "mse": {"config": "recipe.yaml", "set": {"model.lmbda": 100.0}},
@@ -670,6 +672,27 @@ def test_a_sweep_runs_here_stage_by_stage(
     assert config["run"]["init_from"] == f"{first}/checkpoints/last.ckpt"
     assert main(words) == 0
     assert "starts" not in capfd.readouterr().err
+
+
+def test_a_mirror_that_fails_holds_up_no_other_task(
+    tmp_path: Path, recipe: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A task whose mirror lacks its end is complete; the status of the whole says it."""
+    mirror = tmp_path / "mirror"
+    one = {"config": "recipe.yaml", "set": {"trainer.max_steps": 3}}
+    mirrored = {**one, "set": {**one["set"], "run.mirror": str(mirror), "run.name": "mirrored"}}
+    stages = {"first": mirrored, "second": one}
+    words = ["sweep", "run", str(write(tmp_path, stages)), "--out", str(tmp_path / "sweeps")]
+    made = plan(tmp_path, stages)
+    begun = ["fit", "--config", str(made.folder / "configs" / "first-0.yaml")]
+    assert wait(start([*begun, "--run.checkpoint_minutes", "0"], kill_at_step(2))) == -9
+    shutil.rmtree(mirror, ignore_errors=True)
+    mirror.write_text("in the way")
+    assert main(words) == 3
+    captured = capfd.readouterr()
+    assert "the end of this run, step 3, is not in its mirror" in captured.err
+    assert [row.state for row in status(made, {})] == ["complete"] * 2
+    assert main(words) == 0  # there is nothing left to train
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

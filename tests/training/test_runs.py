@@ -16,7 +16,7 @@ from hits import kill_at_step, start, wait
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.models import SHIPPED
-from lightning_tucodec.training import companions, identity, mirror, preemption, runs
+from lightning_tucodec.training import companions, identity, mirror, runs
 from lightning_tucodec.training.checkpoints import BackgroundWriter
 from lightning_tucodec.training.identity import run_id
 from lightning_tucodec.training.noise import SampleNoise
@@ -321,7 +321,7 @@ def test_a_mirror_that_cannot_be_written_stops_only_a_run_that_has_nothing(
     assert not (tmp_path / "runs").exists()
 
     assert wait(start(words, kill_at_step(2))) == -9
-    assert main([*words, *bad]) == preemption.UNMIRRORED
+    assert main([*words, *bad]) == companions.UNMIRRORED
     lines = [line for line in capsys.readouterr().err.splitlines() if "tucodec: " in line]
     assert len(lines) == 2
     assert "goes on with what is here" in lines[0]
