@@ -23,14 +23,14 @@ from data_pipelines.patches import contrast, grid, luma
 from data_pipelines.shards import INDEX, describe_shard, json_line, named_stream, shard_name
 from data_pipelines.sources import Entry, Source, fingerprint, list_entries
 from data_pipelines.tasks import run_tasks
+from lightning_tucodec.codecs.h266.vvc import Vvc
 from lightning_tucodec.codecs.registry import codec
-from lightning_tucodec.codecs.vvc import Vvc
 from lightning_tucodec.errors import ConfigError, DatasetError
-from lightning_tucodec.files import atomic_write
-from lightning_tucodec.images import read_image
-from lightning_tucodec.storage import Storage
-from lightning_tucodec.training.plan import derive, permute
-from lightning_tucodec.training.precoded import FORMAT, Precoded
+from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.images import read_image
+from lightning_tucodec.io.storage import Storage
+from lightning_tucodec.training.input.plan import derive, permute
+from lightning_tucodec.training.input.precoded import FORMAT, Precoded
 
 _STATE = ".build"
 

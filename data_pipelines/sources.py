@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from lightning_tucodec.errors import DatasetError, ImageInputError
-from lightning_tucodec.files import expanded
-from lightning_tucodec.images import IMAGE_SUFFIXES, is_image_name
-from lightning_tucodec.storage import Storage, is_remote
+from lightning_tucodec.io.files import expanded
+from lightning_tucodec.io.images import IMAGE_SUFFIXES, is_image_name
+from lightning_tucodec.io.storage import Storage, is_remote
 
 _ARCHIVES = (".tgz", ".gz", ".bz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
 

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lightning_tucodec.errors import DatasetError
-from lightning_tucodec.processes import INTERRUPTS, end_on_interrupt, interrupt_children
+from lightning_tucodec.io.processes import INTERRUPTS, end_on_interrupt, interrupt_children
 
 
 def run_tasks(

@@ -14,11 +14,11 @@ import numpy as np
 from data_pipelines.patches import EXTENSION, contrast, decode_patch, luma, pixel_hash
 from data_pipelines.tasks import progress
 from lightning_tucodec.errors import DatasetError, TucodecError
-from lightning_tucodec.files import atomic_write
-from lightning_tucodec.storage import Storage
-from lightning_tucodec.training.plan import permute
-from lightning_tucodec.training.precoded import FORMAT, Precoded
-from lightning_tucodec.training.shards import ShardIndex, ShardReader
+from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.storage import Storage
+from lightning_tucodec.training.input.plan import permute
+from lightning_tucodec.training.input.precoded import FORMAT, Precoded
+from lightning_tucodec.training.input.shards import ShardIndex, ShardReader
 
 _CONTACT = 64  # patches on the contact sheet
 _HISTOGRAM = 4096  # patches behind the histograms

@@ -36,7 +36,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the coding functions, and with them torch, when one is first used."""
     if name in _LAZY:
-        from lightning_tucodec.codecs import models
+        from lightning_tucodec.codecs import library
 
-        return getattr(models, name)
+        return getattr(library, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

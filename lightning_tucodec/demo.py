@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lightning_tucodec import processes
-from lightning_tucodec.codecs import models, registry
+from lightning_tucodec.cli.compress import DEFAULT_MODEL
+from lightning_tucodec.codecs import library, registry
 from lightning_tucodec.codecs.base import ImageCodec
-from lightning_tucodec.codecs.cli import DEFAULT_MODEL
-from lightning_tucodec.curves import Curve
 from lightning_tucodec.errors import ExternalToolError, OutputError
-from lightning_tucodec.files import atomic_write
-from lightning_tucodec.images import read_image
-from lightning_tucodec.metrics import bits_per_pixel, psnr_from_sse, sse
+from lightning_tucodec.io import processes
+from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.images import read_image
+from lightning_tucodec.quality.curves import Curve
+from lightning_tucodec.quality.metrics import bits_per_pixel, psnr_from_sse, sse
 from lightning_tucodec.report.figures import Panel, comparison_figure, rd_figure
 
 TRAINING_PHOTOS = (
@@ -255,8 +255,8 @@ def run(out: Path) -> list[Path]:
     )  # fmt: skip
     held_out = photos(HELD_OUT_PHOTOS)
     learned: dict[str, list[Row]] = {}
-    for path in [*train(out, shards), models.find(DEFAULT_MODEL)]:
-        model = models.load(path)
+    for path in [*train(out, shards), library.find(DEFAULT_MODEL)]:
+        model = library.load(path)
         label = f"{model.name} ({model.card['opt_step']:,} steps)"
         learned[label] = code_files(out, str(path), held_out)
     classical = evaluate_classical(held_out)

@@ -157,7 +157,7 @@ if ((stopping > 0)) || superseded; then
     exit 75 # not 0, for which jobs that start from this one's weights may wait
 fi
 # srun ends with the highest status of all. A process of several that failed with n ends with 200 + n (see
-# lightning_tucodec/training/preemption.py); 128 + n means that signal n killed it.
+# lightning_tucodec/training/runs/preemption.py); 128 + n means that signal n killed it.
 if ((status > 200)); then
     status=$((status - 200))
 fi

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_tucodec.curves import (
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.quality.curves import (
     Curve,
     ImageCurves,
     bd_quality,
@@ -17,7 +18,6 @@ from lightning_tucodec.curves import (
     read_curve,
     read_results,
 )
-from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.report.figures import (
     DASHES,
     MARKERS,

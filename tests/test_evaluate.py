@@ -13,11 +13,12 @@ from PIL import Image
 from skimage.data import astronaut
 
 from lightning_tucodec import cli
-from lightning_tucodec.allocation import allocate
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.errors import ConfigError, ImageInputError
-from lightning_tucodec.evaluate import (
+from lightning_tucodec.quality.metrics import psnr_from_sse, sse
+from lightning_tucodec.sets.allocation import allocate
+from lightning_tucodec.sets.evaluate import (
     allocation_table,
     evaluate,
     find_images,
@@ -26,7 +27,6 @@ from lightning_tucodec.evaluate import (
     summarise,
     write_results,
 )
-from lightning_tucodec.metrics import psnr_from_sse, sse
 
 SPECIFICATIONS = ["jpeg:q=20", "jpeg:q=70", "vvc:qp=40,preset=faster"]
 

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.codecs.models import find
+from lightning_tucodec.codecs.library import find
 from tests.support import photo
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")

@@ -15,8 +15,8 @@ from scipy.ndimage import convolve
 from scipy.signal import fftconvolve
 from skimage.data import astronaut
 
-from lightning_tucodec import metrics
-from lightning_tucodec.metrics import (
+from lightning_tucodec.quality import metrics
+from lightning_tucodec.quality.metrics import (
     MS_SSIM_WEIGHTS,
     bits_per_pixel,
     ms_ssim,
@@ -91,7 +91,7 @@ def test_ms_ssim_of_24_megapixels_takes_less_than_a_gigabyte() -> None:
     """The whole process, its imports and the two pictures included; the kernel's own high-water mark."""
     program = """
 import re, numpy as np
-from lightning_tucodec.metrics import quality
+from lightning_tucodec.quality.metrics import quality
 x = np.zeros((4000, 6000, 3), np.uint8); x[::7, ::5] = 200
 y = x.copy(); y[::3] += 9
 value = quality(x, y)["ms_ssim"]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_tucodec import evaluate as evaluation
-from lightning_tucodec.codecs import models, registry
-from lightning_tucodec.codecs.model_file import ModelFile
-from lightning_tucodec.once import once, once_property
+from lightning_tucodec.codecs import library, registry
+from lightning_tucodec.codecs.learned.model_file import ModelFile
+from lightning_tucodec.io.once import once, once_property
+from lightning_tucodec.sets import evaluate as evaluation
 from tests.support import photo
 
 THREADS = 16
@@ -80,7 +80,7 @@ def test_a_property_is_built_once() -> None:
 
 def test_a_model_is_loaded_and_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.safetensors"
-    path.write_bytes(models.find("tiny-mse-2").read_bytes())
+    path.write_bytes(library.find("tiny-mse-2").read_bytes())
     counts: Counter[str] = Counter()
     load, network = ModelFile.load, ModelFile.network
 
@@ -94,7 +94,7 @@ def test_a_model_is_loaded_and_built_once(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ModelFile, "load", counted_load)
     monkeypatch.setattr(ModelFile, "network", counted_network)
-    found = together(lambda _: models.load(path).network)
+    found = together(lambda _: library.load(path).network)
     assert len(set(map(id, found))) == 1
     assert counts == {"load": 1, "network": 1}
 

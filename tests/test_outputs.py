@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.codecs.models import find
+from lightning_tucodec.codecs.library import find
 from tests.support import photo
 
 MODEL = "tiny-mse-1"

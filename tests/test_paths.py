@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from lightning_tucodec.cli import build_parser, main
-from lightning_tucodec.codecs import models, registry
-from lightning_tucodec.files import expanded
+from lightning_tucodec.codecs import library, registry
+from lightning_tucodec.io.files import expanded
 from lightning_tucodec.sweeps.plan import resolve_config
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.fit import RunConfig
 from lightning_tucodec.training.gan import GANCodec
-from lightning_tucodec.training.identity import expand_locations, locations
 from lightning_tucodec.training.postfilter import PostFilterModule, PrecodedDataModule
+from lightning_tucodec.training.runs.identity import expand_locations, locations
 from lightning_tucodec.training.vae import VAE
 
 NO_PATHS = {
@@ -125,7 +125,7 @@ def test_what_is_missing_is_named_in_full(
 ) -> None:
     monkeypatch.chdir(home)
     Path("sweep.yaml").write_text(f"name: a\nstages: {{b: {{config: {GIVEN}}}}}\n")
-    Path("model.safetensors").write_bytes(models.find("tiny-mse-1").read_bytes())
+    Path("model.safetensors").write_bytes(library.find("tiny-mse-1").read_bytes())
     assert main([word.format(GIVEN) for word in line.split()]) == status
     said = "".join(capsys.readouterr())
     assert f"{home}/inner folder/$UNKNOWN" in said
@@ -136,14 +136,14 @@ def test_what_is_missing_is_named_in_full(
 def test_models_in_specifications(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tiny-mse-1", "vvc-postfilter"):
         target = home / "inner folder" / f"own,{name}.safetensors"
-        target.write_bytes(models.find(name).read_bytes())
+        target.write_bytes(library.find(name).read_bytes())
     model = "~/$TUCODEC_TEST/own,tiny-mse-1.safetensors"
     assert registry.codec(f"{model}:effort=2").name == "tiny-mse-1:effort=2"
     assert registry.files(f"{model}:effort=2") == [expanded(model)]
     path = "$HOME/$TUCODEC_TEST/own,vvc-postfilter.safetensors"
     assert registry.model_of(registry.codec(f"vvc+postfilter:qp=40,filter={path},turn=0"))
     monkeypatch.setenv("TUCODEC_MODELS", "~/$TUCODEC_TEST")
-    assert models.find("own,tiny-mse-1") == home / "inner folder" / "own,tiny-mse-1.safetensors"
+    assert library.find("own,tiny-mse-1") == home / "inner folder" / "own,tiny-mse-1.safetensors"
 
 
 def test_values_of_a_sweep_are_expanded(home: Path) -> None:

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from lightning_tucodec import cli
-from lightning_tucodec.codecs import ffmpeg
 from lightning_tucodec.errors import ConfigError, ExternalToolError
-from lightning_tucodec.perceptual import MEASURES, check_names
+from lightning_tucodec.io import ffmpeg
+from lightning_tucodec.quality.perceptual import MEASURES, check_names
 from tests.support import photo
 
 

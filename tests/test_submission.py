@@ -17,13 +17,15 @@ import torch
 from PIL import Image
 from skimage.data import astronaut
 
-from lightning_tucodec import cli, clic
-from lightning_tucodec.codecs import ffmpeg
-from lightning_tucodec.codecs.model_file import freeze
+from lightning_tucodec import cli
+from lightning_tucodec.codecs.learned.model_file import freeze
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.evaluate import evaluate
-from lightning_tucodec.manifest import (
+from lightning_tucodec.io import ffmpeg
+from lightning_tucodec.nn.codec import TucodecVAE
+from lightning_tucodec.sets import clic
+from lightning_tucodec.sets.evaluate import evaluate
+from lightning_tucodec.sets.manifest import (
     DECODE_TEXT,
     FORMAT,
     Limits,
@@ -31,7 +33,6 @@ from lightning_tucodec.manifest import (
     foreign,
     read_manifest,
 )
-from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO
 

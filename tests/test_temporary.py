@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_tucodec import files
-from lightning_tucodec.files import FORMER, atomic_write, temporary_folder
+from lightning_tucodec.io import files
+from lightning_tucodec.io.files import FORMER, atomic_write, temporary_folder
 
 WRITES = """
 import sys, time
-from lightning_tucodec.files import atomic_write, temporary_folder
+from lightning_tucodec.io.files import atomic_write, temporary_folder
 with atomic_write("out/photo.png") as stream, temporary_folder("out/set") as folder:
     stream.write(b"half")
     (folder / "former").mkdir()

@@ -15,7 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tucodec.allocation import Quantity, Solution, Table, solve_limits, solve_one_limit
+from lightning_tucodec.sets.allocation import (
+    Quantity,
+    Solution,
+    Table,
+    solve_limits,
+    solve_one_limit,
+)
 
 CLIC_TEST_BYTES = 15_750_000
 HIGHS_SECONDS = 120.0

@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_tucodec import processes
 from lightning_tucodec.bench.subjects import PEERS, Peer, Subject, picture, sampled, trained
 from lightning_tucodec.bench.timing import in_turns, machine, rows_of
-from lightning_tucodec.codecs.models import find
+from lightning_tucodec.codecs.library import find
 from lightning_tucodec.coding.container import unpack
-from lightning_tucodec.files import temporary_folder
-from lightning_tucodec.images import read_image, write_png
+from lightning_tucodec.io import processes
+from lightning_tucodec.io.files import temporary_folder
+from lightning_tucodec.io.images import read_image, write_png
 from lightning_tucodec.nn.codec import PRESETS
 
 SIZE = (512, 768)
@@ -195,7 +195,7 @@ def import_seconds(repeats: int = 3) -> float:
     """Median seconds of importing what coding needs and loading a model, after torch, in new processes."""
     code = (
         "import time, torch; t = time.perf_counter(); import lightning_tucodec as tuc; tuc.load; "
-        "import lightning_tucodec.codecs.tuc; print(time.perf_counter() - t)"
+        "import lightning_tucodec.codecs.learned.codec; print(time.perf_counter() - t)"
     )
     command = [sys.executable, "-c", code]
     seconds = [

@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipelines.patches import decode_patch, encode_patch
 from data_pipelines.shards import BuildOptions, build
-from lightning_tucodec import processes
 from lightning_tucodec.bench.timing import asked, in_turns, machine, rows_of
-from lightning_tucodec.files import temporary_folder
-from lightning_tucodec.training.shards import ShardReader
+from lightning_tucodec.io import processes
+from lightning_tucodec.io.files import temporary_folder
+from lightning_tucodec.training.input.shards import ShardReader
 
 PATCH = 256
 BATCH = 16
@@ -283,7 +283,7 @@ def run_plan(samples: int = 10**9) -> dict[str, float]:
     """Seconds to the first batch's sample numbers at a random place, and the memory for it."""
     import tracemalloc
 
-    from lightning_tucodec.training.plan import DataPlan
+    from lightning_tucodec.training.input.plan import DataPlan
 
     times = []
     tracemalloc.start()

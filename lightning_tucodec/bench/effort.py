@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_tucodec.codecs.models import load
-from lightning_tucodec.codecs.refine import RefinedModel, Refinement
-from lightning_tucodec.codecs.tuc import TucModel
-from lightning_tucodec.curves import Curve, Quality, bd_rate
+from lightning_tucodec.codecs.learned.codec import TucModel
+from lightning_tucodec.codecs.learned.refine import RefinedModel, Refinement
+from lightning_tucodec.codecs.library import load
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.evaluate import Row, evaluate, find_images, summarise
-from lightning_tucodec.losses import make_loss
+from lightning_tucodec.nn.losses import make_loss
+from lightning_tucodec.quality.curves import Curve, Quality, bd_rate
+from lightning_tucodec.sets.evaluate import Row, evaluate, find_images, summarise
 
 BD_POINTS = 4
 

@@ -6,21 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tucodec.codecs.h266 import (
+from lightning_tucodec.codecs.h266.codec import (
     H266,
     NO_FILTER,
     NO_MODEL,
     decode_container,
     without_filter,
 )
-from lightning_tucodec.codecs.postfilter import FilterModel
+from lightning_tucodec.codecs.h266.postfilter import FilterModel
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.coding.container import unpack
-from lightning_tucodec.curves import ImageCurves, bd_rate, decibels
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.evaluate import evaluate, find_images
-from lightning_tucodec.images import read_image
-from lightning_tucodec.metrics import sse
+from lightning_tucodec.io.images import read_image
+from lightning_tucodec.quality.curves import ImageCurves, bd_rate, decibels
+from lightning_tucodec.quality.metrics import sse
+from lightning_tucodec.sets.evaluate import evaluate, find_images
 
 QPS = (32, 35, 38, 41, 44, 47)
 

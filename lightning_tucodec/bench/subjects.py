@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_tucodec.codecs.model_file import ModelFile
-from lightning_tucodec.codecs.models import load, untrained
-from lightning_tucodec.codecs.tuc import Latents, TucModel, strip_bounds
+from lightning_tucodec.codecs.learned.codec import Latents, TucModel, strip_bounds
+from lightning_tucodec.codecs.learned.model_file import ModelFile
+from lightning_tucodec.codecs.library import load, untrained
 from lightning_tucodec.coding import rans, wavefront
 from lightning_tucodec.coding.categorical import build_cdf
 from lightning_tucodec.coding.laplace import SCALE_COUNT, decode_laplace, encode_laplace
+from lightning_tucodec.io.once import once_property
 from lightning_tucodec.nn.transforms import STRIDE
-from lightning_tucodec.once import once_property
 
 PEERS = ("mbt2018", "cheng2020-attn")
 """CompressAI's autoregressive models, at 192 channels."""

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from lightning_tucodec.codecs.base import MODEL_SUFFIX, ImageCodec
-from lightning_tucodec.codecs.classical import (
+from lightning_tucodec.codecs.classical.codecs import (
     Av1Aom,
     Av1Svt,
     Avif,
@@ -29,13 +29,13 @@ from lightning_tucodec.codecs.classical import (
     JpegXl,
     WebP,
 )
+from lightning_tucodec.codecs.h266.vvc import Vvc
 from lightning_tucodec.codecs.options import Options
-from lightning_tucodec.codecs.vvc import Vvc
 from lightning_tucodec.errors import ConfigError, UnknownModelError
-from lightning_tucodec.files import cut_path, expanded
+from lightning_tucodec.io.files import cut_path, expanded
 
 if TYPE_CHECKING:
-    from lightning_tucodec.codecs.model_file import ModelFile
+    from lightning_tucodec.codecs.learned.model_file import ModelFile
 
 CLASSES: dict[str, type[Options]] = {
     codec.codec_name: codec
@@ -81,7 +81,7 @@ def expand(specifications: Iterable[str]) -> list[str]:
         rest = specification[len(name) :]
         members: list[str] = []
         if name not in CLASSES:
-            from lightning_tucodec.codecs.models import family
+            from lightning_tucodec.codecs.library import family
 
             members = family(name)
         expanded += [f"{member}{rest}" for member in members] or [specification]
@@ -108,21 +108,21 @@ def codec(specification: str) -> ImageCodec:
         assert isinstance(built, ImageCodec)
         return built
     # Only now: a codec that is not learned must not wait for torch.
-    from lightning_tucodec.codecs import models
-    from lightning_tucodec.codecs.h266 import H266
+    from lightning_tucodec.codecs import library
+    from lightning_tucodec.codecs.h266.codec import H266
 
     if name == H266.codec_name:
         return H266.parse(options)
     try:
-        model = models.load(name)
+        model = library.load(name)
     except UnknownModelError as error:
-        if models.family(name):
+        if library.family(name):
             raise ConfigError(str(error)) from None
         known = ", ".join(sorted([*CLASSES, H266.codec_name]))
         raise ConfigError(f"no codec or model is named {name}; codecs: {known}") from None
     if not options:
         return model
-    from lightning_tucodec.codecs.refine import RefinedModel, Refinement
+    from lightning_tucodec.codecs.learned.refine import RefinedModel, Refinement
 
     return RefinedModel(model, Refinement.parse(options))
 
@@ -149,8 +149,8 @@ def _with_id(coder: ImageCodec) -> ImageCodec:
     """The same codec, called by its model's name and id; one without a model of its own as it is."""
     if type(coder) in CLASSES.values():
         return coder
-    from lightning_tucodec.codecs.refine import RefinedModel
-    from lightning_tucodec.codecs.tuc import TucModel
+    from lightning_tucodec.codecs.learned.codec import TucModel
+    from lightning_tucodec.codecs.learned.refine import RefinedModel
 
     if not isinstance(coder, TucModel | RefinedModel):
         return coder
@@ -171,9 +171,9 @@ def model_of(coder: ImageCodec) -> "ModelFile | None":
     """The model file that a codec's decoder needs, if it is a learned one."""
     if type(coder) in CLASSES.values():
         return None
-    from lightning_tucodec.codecs.h266 import H266
-    from lightning_tucodec.codecs.refine import RefinedModel
-    from lightning_tucodec.codecs.tuc import TucModel
+    from lightning_tucodec.codecs.h266.codec import H266
+    from lightning_tucodec.codecs.learned.codec import TucModel
+    from lightning_tucodec.codecs.learned.refine import RefinedModel
 
     if isinstance(coder, H266):
         model = coder.model()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_tucodec.coding import kernels
 from lightning_tucodec.coding.laplace import MU_BITS, SCALE_MIN, SCALE_STEPS
 from lightning_tucodec.errors import ModelFileError
+from lightning_tucodec.io.once import once_property
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.context import (
     HORIZONTAL_INPUT_TAPS,
@@ -32,7 +33,6 @@ from lightning_tucodec.nn.context import (
     Tap,
     TapConv2d,
 )
-from lightning_tucodec.once import once_property
 
 FRACTION_BITS = MU_BITS
 """Fractional bits of every activation; the means leave the network in the coder's own format."""

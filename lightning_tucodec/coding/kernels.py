@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_tucodec.compiling import compiled
+from lightning_tucodec.coding.compiling import compiled
 
 Ints = NDArray[Any]
 Int = Any  # an int or an np.int64: to numba the same

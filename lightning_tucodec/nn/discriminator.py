@@ -1,6 +1,6 @@
 """Discriminators: what tells a photograph from its reconstruction.
 
-Both return a `Verdict`, from which the losses in `lightning_tucodec.losses` are made. A discriminator is
+Both return a `Verdict`, from which the losses in `lightning_tucodec.nn.losses` are made. A discriminator is
 needed for training alone; nothing of it is exported.
 """
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tucodec.curves import (
+from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.io.files import check_targets
+from lightning_tucodec.quality.curves import (
     QUALITIES,
     Curve,
     Quality,
@@ -25,8 +27,6 @@ from lightning_tucodec.curves import (
     paired,
     quality_at_rate,
 )
-from lightning_tucodec.errors import ConfigError, TucodecError
-from lightning_tucodec.files import check_targets
 from lightning_tucodec.report.figures import AXES, Style, rd_figure, style
 from lightning_tucodec.report.page import Chart, Limits, Page, Table, Trace, write_page
 from lightning_tucodec.report.sources import Entry, Evaluation, Material, Run, read_sources
@@ -184,7 +184,7 @@ def complexity(config: Mapping[str, Any]) -> tuple[float, float, float, float] |
 
 def _model(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The arguments of a run's model."""
-    from lightning_tucodec.training.identity import arguments
+    from lightning_tucodec.training.runs.identity import arguments
 
     is_known = isinstance(config.get("model"), Mapping)
     return arguments(dict(config), "model") if is_known else {}
@@ -192,7 +192,7 @@ def _model(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _model_complexity(name: str) -> tuple[float, float, float, float] | None:
     """The same of a learned model that `tucodec` knows by this name; None for other codecs."""
-    from lightning_tucodec.codecs.refine import RefinedModel
+    from lightning_tucodec.codecs.learned.refine import RefinedModel
     from lightning_tucodec.codecs.registry import CLASSES, codec, split
     from lightning_tucodec.nn.codec import TucodecVAE
     from lightning_tucodec.nn.complexity import of_network

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_tucodec.curves import Curve, Quality
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.files import atomic_write
+from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.quality.curves import Curve, Quality
 
 AXES: dict[Quality, str] = {"psnr": "PSNR (RGB), dB", "ms_ssim_db": "MS-SSIM, dB"}
 """What the axis of a quality says."""

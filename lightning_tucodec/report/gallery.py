@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.registry import codec
-from lightning_tucodec.curves import family
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.evaluate import content_id, find_images
-from lightning_tucodec.images import read_image
+from lightning_tucodec.io.images import read_image
+from lightning_tucodec.quality.curves import family
 from lightning_tucodec.report.page import Scene, View
 from lightning_tucodec.report.sources import Evaluation
+from lightning_tucodec.sets.evaluate import content_id, find_images
 
 Row = dict[str, Any]
 
@@ -188,8 +188,8 @@ def _uri(data: bytes, kind: str) -> str:
 
 def bit_map(coder: ImageCodec, image: NDArray[np.uint8]) -> NDArray[np.float64] | None:
     """Estimated bits at every latent position of a learned codec, h×w; None for other codecs."""
-    from lightning_tucodec.codecs.refine import RefinedModel
-    from lightning_tucodec.codecs.tuc import TucModel
+    from lightning_tucodec.codecs.learned.codec import TucModel
+    from lightning_tucodec.codecs.learned.refine import RefinedModel
 
     if isinstance(coder, RefinedModel):
         coder = coder.model  # where the bits are before refinement

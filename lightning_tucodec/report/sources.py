@@ -20,7 +20,9 @@ from typing import Any
 
 import yaml
 
-from lightning_tucodec.curves import (
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.io.files import read_yaml
+from lightning_tucodec.quality.curves import (
     Curve,
     ImageCurves,
     check_entries,
@@ -29,9 +31,7 @@ from lightning_tucodec.curves import (
     read_curve,
     read_results,
 )
-from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.files import read_yaml
-from lightning_tucodec.training.runs import read_metrics, validation_point
+from lightning_tucodec.training.runs.folder import read_metrics, validation_point
 
 Row = dict[str, Any]
 

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning_tucodec.cli.arguments import location
 from lightning_tucodec.errors import ConfigError, ExternalToolError
-from lightning_tucodec.options import location
 from lightning_tucodec.sweeps.plan import Plan
 from lightning_tucodec.sweeps.queue import Job, outstanding, queued, submit
 from lightning_tucodec.sweeps.spec import Task
@@ -74,7 +74,7 @@ def run_submit(arguments: argparse.Namespace) -> int:
 
 def run_here(arguments: argparse.Namespace) -> int:
     """`tucodec sweep run`: without Slurm; called again it goes on where it was stopped."""
-    from lightning_tucodec.training.companions import UNMIRRORED
+    from lightning_tucodec.training.beside.companions import UNMIRRORED
 
     plan = _planned(arguments)
     result = 0
@@ -105,7 +105,7 @@ def _fit(config: Path) -> int:
     session: it hears of Ctrl-C once, whether all were told or this process alone. Whoever kills it kills that
     one as well, since it watches.
     """
-    from lightning_tucodec.training.companions import SIGNALS
+    from lightning_tucodec.training.beside.companions import SIGNALS
 
     children: list[subprocess.Popen[bytes]] = []
     received: list[int] = []

@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from lightning_tucodec.errors import ConfigError, TucodecError
-from lightning_tucodec.files import atomic_write, read_json_lines, read_yaml
+from lightning_tucodec.io.files import atomic_write, read_json_lines, read_yaml
 from lightning_tucodec.sweeps.spec import Config, Task, read_sweep
-from lightning_tucodec.training.runs import RunFolder
+from lightning_tucodec.training.runs.folder import RunFolder
 
 
 class Plan:
@@ -177,7 +177,7 @@ def resolve_config(*layers: Config) -> Config:
         ConfigError: it is not one.
     """
     from lightning_tucodec.training.fit import main as fit
-    from lightning_tucodec.training.identity import expand_locations, flat
+    from lightning_tucodec.training.runs.identity import expand_locations, flat
 
     out, err = io.StringIO(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder:

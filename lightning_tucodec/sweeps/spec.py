@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.files import check_name, expanded, parse_yaml, read_yaml
-from lightning_tucodec.training.identity import arguments
+from lightning_tucodec.io.files import check_name, expanded, parse_yaml, read_yaml
+from lightning_tucodec.training.runs.identity import arguments
 
 Config = dict[str, Any]
 

@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lightning_tucodec.files import read_yaml
+from lightning_tucodec.io.files import read_yaml
 from lightning_tucodec.sweeps.plan import Plan
 from lightning_tucodec.sweeps.queue import Job
 from lightning_tucodec.sweeps.spec import Task, entry
-from lightning_tucodec.training.runs import ECHO, Manifest, RunFolder, read_metrics
+from lightning_tucodec.training.runs.folder import ECHO, Manifest, RunFolder, read_metrics
 
 
 @dataclass(frozen=True)

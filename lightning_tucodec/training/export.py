@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tucodec.codecs.model_file import ModelFile, freeze
-from lightning_tucodec.codecs.models import SUFFIX
-from lightning_tucodec.codecs.postfilter import FilterModel
+from lightning_tucodec.codecs.h266.postfilter import FilterModel
+from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
+from lightning_tucodec.codecs.library import SUFFIX
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.files import check_targets, read_yaml
+from lightning_tucodec.io.files import check_targets, read_yaml
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
 from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
-from lightning_tucodec.training.runs import RunFolder, load_checkpoint, network_weights
-from lightning_tucodec.training.tracking import read_metrics
+from lightning_tucodec.training.runs.folder import RunFolder, load_checkpoint, network_weights
+from lightning_tucodec.training.runs.tracking import read_metrics
 
 
 def export(

@@ -29,15 +29,28 @@ from lightning_fabric.plugins.environments import (
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_tucodec.curves import read_named
 from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError, redacted
-from lightning_tucodec.files import expanded, read_text
-from lightning_tucodec.losses import check_crop
-from lightning_tucodec.processes import when_parent_ends
-from lightning_tucodec.training.checkpoints import BackgroundWriter, Checkpointing
-from lightning_tucodec.training.companions import UNMIRRORED, Companion
+from lightning_tucodec.io.files import expanded, read_text
+from lightning_tucodec.io.processes import when_parent_ends
+from lightning_tucodec.nn.losses import check_crop
+from lightning_tucodec.quality.curves import read_named
+from lightning_tucodec.training.beside.companions import UNMIRRORED, Companion
+from lightning_tucodec.training.beside.mirror import check_writable, pull
+from lightning_tucodec.training.beside.wandb_view import check_names, mode
 from lightning_tucodec.training.data import check_validation
-from lightning_tucodec.training.identity import (
+from lightning_tucodec.training.limits import check_numbers
+from lightning_tucodec.training.module import TrainingModule
+from lightning_tucodec.training.options import check_options
+from lightning_tucodec.training.runs.checkpoints import BackgroundWriter, Checkpointing
+from lightning_tucodec.training.runs.folder import (
+    ECHO,
+    Manifest,
+    RunFolder,
+    attempt_key,
+    load_checkpoint,
+    started_by_srun,
+)
+from lightning_tucodec.training.runs.identity import (
     DEFAULT_DATA,
     DEFAULT_MODEL,
     expand_locations,
@@ -46,27 +59,14 @@ from lightning_tucodec.training.identity import (
     locations,
     run_id,
 )
-from lightning_tucodec.training.identity import arguments as class_arguments
-from lightning_tucodec.training.limits import check_numbers
-from lightning_tucodec.training.mirror import check_writable, pull
-from lightning_tucodec.training.module import TrainingModule
-from lightning_tucodec.training.options import check_options
-from lightning_tucodec.training.preemption import (
+from lightning_tucodec.training.runs.identity import arguments as class_arguments
+from lightning_tucodec.training.runs.preemption import (
     PREEMPTED,
     Preemption,
     ValidationStopped,
     in_step,
 )
-from lightning_tucodec.training.runs import (
-    ECHO,
-    Manifest,
-    RunFolder,
-    attempt_key,
-    load_checkpoint,
-    started_by_srun,
-)
-from lightning_tucodec.training.tracking import Counters, JsonlLogger
-from lightning_tucodec.training.wandb_view import check_names, mode
+from lightning_tucodec.training.runs.tracking import Counters, JsonlLogger
 
 _MIRROR_SECONDS = {"finished": 900.0, "preempted": 60.0, "failed": 60.0}
 """How long the last copy to the mirror may take; before a requeue there is little time."""
@@ -317,7 +317,7 @@ class TucodecCLI(LightningCLI):
 
     def _start_companions(self, run: dict[str, Any]) -> None:
         assert self.folder is not None
-        package = "lightning_tucodec.training"
+        package = "lightning_tucodec.training.beside"
         path = str(self.folder.path)
         if run["mirror"]:
             log = self.folder.path / "mirror.log"

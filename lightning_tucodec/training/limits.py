@@ -5,7 +5,7 @@ from math import inf
 from typing import Any
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.training.identity import DEFAULT_DATA, DEFAULT_MODEL, arguments
+from lightning_tucodec.training.runs.identity import DEFAULT_DATA, DEFAULT_MODEL, arguments
 
 _RUN = {"checkpoint_minutes": (0, inf), "threads": (1, inf)}
 _DATA = {"batch_size": (1, inf), "crop": (1, inf), "num_workers": (0, inf), "cache_gb": (0, inf)}

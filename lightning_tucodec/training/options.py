@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.training.identity import trainer_default
+from lightning_tucodec.training.runs.identity import trainer_default
 
 REFUSED = {
     "optimizer": "the model has its own: model.lr and the like",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tucodec.codecs.models import SUFFIX, load_filter
+from lightning_tucodec.codecs.library import SUFFIX, load_filter
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.nn.postfilter import (
     SIZES,
@@ -18,11 +18,15 @@ from lightning_tucodec.nn.postfilter import (
     corrected,
 )
 from lightning_tucodec.training.data import PatchDataModule, in_order
-from lightning_tucodec.training.identity import initial_weights
+from lightning_tucodec.training.input.precoded import (
+    PrecodedBatches,
+    PrecodedSamples,
+    check_samples,
+)
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.optimizers import follow, muon_adam
-from lightning_tucodec.training.precoded import PrecodedBatches, PrecodedSamples, check_samples
-from lightning_tucodec.training.runs import load_checkpoint, network_weights
+from lightning_tucodec.training.runs.folder import load_checkpoint, network_weights
+from lightning_tucodec.training.runs.identity import initial_weights
 
 _FLOOR = 2e-5
 """Added to squared errors in the loss; 47 dB, beyond which nothing needs to be gained."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_tucodec.metrics import ms_ssim, psnr
+from lightning_tucodec.quality.metrics import ms_ssim, psnr
 
 
 class _Sums(Metric):

@@ -10,13 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_tucodec.codecs.model_file import ModelFile, freeze
-from lightning_tucodec.codecs.models import SUFFIX
-from lightning_tucodec.codecs.tuc import TucModel
+from lightning_tucodec.codecs.learned.codec import TucModel
+from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
+from lightning_tucodec.codecs.library import SUFFIX
 from lightning_tucodec.errors import ConfigError, ModelFileError
-from lightning_tucodec.images import write_png
-from lightning_tucodec.losses import check_crop, make_loss
-from lightning_tucodec.metrics import ms_ssim, psnr
+from lightning_tucodec.io.images import write_png
 from lightning_tucodec.nn.codec import (
     PRESETS,
     CodecConfig,
@@ -25,12 +23,14 @@ from lightning_tucodec.nn.codec import (
     config_to_dict,
 )
 from lightning_tucodec.nn.klt import start_as_klt
+from lightning_tucodec.nn.losses import check_crop, make_loss
+from lightning_tucodec.quality.metrics import ms_ssim, psnr
 from lightning_tucodec.training.data import PatchDataModule
-from lightning_tucodec.training.identity import initial_weights
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.optimizers import muon_adam
-from lightning_tucodec.training.runs import load_checkpoint, network_weights
+from lightning_tucodec.training.runs.folder import load_checkpoint, network_weights
+from lightning_tucodec.training.runs.identity import initial_weights
 
 KLT_CROPS = 256
 """Training crops that `klt_start` looks at."""

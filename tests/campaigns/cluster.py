@@ -33,7 +33,7 @@ import torch
 import yaml
 from PIL import Image
 
-from lightning_tucodec.files import atomic_write, read_json_lines
+from lightning_tucodec.io.files import atomic_write, read_json_lines
 from lightning_tucodec.sweeps.plan import Plan
 from lightning_tucodec.sweeps.queue import Job, queued
 from tests.support import MICRO, PHOTOS, photo

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.shards import BuildOptions, build
-from lightning_tucodec.files import atomic_write
+from lightning_tucodec.io.files import atomic_write
 
 RESULTS = Path(__file__).parents[2] / "docs" / "campaigns.json"
 KILLS_PER_CASE = 4
@@ -164,7 +164,7 @@ def build_case(seed: int, case: int, scratch: Path) -> tuple[int, str]:
 def _train(shards: str, state: str, log: str, batch: int, world: int, workers: int) -> None:
     """A stand-in for training: notes what each global batch held, saves its state now and then."""
     from lightning_tucodec.training.data import PlanLoader, RankBatches, data_plan
-    from lightning_tucodec.training.shards import ShardReader
+    from lightning_tucodec.training.input.shards import ShardReader
 
     reader = ShardReader(shards)
     ranks = [

@@ -216,7 +216,7 @@ def each(*steps: Callable[[], object]) -> None:
 
 
 def _micro(path: Path) -> None:
-    from lightning_tucodec.codecs.model_file import freeze
+    from lightning_tucodec.codecs.learned.model_file import freeze
     from lightning_tucodec.nn.codec import TucodecVAE
     from lightning_tucodec.training.vae import resolve_codec
 
@@ -241,7 +241,7 @@ def build_model(folder: Path) -> None:
 def use_model(folder: Path, out: Path, seldom: bool) -> None:
     """List it, code with it and decode; seldom refine as well."""
     import lightning_tucodec
-    from lightning_tucodec.codecs import models
+    from lightning_tucodec.codecs import library
     from lightning_tucodec.codecs.registry import codec
 
     path = folder / "micro.safetensors"
@@ -249,7 +249,7 @@ def use_model(folder: Path, out: Path, seldom: bool) -> None:
         image = np.array(picture)
 
     def code() -> None:
-        decoded = lightning_tucodec.decompress(models.load(path).compress(image))
+        decoded = lightning_tucodec.decompress(library.load(path).compress(image))
         assert decoded.size == image.shape[1::-1]
 
     def refined() -> None:
@@ -264,24 +264,24 @@ def use_model(folder: Path, out: Path, seldom: bool) -> None:
 
 @contextlib.contextmanager
 def _only_models_of(folder: Path) -> Iterator[None]:
-    from lightning_tucodec.codecs import models
+    from lightning_tucodec.codecs import library
 
-    shipped, before = models.SHIPPED, os.environ.get("TUCODEC_MODELS")
-    models.SHIPPED, os.environ["TUCODEC_MODELS"] = folder / "none", str(folder)
+    shipped, before = library.SHIPPED, os.environ.get("TUCODEC_MODELS")
+    library.SHIPPED, os.environ["TUCODEC_MODELS"] = folder / "none", str(folder)
     try:
         yield
     finally:
-        models.SHIPPED = shipped
+        library.SHIPPED = shipped
         del os.environ["TUCODEC_MODELS"]
         if before is not None:
             os.environ["TUCODEC_MODELS"] = before
-        models._load.forget()
-        models._id.forget()
+        library._load.forget()
+        library._id.forget()
 
 
 def build_submission(folder: Path) -> None:
     """Two pictures by a learned model, with their originals beside."""
-    from lightning_tucodec.submission import Candidates, Limits, build
+    from lightning_tucodec.sets.submission import Candidates, Limits, build
 
     _micro(folder / "micro.safetensors")
     for name in ("a", "b"):
@@ -348,7 +348,7 @@ def use_index(folder: Path, out: Path, seldom: bool) -> None:
     """Read every patch, where it lies and through a cache; seldom verify."""
     import fsspec
 
-    from lightning_tucodec.training.shards import ShardReader
+    from lightning_tucodec.training.input.shards import ShardReader
 
     def read(location: str) -> None:
         reader = ShardReader(location, cache_dir=str(out / "cache"))
@@ -368,8 +368,8 @@ def use_index(folder: Path, out: Path, seldom: bool) -> None:
 
 def build_mirror(folder: Path) -> None:
     """What `Mirror` keeps of a run: a checkpoint, metrics, manifest, configuration, a picture."""
-    from lightning_tucodec.training.mirror import Mirror
-    from lightning_tucodec.training.runs import RunFolder
+    from lightning_tucodec.training.beside.mirror import Mirror
+    from lightning_tucodec.training.runs.folder import RunFolder
 
     run = RunFolder(folder / "run")
     run.checkpoints.mkdir(parents=True)
@@ -407,8 +407,8 @@ def seal_mirror(folder: Path, name: str) -> None:
 
 def use_mirror(folder: Path, out: Path, seldom: bool) -> None:
     """Bring a run's state here, and go on with the mirror."""
-    from lightning_tucodec.training.mirror import Mirror, pull
-    from lightning_tucodec.training.runs import RunFolder
+    from lightning_tucodec.training.beside.mirror import Mirror, pull
+    from lightning_tucodec.training.runs.folder import RunFolder
 
     run = RunFolder(out / "run")
     run.checkpoints.mkdir(parents=True)
@@ -426,7 +426,7 @@ def use_mirror(folder: Path, out: Path, seldom: bool) -> None:
 def build_results(folder: Path) -> None:
     """Two pictures under two families of codecs, without what a clock said."""
     from lightning_tucodec.codecs.registry import codec
-    from lightning_tucodec.evaluate import evaluate, summarise, write_results
+    from lightning_tucodec.sets.evaluate import evaluate, summarise, write_results
 
     for name in ("a", "b"):
         _picture(folder / "images" / f"{name}.png")

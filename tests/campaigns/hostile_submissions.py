@@ -26,10 +26,10 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from lightning_tucodec import clic
 from lightning_tucodec.errors import TucodecError
-from lightning_tucodec.manifest import DECODE_TEXT, LITTER, Limits, contents, read_manifest
-from lightning_tucodec.submission import Candidates, build, decode
+from lightning_tucodec.sets import clic
+from lightning_tucodec.sets.manifest import DECODE_TEXT, LITTER, Limits, contents, read_manifest
+from lightning_tucodec.sets.submission import Candidates, build, decode
 from tests.campaigns.hostile import LIMIT_BYTES, LIMIT_SECONDS
 from tests.campaigns.streams import (
     RESULTS,

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from lightning_tucodec.coding.container import CodecKind, Container, pack, unpack
 from lightning_tucodec.errors import TucodecError
-from lightning_tucodec.files import atomic_write
+from lightning_tucodec.io.files import atomic_write
 
 RESULTS = Path(__file__).parents[2] / "docs" / "campaigns.json"
 LIMIT_SECONDS = 1.0
@@ -195,15 +195,16 @@ def mutated(seed: int, case: int, corpus: Sequence[bytes]) -> tuple[str, bytes]:
 def decode(data: bytes) -> Any:
     """`lightning_tucodec.decompress` with short strips; what it refuses is salvaged, then refused."""
     import lightning_tucodec
-    from lightning_tucodec.codecs import models, tuc
+    from lightning_tucodec.codecs import library
+    from lightning_tucodec.codecs.learned import codec
 
-    tuc.STRIP_POSITIONS = STRIP_POSITIONS
+    codec.STRIP_POSITIONS = STRIP_POSITIONS
     try:
         return lightning_tucodec.decompress(data)
     except TucodecError:
         with contextlib.suppress(TucodecError):
             container = unpack(data, salvage=True)
-            models.load_by_id(container.model_id).salvage(container)
+            library.load_by_id(container.model_id).salvage(container)
         raise
 
 
@@ -340,9 +341,9 @@ def survive(
 def make_corpus(name: str | None) -> tuple[str, list[bytes]]:
     """A model's name and honest files of it: waves and noise of several strengths, odd sizes."""
     import lightning_tucodec
-    from lightning_tucodec.codecs import tuc
+    from lightning_tucodec.codecs.learned import codec
 
-    tuc.STRIP_POSITIONS = STRIP_POSITIONS
+    codec.STRIP_POSITIONS = STRIP_POSITIONS
     model = lightning_tucodec.load(name or next(iter(lightning_tucodec.models())))
     rng = np.random.default_rng(0)
     corpus = []

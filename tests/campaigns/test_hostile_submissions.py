@@ -6,7 +6,7 @@ from pathlib import Path
 import hostile_submissions as hostile
 import pytest
 
-from lightning_tucodec import clic, manifest
+from lightning_tucodec.sets import clic, manifest
 
 
 @pytest.fixture(scope="module")

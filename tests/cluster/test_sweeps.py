@@ -21,8 +21,8 @@ from lightning_tucodec.sweeps.plan import Plan, resolve_config
 from lightning_tucodec.sweeps.queue import Job, queued, submit
 from lightning_tucodec.sweeps.spec import Config, Task, read_sweep
 from lightning_tucodec.sweeps.status import status
-from lightning_tucodec.training.identity import flat
-from lightning_tucodec.training.runs import RunFolder
+from lightning_tucodec.training.runs.folder import RunFolder
+from lightning_tucodec.training.runs.identity import flat
 from tests.campaigns.cluster import REPOSITORY, lives, wait_for, write_recipe
 from tests.training.hits import kill_at_step, start, wait
 

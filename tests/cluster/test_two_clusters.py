@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_tucodec.training.mirror import read_index
-from lightning_tucodec.training.runs import RunFolder, read_metrics
+from lightning_tucodec.training.beside.mirror import read_index
+from lightning_tucodec.training.runs.folder import RunFolder, read_metrics
 from tests.campaigns.cluster import STEPS, Box, Subject, missing_programs, wait_for
 from tests.wandb_server import WandbServer
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 import lightning_tucodec as tuc
-from lightning_tucodec.codecs.tuc import Latents, TucModel, strip_bounds
+from lightning_tucodec.codecs.learned.codec import Latents, TucModel, strip_bounds
 from lightning_tucodec.coding import categorical, rans, wavefront
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.coding.fixed_point import LIMIT, IntegerLinear
-from lightning_tucodec.images import read_image
+from lightning_tucodec.io.images import read_image
 from tests.golden.make import FOLDER, fingerprint, names, read
 
 NAMES = names()

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.codecs.model_file import freeze
-from lightning_tucodec.images import read_image
+from lightning_tucodec.codecs.learned.model_file import freeze
+from lightning_tucodec.io.images import read_image
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO, photo
@@ -218,7 +218,8 @@ def test_a_folder_of_many_sizes_is_coded_as_one_by_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches by size, bad files between them: each file's bytes and pixels are those it has alone."""
-    from lightning_tucodec.codecs import pipeline, tuc
+    from lightning_tucodec.codecs import batch
+    from lightning_tucodec.codecs.learned import codec
 
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -227,18 +228,18 @@ def test_a_folder_of_many_sizes_is_coded_as_one_by_one(
         pixels = np.roll(photo("coffee.png", *size), number, axis=0)
         save(folder / f"{number}.png", Image.fromarray(pixels))
     (folder / "3b.png").write_bytes(b"no image")
-    monkeypatch.setattr(pipeline, "PIXELS_IN_FLIGHT", 6000)
-    monkeypatch.setattr(tuc, "WHOLE_POSITIONS", 27)  # three of 48×40
+    monkeypatch.setattr(batch, "PIXELS_IN_FLIGHT", 6000)
+    monkeypatch.setattr(codec, "WHOLE_POSITIONS", 27)  # three of 48×40
     batches: list[int] = []
-    analyse = tuc.TucModel.analyse_batch
+    analyse = codec.TucModel.analyse_batch
 
-    def noted(self: tuc.TucModel, images: Any) -> Any:
+    def noted(self: codec.TucModel, images: Any) -> Any:
         batches.append(len(images))
         return analyse(self, images)
 
     threads = torch.get_num_threads()
     with monkeypatch.context() as patch:
-        patch.setattr(tuc.TucModel, "analyse_batch", noted)
+        patch.setattr(codec.TucModel, "analyse_batch", noted)
         assert compress(folder, "-o", out, "--json") == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
@@ -262,9 +263,9 @@ def test_a_folder_of_many_sizes_is_coded_as_one_by_one(
 def test_salvage_hatches_what_is_lost_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_tucodec.codecs import tuc
+    from lightning_tucodec.codecs.learned import codec
 
-    monkeypatch.setattr(tuc, "STRIP_POSITIONS", 16)
+    monkeypatch.setattr(codec, "STRIP_POSITIONS", 16)
     assert compress(save(tmp_path / "a.png", picture(60, 300)), "-o", tmp_path / "a.tuc") == 0
     data = (tmp_path / "a.tuc").read_bytes()
     (tmp_path / "cut.tuc").write_bytes(data[:-2])

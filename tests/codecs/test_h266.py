@@ -13,7 +13,6 @@ from PIL import Image
 from skimage.data import astronaut
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.codecs import parameter_sets
 from lightning_tucodec.codecs.colour import (
     Planes,
     chroma_turn,
@@ -22,11 +21,12 @@ from lightning_tucodec.codecs.colour import (
     rgb_to_planes,
     turned,
 )
-from lightning_tucodec.codecs.h266 import H266, NO_MODEL, OFFSETS, without_filter
-from lightning_tucodec.codecs.models import decompress, load, load_any, models
-from lightning_tucodec.codecs.postfilter import FilterModel, apply, fit
+from lightning_tucodec.codecs.h266 import parameter_sets
+from lightning_tucodec.codecs.h266.codec import H266, NO_MODEL, OFFSETS, without_filter
+from lightning_tucodec.codecs.h266.postfilter import FilterModel, apply, fit
+from lightning_tucodec.codecs.h266.vvc import PRESETS, TOOLS, Vvc
+from lightning_tucodec.codecs.library import decompress, load, load_any, models
 from lightning_tucodec.codecs.registry import codec
-from lightning_tucodec.codecs.vvc import PRESETS, TOOLS, Vvc
 from lightning_tucodec.coding.container import CodecKind, Container, pack, unpack
 from lightning_tucodec.errors import (
     CorruptStreamError,
@@ -35,8 +35,8 @@ from lightning_tucodec.errors import (
     UnknownModelError,
     UnsupportedVersionError,
 )
-from lightning_tucodec.metrics import sse
 from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
+from lightning_tucodec.quality.metrics import sse
 
 PHOTO = np.ascontiguousarray(astronaut()[40:103, 150:241])
 FAST = "preset=faster,chroma_qp_offset=-4"
@@ -175,7 +175,7 @@ def test_bands_leave_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
     planes = rgb_to_planes(image, transform="orthonormal")
     weights = fit(network, planes, 40, "orthonormal", image)
     whole = apply(network, planes, 40, "orthonormal", weights)
-    monkeypatch.setattr("lightning_tucodec.codecs.postfilter.PIXELS", 48 * image.shape[1])
+    monkeypatch.setattr("lightning_tucodec.codecs.h266.postfilter.PIXELS", 48 * image.shape[1])
     assert np.abs(fit(network, planes, 40, "orthonormal", image).astype(int) - weights).max() <= 1
     banded = apply(network, planes, 40, "orthonormal", weights)
     assert banded.shape == whole.shape

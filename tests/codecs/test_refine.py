@@ -9,17 +9,17 @@ from numpy.typing import NDArray
 
 import lightning_tucodec as tuc
 from lightning_tucodec.cli import main
-from lightning_tucodec.codecs import refine as room
-from lightning_tucodec.codecs import tuc as tuc_room
-from lightning_tucodec.codecs.cli import DEFAULT_MODEL
-from lightning_tucodec.codecs.model_file import ModelFile, freeze
-from lightning_tucodec.codecs.refine import RefinedModel, Refinement, refine, with_effort
+from lightning_tucodec.cli.compress import DEFAULT_MODEL
+from lightning_tucodec.codecs.learned import codec as tuc_room
+from lightning_tucodec.codecs.learned import refine as room
+from lightning_tucodec.codecs.learned.codec import Coded, TucModel
+from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
+from lightning_tucodec.codecs.learned.refine import RefinedModel, Refinement, refine, with_effort
 from lightning_tucodec.codecs.registry import codec
-from lightning_tucodec.codecs.tuc import Coded, TucModel
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.images import write_png
-from lightning_tucodec.losses import RateDistortionLoss, make_loss
+from lightning_tucodec.io.images import write_png
 from lightning_tucodec.nn.codec import TucodecVAE
+from lightning_tucodec.nn.losses import RateDistortionLoss, make_loss
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO, photo
 

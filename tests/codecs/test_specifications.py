@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.codecs import models, registry
-from lightning_tucodec.curves import read_named
+from lightning_tucodec.codecs import library, registry
 from lightning_tucodec.errors import ConfigError, ModelFileError
+from lightning_tucodec.quality.curves import read_named
 from tests.support import photo
 
 HOSTILE = st.text(":,=#@ .~{}[]é'\"\\%-+qp1a", min_size=1, max_size=12).filter(
@@ -87,7 +87,7 @@ def test_commands_take_such_models(
     folder = Path("run 2026-11-29T10:00,x=3#{a}")
     folder.mkdir()
     for name in (MODEL, "vvc-postfilter"):
-        shutil.copy(models.find(name), folder)
+        shutil.copy(library.find(name), folder)
     model, filter_ = folder / f"{MODEL}.safetensors", folder / "vvc-postfilter.safetensors"
     Image.fromarray(photo("coffee.png", 48, 40)).save("a.png")
     fixed = "preset=faster,chroma_qp_offset=-4,tools=preset,turn=0"

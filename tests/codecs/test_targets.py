@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.codecs.h266 import H266
-from lightning_tucodec.codecs.models import family, load
+from lightning_tucodec.codecs.h266.codec import H266
+from lightning_tucodec.codecs.learned.targets import Setting, Target, best, code, search
+from lightning_tucodec.codecs.library import family, load
 from lightning_tucodec.codecs.registry import codec, expand
-from lightning_tucodec.codecs.targets import Setting, Target, best, code, search
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.metrics import quality
+from lightning_tucodec.quality.metrics import quality
 from tests.support import photo
 
 PHOTO = photo("astronaut.png", 96, 128)

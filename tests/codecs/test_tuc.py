@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 import lightning_tucodec as tuc
-from lightning_tucodec.codecs import tuc as room
-from lightning_tucodec.codecs.model_file import ModelFile, freeze
-from lightning_tucodec.codecs.tuc import TucModel, strip_bounds
+from lightning_tucodec.codecs.learned import codec as room
+from lightning_tucodec.codecs.learned.codec import TucModel, strip_bounds
+from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
 from lightning_tucodec.coding.container import pack, unpack
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec

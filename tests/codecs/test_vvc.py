@@ -8,14 +8,14 @@ import pytest
 from skimage.data import astronaut
 
 from lightning_tucodec.codecs.colour import conversion_ceiling, rgb_to_planes
-from lightning_tucodec.codecs.vvc import Vvc
+from lightning_tucodec.codecs.h266.vvc import Vvc
 from lightning_tucodec.errors import (
     ConfigError,
     CorruptStreamError,
     ExternalToolError,
     ImageInputError,
 )
-from lightning_tucodec.metrics import psnr_from_sse, sse
+from lightning_tucodec.quality.metrics import psnr_from_sse, sse
 
 PHOTO = np.ascontiguousarray(astronaut()[40:168, 150:310])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_tucodec.codecs.model_file import freeze
+from lightning_tucodec.codecs.learned.model_file import freeze
 from lightning_tucodec.coding import wavefront
 from lightning_tucodec.coding.fixed_point import (
     IntegerEntropyModel,

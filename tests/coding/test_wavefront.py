@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lightning_tucodec.codecs.model_file import freeze
+from lightning_tucodec.codecs.learned.model_file import freeze
 from lightning_tucodec.coding import wavefront
 from lightning_tucodec.errors import CorruptStreamError
 from lightning_tucodec.nn.codec import TucodecVAE

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image, ImageCms
 
 from data_pipelines.sources import Source
-from lightning_tucodec import images
-from lightning_tucodec.codecs.tuc import as_pixels
+from lightning_tucodec.codecs.learned.codec import as_pixels
 from lightning_tucodec.errors import ImageInputError
-from lightning_tucodec.images import image_files, read_image, write_png
+from lightning_tucodec.io import images
+from lightning_tucodec.io.images import image_files, read_image, write_png
 
 GRADIENT = np.stack(
     np.broadcast_arrays(np.arange(60)[None, :] * 4, np.arange(40)[:, None] * 6, 90), -1

@@ -22,7 +22,7 @@ from lightning_tucodec.training.data import (
     data_plan,
     in_order,
 )
-from lightning_tucodec.training.shards import ShardReader
+from lightning_tucodec.training.input.shards import ShardReader
 
 # More workers than this machine has cores are meant.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

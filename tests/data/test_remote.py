@@ -20,12 +20,12 @@ from moto.server import ThreadedMotoServer
 
 from data_pipelines.shards import build
 from data_pipelines.verify import verify
-from lightning_tucodec import storage as storage_module
 from lightning_tucodec.errors import ConfigError, DatasetError
-from lightning_tucodec.files import atomic_write
-from lightning_tucodec.storage import ShardCache, Storage
+from lightning_tucodec.io import storage as storage_module
+from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.storage import ShardCache, Storage
 from lightning_tucodec.training.data import PatchDataModule
-from lightning_tucodec.training.shards import ShardReader
+from lightning_tucodec.training.input.shards import ShardReader
 
 # botocore and aiohttp say things on their own account about clocks and connections left open.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

@@ -14,14 +14,14 @@ from generated import OPTIONS
 
 from data_pipelines.shards import build
 from data_pipelines.verify import verify
-from lightning_tucodec import sftp, storage
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import DatasetError
-from lightning_tucodec.storage import Storage
+from lightning_tucodec.io import sftp, storage
+from lightning_tucodec.io.storage import Storage
+from lightning_tucodec.training.beside.mirror import Mirror, pull, read_index
 from lightning_tucodec.training.data import PatchDataModule
-from lightning_tucodec.training.mirror import Mirror, pull, read_index
-from lightning_tucodec.training.runs import RunFolder
-from lightning_tucodec.training.shards import ShardReader
+from lightning_tucodec.training.input.shards import ShardReader
+from lightning_tucodec.training.runs.folder import RunFolder
 from tests.sftp_server import Server
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -155,7 +155,7 @@ def test_a_host_that_cannot_be_used_is_one_line(
 
 
 def test_paramiko_is_named_where_it_lacks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "lightning_tucodec.sftp")
+    monkeypatch.delitem(sys.modules, "lightning_tucodec.io.sftp")
     monkeypatch.setitem(sys.modules, "paramiko", None)
     with pytest.raises(
         DatasetError, match=r"needs paramiko: pip install 'lightning-tucodec\[sftp\]'"

@@ -27,8 +27,8 @@ from data_pipelines.shards import BuildOptions, Part, build
 from data_pipelines.verify import stats, verify
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError, DatasetError
-from lightning_tucodec.storage import Storage
-from lightning_tucodec.training.shards import ShardIndex
+from lightning_tucodec.io.storage import Storage
+from lightning_tucodec.training.input.shards import ShardIndex
 
 Content = Callable[[Path], dict[str, bytes]]
 

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lightning_tucodec as tuc
-from lightning_tucodec.codecs.models import SHIPPED, load_any
-from lightning_tucodec.codecs.tuc import TucModel
+from lightning_tucodec.codecs.learned.codec import TucModel
+from lightning_tucodec.codecs.library import SHIPPED, load_any
 from lightning_tucodec.coding.container import unpack
-from lightning_tucodec.images import write_png
+from lightning_tucodec.io.images import write_png
 from tests.support import photo
 
 FOLDER = Path(__file__).parent

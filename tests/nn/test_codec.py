@@ -6,7 +6,6 @@ import torch
 from compressai.losses import RateDistortionLoss
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.losses import MSERateLoss, MSSSIMRateLoss, make_loss
 from lightning_tucodec.nn.codec import (
     PRESETS,
     CodecConfig,
@@ -15,6 +14,7 @@ from lightning_tucodec.nn.codec import (
     config_from_dict,
     config_to_dict,
 )
+from lightning_tucodec.nn.losses import MSERateLoss, MSSSIMRateLoss, make_loss
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO
 

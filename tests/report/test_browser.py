@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_tucodec.curves import Curve, ImageCurves
+from lightning_tucodec.quality.curves import Curve, ImageCurves
 from lightning_tucodec.report.compare import build_page
 from lightning_tucodec.report.gallery import picture
 from lightning_tucodec.report.page import Scene, View, write_page

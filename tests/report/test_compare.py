@@ -12,11 +12,10 @@ import yaml
 from PIL import Image
 
 from lightning_tucodec import cli
-from lightning_tucodec.codecs import models
+from lightning_tucodec.codecs import library
 from lightning_tucodec.codecs.registry import codec
-from lightning_tucodec.curves import Curve, ImageCurves
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.evaluate import evaluate, summarise, write_results
+from lightning_tucodec.quality.curves import Curve, ImageCurves
 from lightning_tucodec.report import page, sources
 from lightning_tucodec.report.compare import (
     bd_rows,
@@ -30,6 +29,7 @@ from lightning_tucodec.report.figures import rd_figure
 from lightning_tucodec.report.gallery import bit_map, matched, picture, scenes
 from lightning_tucodec.report.page import Page, Table
 from lightning_tucodec.report.sources import Entry, Run, published, read_run, read_sources
+from lightning_tucodec.sets.evaluate import evaluate, summarise, write_results
 from tests.support import photo
 
 JPEG = [f"jpeg:q={q}" for q in (10, 25, 50, 75)]
@@ -227,7 +227,7 @@ def test_the_gallery_shows_what_was_coded(evaluated: Path, val_folder: Path) -> 
 
 
 def test_a_bit_map_adds_up_to_the_estimate() -> None:
-    model = models.untrained("tiny")
+    model = library.untrained("tiny")
     image = photo("coffee.png", 150, 90)
     bits = bit_map(model, image)
     assert bits is not None

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.training import checkpoints
 from lightning_tucodec.training.module import TrainingModule
+from lightning_tucodec.training.runs import checkpoints
 from lightning_tucodec.training.vae import VAE
 
 

@@ -12,11 +12,11 @@ import pytest
 from torch.distributed import TCPStore
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.training import preemption, runs
-from lightning_tucodec.training.checkpoints import BackgroundWriter, SaveError
 from lightning_tucodec.training.fit import slurm_environment
-from lightning_tucodec.training.preemption import PREEMPTED, Preemption, in_step
-from lightning_tucodec.training.runs import Manifest, RunFolder, attempt_key
+from lightning_tucodec.training.runs import folder, preemption
+from lightning_tucodec.training.runs.checkpoints import BackgroundWriter, SaveError
+from lightning_tucodec.training.runs.folder import Manifest, RunFolder, attempt_key
+from lightning_tucodec.training.runs.preemption import PREEMPTED, Preemption, in_step
 
 OURS, FOREIGN = ConfigError("no such file"), RuntimeError("Connection closed by peer")
 
@@ -60,7 +60,7 @@ def test_the_status_of_one_process_of_several(
 def test_a_process_whose_peer_was_killed_is_ended_by_srun() -> None:
     """It waits for TERM, so does not say that it failed, and TERM does not kill it."""
     script = (
-        "from lightning_tucodec.training.preemption import Preemption, in_step\n"
+        "from lightning_tucodec.training.runs.preemption import Preemption, in_step\n"
         "import sys\n"
         "def run():\n"
         "    raise RuntimeError('gone')\n"
@@ -153,9 +153,9 @@ def test_every_start_by_torchrun_has_a_key_of_its_own(monkeypatch: pytest.Monkey
         monkeypatch.setenv("MASTER_PORT", str(store.port))
         for rank in ("0", "1"):
             monkeypatch.setenv("RANK", rank)
-            runs._torchrun_key.forget()
+            folder._torchrun_key.forget()
             found.append(attempt_key())
-    runs._torchrun_key.forget()
+    folder._torchrun_key.forget()
     assert found[0] == found[1]
     assert found[2] == found[3]
     assert found[0] != found[2]

@@ -14,11 +14,11 @@ import torch
 from hits import start, wait
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.training.checkpoints import BackgroundWriter
 from lightning_tucodec.training.gan import GANCodec
 from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.postfilter import PostFilterModule
-from lightning_tucodec.training.runs import read_metrics
+from lightning_tucodec.training.runs.checkpoints import BackgroundWriter
+from lightning_tucodec.training.runs.folder import read_metrics
 from lightning_tucodec.training.vae import VAE
 from tests.support import MICRO
 from tests.training.test_fit import config, runs, same, state, without_time, write

@@ -13,15 +13,15 @@ from skimage.data import astronaut
 
 from data_pipelines.precode_vvc import PrecodeOptions, precode
 from lightning_tucodec.cli import main
-from lightning_tucodec.codecs.h266 import H266
-from lightning_tucodec.codecs.models import load_filter
-from lightning_tucodec.codecs.postfilter import FilterModel
+from lightning_tucodec.codecs.h266.codec import H266
+from lightning_tucodec.codecs.h266.postfilter import FilterModel
+from lightning_tucodec.codecs.library import load_filter
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.training.identity import run_id
+from lightning_tucodec.training.input.shards import ShardReader
 from lightning_tucodec.training.postfilter import PostFilterModule
-from lightning_tucodec.training.runs import network_weights
-from lightning_tucodec.training.shards import ShardReader
-from lightning_tucodec.training.tracking import read_metrics
+from lightning_tucodec.training.runs.folder import network_weights
+from lightning_tucodec.training.runs.identity import run_id
+from lightning_tucodec.training.runs.tracking import read_metrics
 from tests.training.test_validation import assert_measured_once, fit_on
 
 RECIPE = Path(__file__).parents[2] / "experiments" / "tucodecpsnr_postfilter.yaml"

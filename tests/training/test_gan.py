@@ -23,8 +23,8 @@ from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.game import Turn
 from lightning_tucodec.training.gan import GameError, GANCodec
 from lightning_tucodec.training.noise import SampleNoise
-from lightning_tucodec.training.runs import network_weights
-from lightning_tucodec.training.tracking import JsonlLogger, read_metrics
+from lightning_tucodec.training.runs.folder import network_weights
+from lightning_tucodec.training.runs.tracking import JsonlLogger, read_metrics
 from tests.support import MICRO
 from tests.training.test_fit import config, runs, same, state, without_time, write
 
@@ -331,7 +331,7 @@ def test_pictures_show_original_before_and_now(
     trainer(tmp_path, 4, Count(), **options).fit(game, data(shard_folder, val_folder))
     names = sorted(path.name for path in (tmp_path / "images").glob("*.png"))
     assert names == [f"step-{step:08d}-{number}.png" for step in (2, 4) for number in (0, 1)]
-    from lightning_tucodec.images import read_image
+    from lightning_tucodec.io.images import read_image
 
     picture = read_image(tmp_path / "images" / names[2])
     original, before, now = (picture[:, 101 * i : 101 * (i + 1)] for i in range(3))

@@ -12,7 +12,7 @@ import yaml
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import TucodecError
 from lightning_tucodec.sweeps.plan import resolve_config
-from lightning_tucodec.training.identity import arguments, identity, run_id
+from lightning_tucodec.training.runs.identity import arguments, identity, run_id
 from tests.support import MICRO
 from tests.training.test_fit import RECIPES, config, runs, state, write
 

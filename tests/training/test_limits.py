@@ -13,9 +13,9 @@ from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.sweeps.spec import read_sweep
 from lightning_tucodec.training import limits
-from lightning_tucodec.training.identity import _LOCATIONS
 from lightning_tucodec.training.limits import check_numbers
-from lightning_tucodec.training.tracking import JsonlLogger, read_metrics
+from lightning_tucodec.training.runs.identity import _LOCATIONS
+from lightning_tucodec.training.runs.tracking import JsonlLogger, read_metrics
 from tests.training.test_fit import config, write
 
 

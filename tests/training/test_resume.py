@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.training.tracking import read_metrics
+from lightning_tucodec.training.runs.tracking import read_metrics
 from lightning_tucodec.training.vae import VAE
 from tests.training.test_fit import config, runs, same, state, without_time, write
 

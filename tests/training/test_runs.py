@@ -15,12 +15,13 @@ import torch
 from hits import kill_at_step, start, wait
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.codecs.models import SHIPPED
-from lightning_tucodec.training import companions, identity, mirror, runs
-from lightning_tucodec.training.checkpoints import BackgroundWriter
-from lightning_tucodec.training.identity import run_id
+from lightning_tucodec.codecs.library import SHIPPED
+from lightning_tucodec.training.beside import companions, mirror
 from lightning_tucodec.training.noise import SampleNoise
-from lightning_tucodec.training.runs import Manifest, RunFolder, read_metrics
+from lightning_tucodec.training.runs import folder, identity
+from lightning_tucodec.training.runs.checkpoints import BackgroundWriter
+from lightning_tucodec.training.runs.folder import Manifest, RunFolder, read_metrics
+from lightning_tucodec.training.runs.identity import run_id
 from tests.support import MICRO
 from tests.training.test_fit import config, same, state, without_time, write
 from tests.training.test_fit import runs as run_folders
@@ -96,7 +97,7 @@ def test_a_folder_in_use_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(runs, "_OWN_START", 0.0)
+    monkeypatch.setattr(folder, "_OWN_START", 0.0)
     assert main(words) == 0
     with RunFolder(run_folders(tmp_path)[0]).locked():
         assert main(words) == 1
@@ -356,7 +357,7 @@ def test_a_lock_whose_file_went_with_its_folder_is_none(tmp_path: Path) -> None:
 def start_waiting(folder: RunFolder) -> "subprocess.Popen[bytes]":
     """Another process that takes the lock, and checks that a third one would find it."""
     code = (
-        "import os, sys; from pathlib import Path; from lightning_tucodec.training.runs import RunFolder\n"
+        "import os, sys; from pathlib import Path; from lightning_tucodec.training.runs.folder import RunFolder\n"
         "folder = RunFolder(Path(sys.argv[1]))\n"
         "print('waits', flush=True)\n"
         "with folder.locked():\n"

@@ -12,8 +12,8 @@ import yaml
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import DatasetError
-from lightning_tucodec.training import companions, mirror
-from lightning_tucodec.training.runs import Manifest, RunFolder, read_metrics
+from lightning_tucodec.training.beside import companions, mirror
+from lightning_tucodec.training.runs.folder import Manifest, RunFolder, read_metrics
 from tests.support import MICRO
 from tests.training.test_fit import config, runs, write
 

@@ -18,12 +18,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.codecs.model_file import freeze
-from lightning_tucodec.codecs.tuc import TucModel
+from lightning_tucodec.codecs.learned.codec import TucModel
+from lightning_tucodec.codecs.learned.model_file import freeze
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.transforms import AnalysisTransform
 from lightning_tucodec.training.data import in_order
-from lightning_tucodec.training.runs import network_weights, read_metrics
+from lightning_tucodec.training.runs.folder import network_weights, read_metrics
 from lightning_tucodec.training.vae import VAE, resolve_codec
 from tests.support import MICRO, photo
 from tests.training.test_exact import check

@@ -21,9 +21,10 @@ from hits import at_step, kill_at_step, start, wait
 from PIL import Image
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.training import fit, wandb_view
+from lightning_tucodec.training import fit
+from lightning_tucodec.training.beside import wandb_view
 from lightning_tucodec.training.module import TrainingModule
-from lightning_tucodec.training.runs import read_metrics
+from lightning_tucodec.training.runs.folder import read_metrics
 from tests.support import MICRO
 from tests.training.test_fit import config, runs, state, write
 from tests.wandb_server import WandbServer

@@ -1,0 +1,1 @@
+"""Codecs of other libraries and of ffmpeg."""

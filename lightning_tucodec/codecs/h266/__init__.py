@@ -1,0 +1,1 @@
+"""H.266 with a learned post-filter."""

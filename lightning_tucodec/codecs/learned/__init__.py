@@ -1,0 +1,1 @@
+"""The VAE codec and its models."""

@@ -1,0 +1,311 @@
+"""Exported models: one safetensors file with weights, integer tables and the model card.
+
+    network.*      g_a, g_s, h_a (convolution weights in half precision by default), the quantiser and the
+                   prior of z in single precision
+    entropy.*      the entropy networks as integers (`coding.fixed_point`); held once, in this form
+    laplace.*      the centres' tables of y; categorical.*, medians: those of z
+
+The metadata field `tucodec` is JSON: format, name, config, card. A model's id is the first 8 bytes of the
+SHA-256 of its config and tensors; the name and the card can be edited without changing it.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_tucodec.coding.categorical import CategoricalTables, build_cdf
+from lightning_tucodec.coding.container import MODEL_ID_BYTES
+from lightning_tucodec.coding.fixed_point import (
+    FRACTION_BITS,
+    IntegerEntropyModel,
+    integer_layout,
+    quantise_network,
+    restore_network,
+)
+from lightning_tucodec.coding.laplace import LaplaceTables, build_tables
+from lightning_tucodec.coding.wavefront import Z_LIMIT, EntropyModel
+from lightning_tucodec.errors import ModelFileError
+from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.once import once_property
+from lightning_tucodec.nn.codec import CodecConfig, TucodecVAE, config_from_dict, config_to_dict
+
+FORMAT = 1
+"""Version of the layout described above."""
+
+_TABLES = ("laplace.edges", "laplace.inverse_scale", "laplace.tail", "categorical.cumulative")
+
+_TAIL = 2.0**-20
+"""The table of z covers each channel up to this probability; the rest is escaped."""
+
+_INTEGER_PARTS = ("h_s.", "context.", "entropy_parameters.")
+
+_CARD: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "recipe": (lambda v: isinstance(v, str) and v.isprintable(), "a line of text"),
+    "lmbda": (lambda v: type(v) in (int, float) and 0 < v < 1e300, "a number above 0"),
+    "opt_step": (lambda v: type(v) is int and 0 <= v < 1 << 63, "a number of steps"),
+}
+"""What stands in a card and is reckoned with."""
+
+UNFIT = (
+    ArithmeticError, AttributeError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+"""What building a network from the values of a damaged or hostile file can raise."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text for a message of one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[Sequence[int], torch.dtype | None]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Compare a file's tensors with shapes and types that are known before anything is allocated.
+
+    Args:
+        expected: by name; where the type is None, any floating one with finite values.
+        tensors: the file's.
+
+    Raises:
+        ValueError: one is missing, too much, or another than expected.
+    """
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        raise ValueError(f"{odd[0]} is {'missing' if odd[0] in expected else 'unknown'}")
+    for name, (shape, dtype) in expected.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+        if tensor.dtype != dtype and (dtype is not None or not tensor.is_floating_point()):
+            raise ValueError(f"{name} holds {tensor.dtype}")
+        if dtype is None and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds a value that is not finite")
+
+
+def check_depths(depths: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse numbers of layers that a file with so few tensors cannot have.
+
+    Raises:
+        ValueError: one is too large.
+    """
+    if max(depths) > len(tensors):
+        raise ValueError(f"{max(depths)} blocks in a file of {len(tensors)} tensors")
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """An exported model in memory.
+
+    Attributes:
+        name: how commands call it.
+        config: of the network, as plain types.
+        tensors: by the names described above.
+        card: data and their terms, steps, λ and its convention, expected rate and distortion, ….
+        id: 8 bytes, computed from config and tensors.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    card: dict[str, Any]
+    id: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Compute the id."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
+        object.__setattr__(self, "id", digest.digest()[:MODEL_ID_BYTES])
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        description = {
+            "format": FORMAT, "name": self.name, "config": self.config, "card": self.card,
+        }  # fmt: skip
+        metadata = {"tucodec": json.dumps(description, ensure_ascii=False)}
+        with atomic_write(path) as stream:
+            stream.write(save({k: v.contiguous() for k, v in self.tensors.items()}, metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> "ModelFile":
+        """Read a file.
+
+        Raises:
+            ModelFileError: it is missing, damaged, or of another kind or format.
+        """
+        try:
+            with safe_open(path, framework="pt") as content:
+                metadata = content.metadata() or {}
+                if "tucodec" not in metadata:
+                    raise ModelFileError(
+                        f"{path}: holds weights, but no model of this package; "
+                        "`tucodec export RUN -o MODEL.safetensors` writes one"
+                    )
+                description = json.loads(metadata["tucodec"])
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            if description["format"] != FORMAT:
+                raise ModelFileError(
+                    f"{path}: model format {str(description['format'])[:20]!r} is unknown "
+                    f"(this program reads {FORMAT}): update lightning-tucodec"
+                )
+            name, config, card = (description[key] for key in ("name", "config", "card"))
+            if not (isinstance(name, str) and name and name.isprintable()):
+                raise ValueError("its name is not a line of text")
+            if not all(isinstance(v, dict) for v in (config, card, card.get("kodak", {}))):
+                raise ValueError("config, card and card.kodak must be mappings")
+            for key, (fits, what) in _CARD.items():
+                if card.get(key) is not None and not fits(card[key]):
+                    raise ValueError(f"card.{key} is not {what}")
+            return cls(name, config, tensors, card)
+        except FileNotFoundError:
+            raise ModelFileError(f"{path}: no such model file") from None
+        except (OSError, SafetensorError, *UNFIT) as error:
+            raise ModelFileError(f"{path}: not an exported model ({one_line(error)})") from None
+
+    @once_property
+    def _checked(self) -> CodecConfig:
+        """The configuration, once every tensor has the shape that it asks for.
+
+        The network is built without storage first, so that a small file cannot claim a large one.
+
+        Raises:
+            ModelFileError: they do not agree.
+        """
+        try:
+            config = config_from_dict(self.config)
+            shape, hyper = config.transform, config.hyper
+            depths = [shape.head_blocks, shape.attention_trunk, shape.attention_mask]
+            check_depths([*shape.blocks, *depths, config.context.levels], self.tensors)
+            with torch.device("meta"):
+                network = TucodecVAE(config)
+            expected: dict[str, tuple[Sequence[int], torch.dtype | None]] = {
+                f"network.{key}": (value.shape, None)
+                for key, value in network.state_dict().items()
+                if not key.startswith(_INTEGER_PARTS)
+            }
+            for key, layout in integer_layout(network).items():
+                expected[f"entropy.{key}"] = layout
+            z = (hyper.latent_channels,)
+            lengths = {"categorical.offset": z, "medians": z, "laplace.centres": (config.centres,)}
+            expected |= {key: (length, torch.int32) for key, length in lengths.items()}
+            for key in _TABLES:  # of any length; what makes them up checks the rest
+                expected[key] = (self.tensors[key].shape, torch.int32)
+            check_tensors(expected, self.tensors)
+        except UNFIT as error:
+            raise ModelFileError(
+                f"model {self.name}: its content is inconsistent ({one_line(error)})"
+            ) from None
+        return config
+
+    def network(self) -> TucodecVAE:
+        """The floating-point network, in eval mode.
+
+        Raises:
+            ModelFileError: the file's content is inconsistent.
+        """
+        config = self._checked
+        with torch.random.fork_rng(devices=[]):  # the first values are drawn, and replaced
+            network = TucodecVAE(config)
+        weights = _part(self.tensors, "network")
+        network.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+        restore_network(network, _part(self.tensors, "entropy"))
+        return network.eval()
+
+    def entropy_model(self) -> EntropyModel:
+        """The integers that decide bits.
+
+        Raises:
+            ModelFileError: the file's content is inconsistent.
+        """
+        _ = self._checked
+        laplace = {k: v.numpy() for k, v in _part(self.tensors, "laplace").items()}
+        table = _part(self.tensors, "categorical")
+        return EntropyModel(
+            IntegerEntropyModel(_part(self.tensors, "entropy")),
+            LaplaceTables(**laplace),
+            CategoricalTables(
+                table["cumulative"].numpy().astype(np.uint32), table["offset"].numpy()
+            ),
+            self.tensors["medians"].numpy(),
+        )
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Tensors below a prefix, without it."""
+    start = f"{prefix}."
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
+@torch.no_grad()
+def _hyperlatent_tables(network: TucodecVAE) -> dict[str, Tensor]:
+    """Tables of z around the medians: cells until the tail is below _TAIL, then the escape."""
+    prior = network.factorized_prior
+    medians = prior.medians()
+    values = torch.arange(-Z_LIMIT, Z_LIMIT + 1, dtype=torch.float32)
+    points = (medians[:, None] + values).T[:, :, None, None]
+    mass = prior.likelihood(points)[:, :, 0, 0].T.double()
+    outside = 1 - torch.stack(
+        [mass[:, Z_LIMIT - r : Z_LIMIT + r + 1].sum(1) for r in range(Z_LIMIT)], dim=1
+    )
+    reach = int((outside > _TAIL).sum(1).max().clamp(1, Z_LIMIT - 1))
+    inside = mass[:, Z_LIMIT - reach : Z_LIMIT + reach + 1]
+    escape = (1 - inside.sum(1, keepdim=True)).clamp(min=_TAIL)
+    cumulative = build_cdf(torch.cat([inside, escape], dim=1).numpy())
+    return {
+        "categorical.cumulative": torch.from_numpy(cumulative.astype(np.int32)),
+        "categorical.offset": torch.full((prior.channels,), -reach, dtype=torch.int32),
+        "medians": torch.round(medians.double() * 2**FRACTION_BITS).to(torch.int32),
+    }
+
+
+@torch.no_grad()
+def freeze(
+    network: TucodecVAE,
+    name: str,
+    card: dict[str, Any],
+    weight_dtype: torch.dtype = torch.float16,
+) -> ModelFile:
+    """Turn a network into an exported model: weights, integer tables, card.
+
+    Args:
+        network: trained or not; left as it is.
+        name: how commands will call the model.
+        card: plain types.
+        weight_dtype: of the convolution weights of g_a, g_s and h_a.
+
+    Raises:
+        ModelFileError: a layer's sums would not be exact, or the centres cannot be held.
+    """
+    network = copy.deepcopy(network).cpu()
+    tensors: dict[str, Tensor] = {}
+    for key, value in network.state_dict().items():
+        if not key.startswith(_INTEGER_PARTS):
+            halved = value.ndim == 4 and key.startswith(("g_a.", "g_s.", "h_a."))
+            tensors[f"network.{key}"] = value.detach().to(
+                weight_dtype if halved else torch.float32, copy=True
+            )
+    integers = quantise_network(network)
+    tensors.update({f"entropy.{key}": value for key, value in integers.items()})
+    try:
+        laplace = build_tables(network.quantizer.centres().double().numpy())
+    except ValueError as error:
+        raise ModelFileError(f"model {name}: {error}") from None
+    for key, table in laplace.items():
+        tensors[f"laplace.{key}"] = torch.from_numpy(np.ascontiguousarray(table))
+    tensors.update(_hyperlatent_tables(network))
+    config = json.loads(json.dumps(config_to_dict(network.config)))
+    model = ModelFile(name, config, tensors, card)
+    model.entropy_model()  # proves the bounds now rather than at the first use
+    return model

@@ -1,0 +1,148 @@
+"""Which of several codings of one image meets a target: a rate, a PSNR or an MS-SSIM."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_tucodec.codecs.h266.codec import H266
+from lightning_tucodec.codecs.learned.codec import TucModel
+from lightning_tucodec.codecs.learned.refine import RefinedModel
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.quality.metrics import (
+    bits_per_pixel,
+    ms_ssim_scales,
+    pixels_ms_ssim,
+    psnr_from_sse,
+    sse,
+)
+
+Quantity = Literal["bpp", "psnr", "ms_ssim"]
+Setting = H266 | TucModel | RefinedModel
+
+
+class Coding(NamedTuple):
+    """One way to code an image.
+
+    Attributes:
+        setting: what coded it.
+        data: the `.tuc` file.
+        shown: H×W×3, what a decoder shows.
+    """
+
+    setting: Setting
+    data: bytes
+    shown: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a coding has to reach.
+
+    Attributes:
+        quantity: "bpp", headers counted, is an upper bound; "psnr", in dB, and "ms_ssim" are lower ones.
+        value: the bound.
+    """
+
+    quantity: Quantity
+    value: float
+
+    def measure(self, image: NDArray[np.uint8], coding: Coding) -> float:
+        """The quantity of a coding of an H×W×3 image; infinite for the PSNR of the image itself."""
+        if self.quantity == "bpp":
+            return bits_per_pixel(len(coding.data), image.shape[0] * image.shape[1])
+        if self.quantity == "psnr":
+            error = sse(image, coding.shown)
+            return psnr_from_sse(error, image.size) if error else np.inf
+        value = pixels_ms_ssim(image, coding.shown)
+        if value is None:
+            raise ConfigError(f"{self}: MS-SSIM needs at least 11 pixels a side")
+        return value
+
+    def met(self, measured: float) -> bool:
+        """Whether a value of the quantity is within the bound."""
+        return measured <= self.value if self.quantity == "bpp" else measured >= self.value
+
+    def __str__(self) -> str:
+        """As on the command line."""
+        return f"--target-{self.quantity.replace('_', '-')} {self.value:g}"
+
+
+def code(setting: Setting, image: NDArray[np.uint8]) -> Coding:
+    """Code an H×W×3 image."""
+    if isinstance(setting, H266):
+        picture = setting.code(image)
+        return Coding(setting, picture.data, picture.shown)
+    coded = setting.code(image)
+    shown = _model(setting).synthesise(coded.latents.y, image.shape[1], image.shape[0])
+    return Coding(setting, coded.data, shown)
+
+
+def best(models: Sequence[Setting], image: NDArray[np.uint8], target: Target) -> Coding:
+    """The best picture within a rate, or the fewest bytes with a quality, of all settings.
+
+    Better is meant in the quality that the models were trained for.
+
+    Raises:
+        ConfigError: none meets the target; says which comes closest.
+    """
+    codings = [code(model, image) for model in models]
+    measured = [target.measure(image, coding) for coding in codings]
+    meeting = [coding for coding, value in zip(codings, measured, strict=True) if target.met(value)]
+    if not meeting:
+        sign = 1 if target.quantity == "bpp" else -1
+        closest = min(range(len(codings)), key=lambda n: sign * measured[n])
+        raise _missed(target, codings[closest].setting.name, measured[closest])
+    if target.quantity == "bpp":
+        # PSNR as well where an image is too small for MS-SSIM, which nobody has asked for.
+        by_ssim = all(map(_is_ssim, models)) and ms_ssim_scales(*image.shape[:2]) > 0
+        trained_for = Target("ms_ssim" if by_ssim else "psnr", 0)
+        return max(meeting, key=lambda coding: trained_for.measure(image, coding))
+    return min(meeting, key=lambda coding: len(coding.data))
+
+
+def search(ladder: Sequence[Setting], image: NDArray[np.uint8], target: Target) -> Coding:
+    """The finest setting within a rate, or the coarsest with a quality, in few codings.
+
+    Args:
+        ladder: by falling rate and quality, as QP 0 … 63.
+        image: H×W×3.
+        target: what to meet.
+
+    Raises:
+        ConfigError: neither end of the ladder meets it.
+    """
+    upper_bound = target.quantity == "bpp"
+    found: Coding | None = None
+    low, high = 0, len(ladder) - 1
+    while low <= high:
+        middle = (low + high) // 2
+        coding = code(ladder[middle], image)
+        measured = target.measure(image, coding)
+        met = target.met(measured)
+        if met:
+            found = coding
+        if met == upper_bound:
+            high = middle - 1
+        else:
+            low = middle + 1
+    if found is None:
+        raise _missed(target, ladder[middle].name, measured)
+    return found
+
+
+def _missed(target: Target, name: str, measured: float) -> ConfigError:
+    unit = {"bpp": " bpp", "psnr": " dB"}.get(target.quantity, "")
+    takes = "takes" if target.quantity == "bpp" else "reaches"
+    return ConfigError(f"{target}: even {name} {takes} {measured:.4g}{unit}")
+
+
+def _model(setting: TucModel | RefinedModel) -> TucModel:
+    """Whose decoder reads the setting's files."""
+    return setting.model if isinstance(setting, RefinedModel) else setting
+
+
+def _is_ssim(setting: Setting) -> bool:
+    return not isinstance(setting, H266) and _model(setting).card.get("recipe") == "ssim"

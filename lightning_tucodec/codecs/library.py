@@ -1,0 +1,198 @@
+"""Where models are found: shipped with the package, in the model folder, or by path."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from lightning_tucodec.codecs.base import MODEL_SUFFIX
+from lightning_tucodec.codecs.h266.postfilter import FilterModel
+from lightning_tucodec.codecs.learned.codec import TucModel
+from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
+from lightning_tucodec.errors import ModelFileError, UnknownModelError
+from lightning_tucodec.io.files import expanded
+from lightning_tucodec.io.once import once
+
+SHIPPED = Path(__file__).parent.parent / "weights"
+"""Models that come with the package."""
+
+SUFFIX = MODEL_SUFFIX
+
+
+def model_folder() -> Path:
+    """The user's own models: $TUCODEC_MODELS, or `tucodec/models` below $XDG_DATA_HOME."""
+    if named := os.environ.get("TUCODEC_MODELS"):
+        return Path(expanded(named))
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "tucodec" / "models"
+
+
+def model_files() -> list[Path]:
+    """Files of all models known by name, the user's before the shipped ones."""
+    return [
+        path
+        for folder in (model_folder(), SHIPPED)
+        if folder.is_dir()
+        for path in sorted(folder.glob(f"*{SUFFIX}"))
+        if path.is_file()
+    ]
+
+
+@once
+def _load(path: Path, modified_ns: int, device: str) -> TucModel | FilterModel:
+    file = ModelFile.load(path)
+    if file.config.get("kind") == FilterModel.KIND:
+        return FilterModel(file)
+    return TucModel(file, device)
+
+
+@once
+def _id(path: Path, modified_ns: int) -> bytes:
+    """Of the file alone: to build a model takes ten times as long."""
+    return ModelFile.load(path).id
+
+
+def _version(path: Path) -> tuple[Path, int]:
+    """What tells a file and its content apart from others."""
+    try:
+        return path.resolve(), path.stat().st_mtime_ns
+    except OSError as error:
+        raise ModelFileError(f"{path}: {error.strerror}") from None
+
+
+def load(name: str | Path, device: str = "cpu") -> TucModel:
+    """A model by name, or from a path to an exported file; its networks run on `device`.
+
+    Raises:
+        UnknownModelError: no model has this name.
+        ModelFileError: the file is missing or damaged.
+    """
+    model = load_any(name, device)
+    if not isinstance(model, TucModel):
+        raise UnknownModelError(f"{name} is a post-filter; it works through vvc+postfilter")
+    return model
+
+
+def load_any(name: str | Path, device: str = "cpu") -> TucModel | FilterModel:
+    """A model of any kind, otherwise as `load`."""
+    return _load(*_version(find(name)), device)
+
+
+def load_filter(name: str | Path) -> FilterModel:
+    """A post-filter by name, or from a path to an exported file.
+
+    Raises:
+        UnknownModelError: no post-filter has this name.
+        ModelFileError: the file is missing or damaged.
+    """
+    model = load_any(name)
+    if not isinstance(model, FilterModel):
+        raise UnknownModelError(f"{name} is not a post-filter")
+    return model
+
+
+def find(name: str | Path) -> Path:
+    """The file of a model, by its name or path.
+
+    Raises:
+        UnknownModelError: no model has this name.
+    """
+    text = str(name)
+    if text.endswith(SUFFIX) or os.sep in text:
+        return Path(expanded(text))
+    for path in model_files():
+        if path.name == text + SUFFIX:
+            return path
+    if members := family(text):
+        raise UnknownModelError(f"{text} stands for several models; name one: {', '.join(members)}")
+    known = ", ".join(sorted({path.stem for path in model_files()})) or "none"
+    raise UnknownModelError(f"no model is called {text!r} (known: {known}; or give a path)")
+
+
+def family(name: str) -> list[str]:
+    """Names of the models NAME-1, NAME-2, …, in this order; none where a model has the name itself."""
+    names = {path.stem for path in model_files()}
+    ending = re.compile(re.escape(name) + r"-(\d+)")
+    found = {int(match[1]): other for other in names if (match := ending.fullmatch(other))}
+    return [] if name in names else [found[number] for number in sorted(found)]
+
+
+def load_by_id(identity: bytes, device: str = "cpu") -> TucModel:
+    """The model that wrote a stream.
+
+    Raises:
+        UnknownModelError: no known model has this id.
+    """
+    model = _load_by_id(identity, device)
+    if not isinstance(model, TucModel):
+        raise _unknown(identity)
+    return model
+
+
+def load_filter_by_id(identity: bytes) -> FilterModel:
+    """The post-filter that a stream names.
+
+    Raises:
+        UnknownModelError: no known post-filter has this id.
+    """
+    model = _load_by_id(identity, "cpu")
+    if not isinstance(model, FilterModel):
+        raise _unknown(identity)
+    return model
+
+
+def _load_by_id(identity: bytes, device: str) -> TucModel | FilterModel:
+    for path in model_files():
+        # `tucodec models` names a damaged file; here a damaged neighbour must not stop a decode.
+        with contextlib.suppress(ModelFileError):
+            version = _version(path)
+            if _id(*version) == identity:
+                return _load(*version, device)
+    raise _unknown(identity)
+
+
+def _unknown(identity: bytes) -> UnknownModelError:
+    return UnknownModelError(
+        f"the file needs model {identity.hex()}, which is neither shipped nor in {model_folder()}; "
+        "name its file with --model, or copy it there"
+    )
+
+
+def models() -> dict[str, dict[str, Any]]:
+    """Model cards by name, of what is shipped and what lies in the model folder."""
+    found = {}
+    for path in model_files():
+        with contextlib.suppress(ModelFileError):
+            file = ModelFile.load(path)
+            found[file.name] = {**file.card, "id": file.id.hex()}
+    return found
+
+
+def untrained(preset: str, seed: int = 0) -> TucModel:
+    """A model of a preset's size with random weights, for timing and tests."""
+    import torch
+
+    from lightning_tucodec.nn.codec import PRESETS, TucodecVAE
+
+    if preset not in PRESETS:
+        raise UnknownModelError(f"no preset is called {preset!r} (known: {', '.join(PRESETS)})")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = TucodecVAE(PRESETS[preset])
+    return TucModel(freeze(network, f"untrained-{preset}", {"note": "random weights"}))
+
+
+def decompress(data: bytes) -> Any:
+    """The image (PIL.Image) of a `.tuc` file, whatever known model wrote it."""
+    from PIL import Image
+
+    from lightning_tucodec.codecs.h266.codec import decode_container
+    from lightning_tucodec.coding.container import CodecKind, unpack
+
+    if isinstance(data, str | Path):
+        raise TypeError("decompress takes the bytes of a file: Path(name).read_bytes()")
+    container = unpack(data)
+    if container.kind == CodecKind.VVC:
+        return Image.fromarray(decode_container(container))
+    return Image.fromarray(load_by_id(container.model_id).decode_pixels(container))

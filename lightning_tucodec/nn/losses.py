@@ -1,0 +1,207 @@
+"""Rate-distortion losses, each with its own λ convention (spec of the two recipes: Z19 section 3).
+
+* `MSERateLoss`, the 40 dB entry: λ·MSE + bpp, MSE on [0, 1], λ = 4096 … 8000 in the paper.
+* `MSSSIMRateLoss`, the MS-SSIM entry: D + λ·bpp, D = 0.2·MSE + 0.8·(1 − MS-SSIM), λ = 0.2 … 0.6 in
+  the paper. Here a larger λ means fewer bits.
+
+bpp always counts the pixels of the image as it was before any padding.
+
+Adversarial losses are functions of a discriminator's `Verdict` alone, so that any goes with either
+discriminator: `PairGameLoss` (Rippel and Bourdev), `NonSaturatingLoss` (HiFiC) and `HingeLoss`.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import relu, softplus
+
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.nn.codec import CodecOutput
+from lightning_tucodec.nn.discriminator import Verdict
+from lightning_tucodec.quality.metrics import ms_ssim
+
+MIN_MS_SSIM_SIDE = 192
+"""Five scales halve four times, and the coarsest must hold windows of 11 pixels: 161 do, with a single
+window that stands for the whole crop; 192 are the first multiple of 16 with more than one."""
+
+AdversarialKind = Literal["pair", "non_saturating", "hinge"]
+
+
+class RateDistortion(NamedTuple):
+    """Terms of a loss, each a scalar tensor averaged over the batch."""
+
+    loss: Tensor
+    distortion: Tensor
+    mse: Tensor
+    bpp_y: Tensor
+    bpp_z: Tensor
+
+
+class RateDistortionLoss(ABC):
+    """What a recipe minimises; `convention` is printed in every report."""
+
+    convention: ClassVar[str]
+    min_crop: ClassVar[int]
+
+    def __init__(self, lmbda: float) -> None:
+        self.lmbda = lmbda
+
+    def __call__(self, output: CodecOutput, x: Tensor) -> RateDistortion:
+        """Loss of a batch; `x` is N×3×H×W in [0, 1]. Computed in float32 under any autocast."""
+        with torch.autocast(x.device.type, enabled=False):
+            bpp_y, bpp_z = _rate(output, x)
+            mse = _mse(output.x_hat, x)
+            distortion = self.distortion(output.x_hat, x)
+            loss = self.total(distortion, bpp_y + bpp_z)
+        return RateDistortion(loss, distortion, mse, bpp_y, bpp_z)
+
+    @abstractmethod
+    def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """D of a batch, a scalar; both N×3×H×W in [0, 1]."""
+
+    @abstractmethod
+    def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
+        """The weighted sum that is minimised."""
+
+
+def _rate(output: CodecOutput, x: Tensor) -> tuple[Tensor, Tensor]:
+    pixels = x.shape[-1] * x.shape[-2]
+    bits_y, bits_z = output.bits()
+    return bits_y.mean() / pixels, bits_z.mean() / pixels
+
+
+def _mse(x_hat: Tensor, x: Tensor) -> Tensor:
+    return (x_hat.float() - x.float()).square().mean()
+
+
+class MSERateLoss(RateDistortionLoss):
+    """λ·MSE + bpp."""
+
+    convention = "lambda * MSE + bpp, MSE on [0, 1]"
+    min_crop = 16
+
+    def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Mean squared error."""
+        return _mse(x_hat, x)
+
+    def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
+        """λ·D + bpp."""
+        return self.lmbda * distortion + bpp
+
+
+class MSSSIMRateLoss(RateDistortionLoss):
+    """0.2·MSE + 0.8·(1 − MS-SSIM) + λ·bpp."""
+
+    convention = "0.2 * MSE + 0.8 * (1 - MS-SSIM) + lambda * bpp, on [0, 1]"
+    min_crop = MIN_MS_SSIM_SIDE
+
+    def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """0.2·MSE + 0.8·(1 − MS-SSIM), sides ≥ 11 (the recipe's crops: ≥ 192)."""
+        similarity = ms_ssim(x_hat.float(), x.float()).mean()
+        return 0.2 * _mse(x_hat, x) + 0.8 * (1 - similarity)
+
+    def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
+        """D + λ·bpp."""
+        return distortion + self.lmbda * bpp
+
+
+def make_loss(recipe: str, lmbda: float) -> RateDistortionLoss:
+    """The loss of the recipe "transparent" (MSE) or "ssim".
+
+    Raises:
+        ConfigError: another name, or λ is not positive.
+    """
+    losses: dict[str, type[RateDistortionLoss]] = {
+        "transparent": MSERateLoss,
+        "ssim": MSSSIMRateLoss,
+    }
+    if recipe not in losses:
+        raise ConfigError(f"recipe {recipe!r} is unknown; choose one of {sorted(losses)}")
+    if not lmbda > 0:
+        raise ConfigError(f"lmbda must be positive, got {lmbda}")
+    return losses[recipe](lmbda)
+
+
+def check_crop(recipe: str, crop: int) -> None:
+    """Refuse crops that a recipe's distortion cannot be measured on.
+
+    Raises:
+        ConfigError: too small; says why.
+    """
+    least = make_loss(recipe, 1.0).min_crop
+    if crop < least:
+        reason = (
+            ": MS-SSIM halves the image four times and its window has 11 pixels"
+            if recipe == "ssim"
+            else ""
+        )
+        raise ConfigError(
+            f"recipe {recipe!r} needs crops of at least {least} pixels, got {crop}{reason}"
+        )
+
+
+class AdversarialLoss(Protocol):
+    """The two sides of a game."""
+
+    def discriminator(self, verdict: Verdict) -> Tensor:
+        """What the discriminator minimises; a scalar."""
+
+    def codec(self, verdict: Verdict) -> Tensor:
+        """What the codec adds to its loss; a scalar whose gradient goes through `verdict`."""
+
+
+class PairGameLoss:
+    """Cross-entropy of the right order, and of the wrong one for the codec (Rippel and Bourdev).
+
+    The codec's side is the non-saturating form: its gradient is large while it loses.
+    """
+
+    def discriminator(self, verdict: Verdict) -> Tensor:
+        """log(1 + exp(−margin))."""
+        return softplus(-verdict.real).mean()
+
+    def codec(self, verdict: Verdict) -> Tensor:
+        """log(1 + exp(margin)); real = −fake in a pair, so that only one side is taken."""
+        return softplus(-verdict.fake).mean()
+
+
+class NonSaturatingLoss:
+    """Goodfellow et al., 2014, as in HiFiC."""
+
+    def discriminator(self, verdict: Verdict) -> Tensor:
+        """−log D(real) − log(1 − D(fake))."""
+        return softplus(-verdict.real).mean() + softplus(verdict.fake).mean()
+
+    def codec(self, verdict: Verdict) -> Tensor:
+        """−log D(fake)."""
+        return softplus(-verdict.fake).mean()
+
+
+class HingeLoss:
+    """Lim and Ye, "Geometric GAN", 2017."""
+
+    def discriminator(self, verdict: Verdict) -> Tensor:
+        """Right answers beyond a margin of one count nothing."""
+        return relu(1 - verdict.real).mean() + relu(1 + verdict.fake).mean()
+
+    def codec(self, verdict: Verdict) -> Tensor:
+        """−logit(fake)."""
+        return -verdict.fake.mean()
+
+
+def make_adversarial_loss(kind: AdversarialKind) -> AdversarialLoss:
+    """The loss of a name.
+
+    Raises:
+        ConfigError: another name.
+    """
+    losses: dict[str, type[PairGameLoss | NonSaturatingLoss | HingeLoss]] = {
+        "pair": PairGameLoss,
+        "non_saturating": NonSaturatingLoss,
+        "hinge": HingeLoss,
+    }
+    if kind not in losses:
+        raise ConfigError(f"adversarial loss {kind!r} is unknown; choose one of {sorted(losses)}")
+    return losses[kind]()

@@ -1,0 +1,146 @@
+"""Perceptual measures that need no download: VMAF, XPSNR, FLIP, SSIMULACRA 2.
+
+VMAF and XPSNR are the filters of the ffmpeg in imageio-ffmpeg; FLIP and SSIMULACRA 2 come from PyPI
+(`pip install 'lightning-tucodec[perceptual]'`). LPIPS and DISTS are there for those who have torchvision's
+weights of AlexNet and VGG-16 in PyTorch's cache. All compare 8-bit RGB images, one number a pair.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_tucodec.errors import ConfigError, ExternalToolError
+from lightning_tucodec.io import ffmpeg
+from lightning_tucodec.io.files import temporary_folder
+from lightning_tucodec.io.images import write_png
+
+if TYPE_CHECKING:
+    import torch
+
+Image = NDArray[np.uint8]
+
+_TIMEOUT = 300.0  # seconds
+_INSTALL = "pip install 'lightning-tucodec[perceptual]'"
+
+
+def vmaf(original: Image, decoded: Image) -> float:
+    """VMAF v0.6.1 of a picture: 0 … 100, higher is better; on BT.709 luma, at least 16 pixels a side."""
+    return _filtered(
+        "libvmaf=model=version=vmaf_v0.6.1", r"VMAF score: ([-\d.]+)", original, decoded
+    )
+
+
+def xpsnr(original: Image, decoded: Image) -> float:
+    """XPSNR of BT.709 luma in dB, higher is better (Helmrich et al., ICASSP 2020)."""
+    return _filtered("xpsnr", r"XPSNR\s+y: ([-\d.]+|inf)", original, decoded)
+
+
+def flip(original: Image, decoded: Image) -> float:
+    """Mean LDR-FLIP at 67 pixels a degree: 0 … 1, lower is better (Andersson et al., HPG 2020)."""
+    try:
+        import flip_evaluator
+    except ImportError:
+        raise ConfigError(f"FLIP needs flip-evaluator: {_INSTALL}") from None
+    values = (image.astype(np.float32) / 255 for image in (original, decoded))
+    return float(flip_evaluator.evaluate(*values, "LDR", applyMagma=False)[1])
+
+
+def ssimulacra2(original: Image, decoded: Image) -> float:
+    """SSIMULACRA 2: 100 for equal images, 90 hardly visible, 70 high quality; higher is better."""
+    try:
+        from ssimulacra2 import compute_ssimulacra2
+    except ImportError:
+        raise ConfigError(f"SSIMULACRA 2 needs ssimulacra2: {_INSTALL}") from None
+    with temporary_folder() as folder:
+        paths = [folder / name for name in ("original.png", "decoded.png")]
+        for path, image in zip(paths, (original, decoded), strict=True):
+            write_png(path, image)
+        return float(compute_ssimulacra2(*map(str, paths)))
+
+
+def lpips(original: Image, decoded: Image) -> float:
+    """LPIPS with AlexNet, lower is better (Zhang et al., CVPR 2018); at least 31 pixels a side."""
+    from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
+
+    _need_weights("LPIPS", "AlexNet_Weights")
+    x_hat, x = _planes(decoded), _planes(original)
+    return float(
+        learned_perceptual_image_patch_similarity(x_hat, x, net_type="alex", normalize=True)
+    )
+
+
+def dists(original: Image, decoded: Image) -> float:
+    """DISTS, lower is better (Ding et al., PAMI 2020)."""
+    from torchmetrics.functional.image.dists import deep_image_structure_and_texture_similarity
+
+    _need_weights("DISTS", "VGG16_Weights")
+    x_hat, x = _planes(decoded), _planes(original)
+    return float(deep_image_structure_and_texture_similarity(x_hat, x))
+
+
+def _planes(image: Image) -> "torch.Tensor":
+    """1×3×H×W in [0, 1]."""
+    import torch
+
+    return torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+
+
+def _need_weights(measure: str, name: str) -> None:
+    """Refuse to go on where torchvision would start a download.
+
+    Raises:
+        ConfigError: its file is not in PyTorch's cache.
+    """
+    import torch
+    import torchvision
+
+    url = getattr(torchvision.models, name).DEFAULT.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        raise ConfigError(f"{measure} needs {path}, which this command does not fetch ({url})")
+
+
+MEASURES: dict[str, Callable[[Image, Image], float]] = {
+    "vmaf": vmaf,
+    "xpsnr": xpsnr,
+    "flip": flip,
+    "ssimulacra2": ssimulacra2,
+    "lpips": lpips,
+    "dists": dists,
+}
+
+DEFINITIONS = {
+    "vmaf": "VMAF v0.6.1 of the still picture, BT.709 luma; mean over images; higher is better",
+    "xpsnr": "XPSNR of BT.709 luma, dB; mean over images; higher is better",
+    "flip": "mean LDR-FLIP at 67 pixels a degree; mean over images; lower is better",
+    "ssimulacra2": "SSIMULACRA 2; mean over images; higher is better",
+    "lpips": "LPIPS with AlexNet; mean over images; lower is better",
+    "dists": "DISTS; mean over images; lower is better",
+}
+
+
+def check_names(names: Iterable[str]) -> list[str]:
+    """The names without repeats.
+
+    Raises:
+        ConfigError: there is no such measure.
+    """
+    unique = list(dict.fromkeys(names))
+    for name in unique:
+        if name not in MEASURES:
+            raise ConfigError(f"measure {name!r} is unknown; choose among {', '.join(MEASURES)}")
+    return unique
+
+
+def _filtered(measure: str, pattern: str, original: Image, decoded: Image) -> float:
+    """The number that a two-input filter of ffmpeg prints for one pair."""
+    # Eight bits: with ten, xpsnr of ffmpeg 9.0 reads beyond its rows.
+    said = ffmpeg.compare(measure, original, decoded, pixel_format="yuv444p", timeout=_TIMEOUT)
+    found = re.search(pattern, said)
+    if found is None:
+        raise ExternalToolError(f"ffmpeg's filter {measure.partition('=')[0]} gave no number")
+    return float(found.group(1))

@@ -1,0 +1,379 @@
+"""A submission measured as CLIC's server did, and compared with the three entries of 2019.
+
+Nothing that a manifest says is believed: the streams are decoded in a process of its own, without
+the models of this machine and without a network, and the pictures are compared with the originals.
+"""
+
+import argparse
+import json
+import math
+import os
+import site
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import data_pipelines
+import lightning_tucodec
+from lightning_tucodec.codecs.classical.codecs import PillowCodec
+from lightning_tucodec.codecs.registry import CLASSES, split
+from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.io import ffmpeg, processes
+from lightning_tucodec.io.files import temporary_folder
+from lightning_tucodec.io.images import read_image
+from lightning_tucodec.sets.allocation import Quantity, Table
+from lightning_tucodec.sets.evaluate import Row, allocation_table, compare, find_images, finite
+from lightning_tucodec.sets.manifest import (
+    MANIFEST,
+    Limits,
+    byte_budget,
+    contents,
+    png_name,
+    read_manifest,
+    wrong_files,
+)
+
+MAX_DECODER_BYTES = 500_000_000
+"""CLIC's limit on the decoder."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of Tucodec's entries on the validation set (Zhou et al., CVPRW 2019, Table 1).
+
+    Attributes:
+        psnr: pooled, dB.
+        ms_ssim: of the set.
+        size: bytes in all.
+        seconds: to decode the set, on CLIC's server.
+        minimised: what was driven as far as the limits allow.
+    """
+
+    name: str
+    psnr: float
+    ms_ssim: float
+    size: int
+    seconds: float
+    minimised: Quantity
+
+
+PIXELS = 1e-5
+"""A learned decoder's pixels may differ by a grey level on another machine or number of threads: so much may
+qualities differ from the manifest's. Limits hold for what is measured."""
+
+VALIDATION_IMAGES = 102
+VALIDATION_MEGAPIXELS = 251.86
+VALIDATION_BUDGET = 4_722_341
+"""Bytes that CLIC allowed for the validation set at 0.15 bpp; it tells the pixels but for some fifty."""
+
+ENTRIES = (
+    Entry("TucodecSSIM", 29.840, 0.9760, 4_692_810, 23_953.868, "ms_ssim"),
+    Entry("TucodecPSNR", 32.520, 0.9640, 4_722_141, 15_255.275, "sse"),
+    Entry("TucodecPSNR40dB", 40.000, 0.9930, 27_216_543, 24_013.782, "bytes"),
+)
+
+_ISOLATED = """
+import sys
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        raise RuntimeError("the decoder asked for the network")
+sys.addaudithook(refuse)
+from lightning_tucodec.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def verify(
+    folder: Path,
+    originals: Sequence[str],
+    asked: Limits | None = None,
+    max_bpp: float | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """Decode everything in a clean process and measure it anew.
+
+    Args:
+        folder: the submission.
+        originals: files and folders that hold the images.
+        asked: what the set must keep to, whatever limits the manifest claims; those count as well.
+        max_bpp: a limit on bytes in bits a pixel, beside `asked.max_bytes`.
+
+    Returns:
+        The measured totals (`images, pixels, bytes, bpp, psnr, ms_ssim, ms_ssim_mean,
+        decode_seconds, decoder_bytes`) and what is wrong, a line each: damaged or exchanged streams,
+        values that differ from the manifest's, missed limits, a decoder above `MAX_DECODER_BYTES`.
+
+    Raises:
+        ConfigError: there is no readable manifest, an original is missing, or two have one name.
+    """
+    manifest = read_manifest(folder)
+    asked = asked or Limits()
+    if max_bpp is not None:
+        byte_budget(max_bpp, 1)  # refused now if it is no rate
+    paths: dict[str, Path] = {}
+    for path in find_images(originals):
+        other = paths.setdefault(path.name, path)
+        if not other.samefile(path):
+            raise ConfigError(f"{other} and {path}: two originals have the same name")
+    for entry in manifest["images"]:
+        if entry["image"] not in paths:
+            raise ConfigError(f"the original {entry['image']} is missing")
+    wrong = [f"{name}: has no stream" for name in sorted(set(paths) - _names(manifest))]
+    wrong += wrong_files(folder, manifest)
+    rows: list[Row] = []
+    with temporary_folder() as out, closing(_decode_elsewhere(folder, out)) as results:
+        decoded = zip(manifest["images"], results, strict=False)
+        for entry, result in tqdm(decoded, "verify", len(manifest["images"]), disable=None):
+            label = f"{entry['file']} ({entry['image']})"
+            if "error" in result:
+                wrong.append(f"{label}: {result['error']}")
+                continue
+            size = (folder / entry["file"]).stat().st_size
+            shown = out / png_name(entry)
+            try:
+                row = compare(read_image(paths[entry["image"]]), read_image(shown), size)
+            except TucodecError as error:
+                wrong.append(f"{label}: {error}")
+                continue
+            finally:
+                shown.unlink(missing_ok=True)
+            rows.append({**row, "decode_seconds": result["seconds"]})
+            wrong += _wrong_values(label, entry, row)
+    if not rows:
+        return {}, wrong
+    totals, table = _totals(rows)
+    totals["decoder_bytes"] = decoder_bytes(folder, manifest)
+    if max_bpp is not None:
+        wrong += _missed(table, Limits(byte_budget(max_bpp, totals["pixels"])), "limit")
+    wrong += _missed(table, asked, "limit")
+    wrong += _missed(table, Limits(**manifest["limits"]), "claimed limit")
+    if totals["decoder_bytes"] > MAX_DECODER_BYTES:
+        wrong.append(f"the decoder has {totals['decoder_bytes']} bytes, over {MAX_DECODER_BYTES}")
+    for key in ("bytes", "bpp", "psnr", "ms_ssim"):
+        told = manifest["totals"][key]
+        allowed = PIXELS if key in ("psnr", "ms_ssim") else 1e-9
+        if not math.isclose(totals[key], math.inf if told is None else told, rel_tol=allowed):
+            wrong.append(f"in total {key} is {totals[key]}, not {told}")
+    return totals, wrong
+
+
+def is_validation_set(images: int, pixels: int) -> bool:
+    """Whether a set has as many images and pixels as CLIC 2019's validation set."""
+    return images == VALIDATION_IMAGES and byte_budget(0.15, pixels) == VALIDATION_BUDGET
+
+
+def decoder_bytes(folder: Path, manifest: dict[str, Any]) -> int:
+    """What decoding needs beyond libraries from the package index (CLIC's container had those).
+
+    The models and scripts in the submission, this package without the weights it ships, and ffmpeg's
+    binary when a codec calls it.
+    """
+    streams = {entry["file"] for entry in manifest["images"]}
+    rest = [name for name in contents(folder) if name not in streams and name != MANIFEST]
+    size = sum((folder / name).lstat().st_size for name in rest)
+    for package in (lightning_tucodec, data_pipelines):  # the command line imports both
+        size += sum(path.stat().st_size for path in Path(package.__path__[0]).rglob("*.py"))
+    if any(map(_calls_ffmpeg, manifest["codecs"])):
+        size += Path(ffmpeg.executable()).stat().st_size
+    return size
+
+
+def _calls_ffmpeg(name: str) -> bool:
+    """Whether a codec's decoder does, whatever a manifest says of it."""
+    from lightning_tucodec.codecs.h266.codec import H266
+
+    kind, _ = split(name)
+    if kind not in CLASSES:
+        return kind == H266.codec_name
+    return not issubclass(CLASSES[kind], PillowCodec)
+
+
+def _names(manifest: dict[str, Any]) -> set[str]:
+    return {entry["image"] for entry in manifest["images"]}
+
+
+def _decode_elsewhere(folder: Path, out: Path) -> Generator[dict[str, Any], None, None]:
+    """Rows of `submission.decode`, from a process that knows no model but the submission's.
+
+    Raises:
+        ConfigError: the process ended before the last image.
+    """
+    elsewhere = str(out / "none")
+    # What is installed for the user alone is found through HOME.
+    packages = {"PYTHONUSERBASE": site.getuserbase()}
+    environment = {**os.environ, **packages, "TUCODEC_MODELS": elsewhere, "HOME": elsewhere}
+    words = ["clic", "decode", str(folder), "-o", str(out), "--json"]
+    count = 0
+    with (
+        tempfile.TemporaryFile() as errors,
+        processes.child(
+            # -P: no module from the folder that the user stands in, which may be the submission.
+            [sys.executable, "-P", "-c", _ISOLATED, *words],
+            ours=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield json.loads(line)
+            count += 1
+        if count < len(read_manifest(folder)["images"]):
+            errors.seek(0)
+            last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise ConfigError(f"{folder}: the decoder ended early: {''.join(last)}")
+
+
+def _wrong_values(label: str, entry: dict[str, Any], row: Row) -> list[str]:
+    wrong = [
+        f"{label}: {key} is {row[key]}, not {entry[key]}"
+        for key in ("bytes", "width", "height")
+        if row[key] != entry[key]
+    ]
+    if not math.isclose(row["sse"], entry["sse"], rel_tol=PIXELS):
+        wrong.append(f"{label}: sse is {row['sse']}, not {entry['sse']}")
+    if abs(row["ms_ssim"] - entry["ms_ssim"]) > PIXELS:
+        wrong.append(f"{label}: MS-SSIM is {row['ms_ssim']:.6f}, not {entry['ms_ssim']:.6f}")
+    return wrong
+
+
+def _totals(rows: Sequence[Row]) -> tuple[dict[str, Any], Table]:
+    """The set's values, and the images' own as a table of one candidate."""
+    from lightning_tucodec.quality.metrics import bits_per_pixel, psnr_from_sse
+
+    table = allocation_table([{**row, "image": i, "codec": ""} for i, row in enumerate(rows)])
+    pixels, size = int(table.pixels.sum()), int(table.bytes.sum())
+    totals = {
+        "images": len(rows),
+        "pixels": pixels,
+        "bytes": size,
+        "bpp": bits_per_pixel(size, pixels),
+        "psnr": psnr_from_sse(int(table.sse.sum()), 3 * pixels),
+        "ms_ssim": float(np.average(table.ms_ssim[:, 0], weights=table.pixels)),
+        "ms_ssim_mean": float(table.ms_ssim[:, 0].mean()),
+        "decode_seconds": math.fsum(row["decode_seconds"] for row in rows),
+    }
+    return totals, table
+
+
+def _missed(table: Table, limits: Limits, called: str) -> list[str]:
+    """The limits that a set misses, a line each."""
+    quantities: dict[Quantity, float | None] = {
+        "bytes": limits.max_bytes,
+        "sse": limits.min_psnr,
+        "ms_ssim": limits.min_ms_ssim,
+        "seconds": limits.max_seconds,
+    }
+    missed = []
+    for quantity, value in quantities.items():
+        if value is not None:
+            total, limit = int(table.amounts(quantity).sum()), table.limit(quantity, value)
+            if total > limit:
+                missed.append(f"the {called} on {quantity} is missed: {total} against {limit}")
+    return missed
+
+
+def comparison(measured: dict[str, dict[str, Any]], minimised: dict[str, Quantity]) -> str:
+    """Measured submissions and Tucodec's entries of the same kind, as a Markdown table.
+
+    Args:
+        measured: totals of `verify` by the submission's name.
+        minimised: by the same names, what was minimised.
+    """
+    lines = [
+        "| entry | images | Mpx | bytes | bpp | PSNR | MS-SSIM | decoding, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def add(name: str, images: int, pixels: float, size: int, *values: float) -> None:
+        psnr, similarity, seconds = values
+        rate = f"{8e-6 * size / pixels:.5f}"
+        lines.append(
+            f"| {name} | {images} | {pixels:.2f} | {size} | {rate} | {psnr:.3f} | {similarity:.4f} "
+            f"| {seconds:.0f} |"
+        )
+
+    comparable = True
+    for name, totals in measured.items():
+        pixels = totals["pixels"] / 1e6
+        values = (totals["psnr"], totals["ms_ssim"], totals["decode_seconds"])
+        add(name, totals["images"], pixels, totals["bytes"], *values)
+        comparable &= is_validation_set(totals["images"], totals["pixels"])
+    for entry in ENTRIES:
+        if entry.minimised in minimised.values():
+            values = (entry.psnr, entry.ms_ssim, entry.seconds)
+            add(
+                f"{entry.name}, 2019", VALIDATION_IMAGES, VALIDATION_MEGAPIXELS, entry.size, *values
+            )
+    if not comparable:
+        lines += ["", f"Not comparable: CLIC 2019's validation set has {VALIDATION_IMAGES} images and "
+                  f"{VALIDATION_MEGAPIXELS} Mpx."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _asked(arguments: argparse.Namespace) -> Limits:
+    """Limits of the command line, that in bits a pixel aside."""
+    return Limits(arguments.max_bytes, arguments.min_psnr, arguments.min_ms_ssim)
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """`tucodec clic verify`: status 1 when anything is wrong, a line each on stderr."""
+    asked = _asked(arguments)
+    folder = Path(arguments.submission)
+    totals, wrong = verify(folder, arguments.originals, asked, arguments.max_bpp)
+    claimed = Limits(**read_manifest(folder)["limits"]).given()
+    if arguments.json:
+        print(json.dumps(finite({**totals, "claimed": claimed, "wrong": wrong})))
+    elif totals:
+        print(", ".join(f"{key} {value:.6g}" for key, value in totals.items()))
+        if claimed and not (asked.given() or arguments.max_bpp is not None):
+            limits = ", ".join(f"{key} {value:.10g}" for key, value in claimed.items())
+            print(f"limits claimed by the submission, not asked for by --max-bpp, …: {limits}")
+    return _complain(arguments.submission, wrong)
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """`tucodec clic compare`: the table, also of submissions that are wrong; then status 1."""
+    measured: dict[str, dict[str, Any]] = {}
+    minimised: dict[str, Quantity] = {}
+    status = 0
+    for name in arguments.submission:
+        totals, wrong = verify(
+            Path(name), arguments.originals, _asked(arguments), arguments.max_bpp
+        )
+        status |= _complain(name, wrong)
+        if totals:
+            measured[name] = totals
+            minimised[name] = read_manifest(Path(name))["minimised"]
+    print(json.dumps(finite(measured)) if arguments.json else comparison(measured, minimised))
+    return status
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """`tucodec clic check`: status 1 when the images are not CLIC 2019's validation set."""
+    sizes = [
+        read_image(path).shape[:2] for path in tqdm(find_images(arguments.images), disable=None)
+    ]
+    pixels = sum(height * width for height, width in sizes)
+    found = f"{len(sizes)} images, {pixels / 1e6:.2f} Mpx, {byte_budget(0.15, pixels)} bytes at 0.15 bpp"
+    if is_validation_set(len(sizes), pixels):
+        print(f"{found}: CLIC 2019's validation set")
+        return 0
+    print(f"{found}; CLIC 2019's validation set has {VALIDATION_IMAGES} images, "
+          f"{VALIDATION_MEGAPIXELS} Mpx, {VALIDATION_BUDGET} bytes")  # fmt: skip
+    return 1
+
+
+def _complain(name: str, wrong: Sequence[str]) -> int:
+    for line in wrong:
+        print(f"tucodec: {name}: {line}", file=sys.stderr)
+    return 1 if wrong else 0

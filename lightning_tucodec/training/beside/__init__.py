@@ -1,0 +1,1 @@
+"""What works beside a training: the mirror and W&B."""

@@ -1,0 +1,332 @@
+"""A copy of a run folder at any fsspec URL, kept up to date while the run trains.
+
+    <url>/<run folder's name>/
+        mirror.json                     what is whole, with size and SHA-256; checkpoints newest first
+        checkpoints/step-….ckpt         two generations, named by step and content
+        metrics.jsonl manifest.json config.yaml images/
+
+`mirror.json` is written last, so what it names is complete, and what a lost connection leaves half-done is
+never looked at; a checkpoint is never written over another. It may name nothing but these files, whoever
+wrote it. The copying is done by a process of its own: it costs a training step nothing, and a server that
+hangs holds up nobody. It ends when its parent closes its standard input or dies.
+
+    TUCODEC_MIRROR=URL python -m lightning_tucodec.training.beside.mirror RUN_FOLDER
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from lightning_tucodec.errors import DatasetError, TucodecError, redacted
+from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.storage import Storage, sha256_file
+from lightning_tucodec.training.beside.companions import wait
+from lightning_tucodec.training.runs.folder import CHECKPOINTS, MANIFEST, Manifest, RunFolder
+
+INDEX = "mirror.json"
+POLL_SECONDS = 2.0
+"""Pause between two looks at the run folder."""
+
+_SMALL = ("metrics.jsonl", MANIFEST, "config.yaml")
+_PICTURE = re.compile(r"images/step-\d{8}[^/\0]*\.(png|json)")
+_GENERATIONS = 2
+
+
+Progress = tuple[int, int]
+"""Steps and images of a state; a GAN's discriminator learns between two steps of its codec."""
+
+
+def check_writable(url: str) -> None:
+    """Write, read and remove a small file at a mirror's parent.
+
+    Raises:
+        DatasetError: that does not work.
+    """
+    storage = Storage(url)
+    probe = f".tucodec-probe-{os.getpid()}"
+    try:
+        storage.write(probe, b"tucodec")
+        same = storage.read(probe) == b"tucodec"
+        storage.remove(probe)
+    except OSError as error:
+        raise DatasetError(f"mirror {url}: {error.strerror or error}") from None
+    except TucodecError as error:
+        raise DatasetError(f"mirror {url}: {error}") from None
+    if not same:
+        raise DatasetError(f"mirror {url}: what was read is not what was written")
+
+
+def _mirror_of(folder: RunFolder, url: str) -> Storage:
+    return Storage(f"{url.rstrip('/')}/{folder.path.name}")
+
+
+def read_index(folder: RunFolder, url: str) -> dict[str, Any]:
+    """What the mirror of a run holds; empty when there is none.
+
+    Raises:
+        DatasetError: the storage cannot be reached, or the index is damaged or names what no mirror holds.
+    """
+    storage = _mirror_of(folder, url)
+    try:
+        index: dict[str, Any] = json.loads(storage.read(INDEX))
+        problem = _problem(index)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        problem = repr(error)
+    if problem:
+        raise DatasetError(f"{storage.path(INDEX)}: damaged ({problem}); remove the mirror")
+    return index
+
+
+def _mirrored(name: str) -> bool:
+    """Whether a file of a run folder, besides its checkpoints, belongs to the mirror."""
+    return name in _SMALL or _PICTURE.fullmatch(name) is not None
+
+
+def _problem(index: dict[str, Any]) -> str | None:
+    """What cannot be; names become paths."""
+    for name, entry in index["files"].items():
+        if not _mirrored(name) or entry["name"] != name:
+            return f"{entry['name']!r} as {name!r}"
+    for entry in index["checkpoints"]:
+        if entry["name"] not in (_checkpoint(entry["step"], entry["sha256"]), _old(entry["step"])):
+            return f"{entry['name']!r} as step {entry['step']}"
+    for entry in (*index["files"].values(), *index["checkpoints"]):
+        numbers = (entry["size"], entry.get("images", 0))
+        if any(type(number) is not int for number in numbers) or not re.fullmatch(
+            "[0-9a-f]{64}", entry["sha256"]
+        ):
+            return f"{entry['name']} has no size, images or SHA-256"
+    return None
+
+
+def _checkpoint(step: int, sha256: str) -> str:
+    """Its content is in its name: two states of one step, as a GAN has them, are two files."""
+    return f"checkpoints/step-{step:08d}-{sha256[:16]}.ckpt"
+
+
+def _old(step: int) -> str:
+    """Name in mirrors of earlier versions."""
+    return f"checkpoints/step-{step:08d}.ckpt"
+
+
+def _progress(entry: dict[str, Any]) -> Progress:
+    """Of a checkpoint in an index; earlier versions did not write down the images."""
+    return entry["step"], entry.get("images", 0)
+
+
+class Mirror:
+    """Copies what has changed since the last time.
+
+    Args:
+        folder: of the run.
+        url: parent of all mirrored runs.
+    """
+
+    def __init__(self, folder: RunFolder, url: str) -> None:
+        self.folder = folder
+        self.storage = _mirror_of(folder, url)
+        self.index = read_index(folder, url) or {"checkpoints": [], "files": {}}
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._caught_up = False
+
+    def push(self) -> bool:
+        """Copy once; returns whether anything had changed.
+
+        The newest checkpoint goes first and the metrics after it, so that they reach at least as far.
+        """
+        if self._behind():
+            return False
+        changed = self._push_checkpoint()
+        names = list(_SMALL)
+        names += [f"images/{p.name}" for p in sorted(self.folder.images.glob("step-*"))]
+        for name in filter(_mirrored, names):
+            changed |= self._push_file(name)
+        if changed:
+            self.storage.write(INDEX, json.dumps(self.index, indent=1).encode())
+            self._prune()
+        return changed
+
+    def _behind(self) -> bool:
+        """Whether the mirror holds more than this run has reached so far; then it stays as it is."""
+        there = [_progress(entry) for entry in self.index["checkpoints"]]
+        if not there or self._caught_up:
+            return False
+        try:
+            own = _progress_of((self.folder.checkpoints / CHECKPOINTS[0]).read_bytes())
+        except FileNotFoundError:
+            own = None
+        self._caught_up = own is not None and own >= max(there)
+        return not self._caught_up
+
+    def _push_checkpoint(self) -> bool:
+        path = self.folder.checkpoints / CHECKPOINTS[0]
+        stamp = self._changed(path)
+        if stamp is None:
+            return False
+        with open(path, "rb") as stream:  # a rename while we read does not take it away
+            data = stream.read()
+        own = _progress_of(data)
+        if own is None:
+            return False
+        entry = self._put(_checkpoint(own[0], hashlib.sha256(data).hexdigest()), data)
+        older = [e for e in self.index["checkpoints"] if _progress(e) < own]
+        newest = {"step": own[0], "images": own[1], **entry}
+        self.index["checkpoints"] = [newest, *older][:_GENERATIONS]
+        self._seen[str(path)] = stamp
+        return True
+
+    def _push_file(self, name: str) -> bool:
+        path = self.folder.path / name
+        stamp = self._changed(path)
+        if stamp is None:
+            return False
+        self.index["files"][name] = self._put(name, path.read_bytes())
+        self._seen[str(path)] = stamp
+        return True
+
+    def _put(self, name: str, data: bytes) -> dict[str, Any]:
+        self.storage.write(name, data)
+        return {"name": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def _changed(self, path: Path) -> tuple[int, int] | None:
+        """Time and inode of a file that is new since it was copied; None otherwise."""
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return None
+        stamp = (status.st_mtime_ns, status.st_ino)
+        return None if self._seen.get(str(path)) == stamp else stamp
+
+    def _prune(self) -> None:
+        kept = {entry["name"] for entry in self.index["checkpoints"]}
+        for name, _ in self.storage.files():
+            if name.startswith("checkpoints/") and name not in kept:
+                self.storage.remove(name)
+
+
+class _Nothing:
+    """Stands for every class in a checkpoint while only its step is looked for."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads dictionaries and numbers; whatever else a pickle names is not run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Nothing
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
+
+
+def _progress_of(data: bytes) -> Progress | None:
+    """How far a checkpoint is, without PyTorch; None when it is damaged."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+            content = _PlainUnpickler(io.BytesIO(archive.read(name))).load()
+        own = content["tucodec"]
+        return int(own["opt_step"]), int(own.get("images_seen", 0))
+    except (
+        zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError, EOFError,
+    ):  # fmt: skip
+        return None
+
+
+def pull(folder: RunFolder, url: str, own: Progress | None) -> int | None:
+    """Bring a run's state here if the mirror is further than `own`, or holds any where that is None.
+
+    The newest checkpoint whose bytes have the stated hash is taken, with metrics, manifest and pictures.
+    Local checkpoints stay as the older generation.
+
+    Returns:
+        The step, or None when the mirror has nothing newer.
+
+    Raises:
+        DatasetError: the storage cannot be reached.
+    """
+    storage = _mirror_of(folder, url)
+    index = read_index(folder, url)
+    last, previous = (folder.checkpoints / name for name in CHECKPOINTS)
+    for entry in index.get("checkpoints", []):
+        if own is not None and _progress(entry) <= own:
+            break
+        incoming = folder.checkpoints / "incoming.ckpt"
+        try:
+            _get(storage, entry, incoming)
+        except (TucodecError, OSError) as error:
+            print(f"tucodec: {error}; trying an older one", file=sys.stderr, flush=True)
+            incoming.unlink(missing_ok=True)
+            continue
+        for name, file in index["files"].items():
+            target = folder.path / name
+            data = storage.read(file["name"])
+            if name == MANIFEST:
+                Manifest(folder).merge(data)
+            elif not target.exists() or name in _SMALL:
+                with atomic_write(target) as stream:
+                    stream.write(data)
+        if last.exists():
+            last.replace(previous)
+        incoming.replace(last)
+        return int(entry["step"])
+    return None
+
+
+def _get(storage: Storage, entry: dict[str, Any], target: Path) -> None:
+    """Fetch a file and compare size and hash.
+
+    Raises:
+        DatasetError: they differ.
+    """
+    if storage.remote:
+        storage.download(entry["name"], target, entry["size"], entry["sha256"])
+        return
+    with atomic_write(target) as stream:
+        stream.write(storage.read(entry["name"]))
+    if sha256_file(target) != entry["sha256"]:
+        raise DatasetError(f"{storage.path(entry['name'])}: its bytes are not what was stored")
+
+
+def follow(folder: RunFolder, url: str) -> bool:
+    """Push until standard input is closed, then once more; trouble is said when it changes.
+
+    Returns:
+        Whether the last push went well.
+    """
+    mirror: Mirror | None = None
+    said = ""
+    last_time = False
+    while True:
+        try:
+            mirror = mirror or Mirror(folder, url)
+            mirror.push()
+            if said:
+                print(f"tucodec: mirror {redacted(url)}: works again", file=sys.stderr, flush=True)
+            said = ""
+        except Exception as error:  # whatever a storage does, the run goes on
+            text = " ".join(str(error).split()) or type(error).__name__
+            if text != said:
+                print(redacted(f"tucodec: mirror {url}: {text}"), file=sys.stderr, flush=True)
+            said = text
+        if last_time:
+            return not said
+        last_time = wait(POLL_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(not follow(RunFolder(Path(sys.argv[1])), os.environ["TUCODEC_MIRROR"]))

@@ -1,0 +1,1 @@
+"""What a training reads: the plan of samples, shards, pre-coded patches."""

@@ -1,0 +1,431 @@
+"""Checkpoints: written aside in the background, published when their step is complete, read back whole.
+
+A save has three parts. At the end of a batch all tensors are copied; training waits for nothing else. A
+thread writes the copy to `saving.ckpt` and flushes it to disk. When the step's metric lines and validation
+are written as well, the thread renames: last becomes previous, saving becomes last. So a checkpoint that
+can be found always belongs to complete metrics, and a kill at any moment leaves a generation that can.
+
+A signal during a validation waits neither for its end nor for that of the image at hand. Then the state after
+the batch is saved with the number of metric lines written so far, and whoever goes on from it begins with
+the validation.
+"""
+
+import contextlib
+import functools
+import os
+import random
+import shutil
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+from pytorch_lightning.trainer.states import TrainerFn
+
+from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.training.module import NonFiniteLossError
+from lightning_tucodec.training.runs.folder import (
+    CHECKPOINTS,
+    Manifest,
+    RunFolder,
+    load_checkpoint,
+    read_metrics,
+)
+from lightning_tucodec.training.runs.preemption import ImageAbandoned, Preemption, ValidationStopped
+
+
+class SaveError(TucodecError):
+    """A checkpoint could not be written; the earlier ones are intact."""
+
+
+def rng_state() -> dict[str, Any]:
+    """States of this process's global generators, as plain types and tensors."""
+    python = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": [python[0], torch.tensor(python[1]), python[2]],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position),
+                  int(has_gauss), float(cached)],
+    }  # fmt: skip
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Set this process's global generators."""
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    words32 = keys.numpy().astype(np.uint32)
+    np.random.set_state((name, words32, position, has_gauss, cached))  # noqa: NPY002
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _copied(value: Any) -> Any:
+    """Tensors cloned to the CPU, containers rebuilt."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(v) for v in value)
+    return value
+
+
+class BackgroundWriter(CheckpointIO):
+    """Lightning's way to files, for rank 0: copy now, write in a thread, rename on `publish`.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._future: Future[None] | None = None
+        self._complete = threading.Event()
+        self._abandoned = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._future is not None and not self._future.done()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save went wrong; `settle` says how."""
+        future = self._future
+        return future is not None and future.done() and future.exception() is not None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Copy all tensors and start writing."""
+        self.settle()
+        self._complete.clear()
+        self._future = self._thread.submit(self._write, _copied(checkpoint), Path(path))
+
+    def publish(self) -> None:
+        """The step of the last save has all its metric lines: its checkpoint may be found."""
+        self._complete.set()
+
+    def settle(self) -> None:
+        """Wait until the last save is published.
+
+        Raises:
+            SaveError: it went wrong.
+        """
+        if self._future is not None:
+            self.publish()
+            self._future.result()
+
+    def drop(self) -> None:
+        """Forget the last save if it is not published."""
+        if self._future is not None and not self._complete.is_set():
+            self._abandoned = True
+            self.settle()
+            self._abandoned = False
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        step = int(checkpoint["tucodec"]["opt_step"])
+        aside = self.folder.checkpoints / "saving.ckpt"
+        try:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(checkpoint, aside)
+            _flush(aside)
+            self._complete.wait()
+            if self._abandoned:
+                aside.unlink()
+                return
+            if Manifest(self.folder).overtaken():
+                aside.unlink()
+                raise SaveError(f"{path}: not saved, the run goes on in another job")
+            if self.folder.metrics.exists():
+                _flush(self.folder.metrics)
+            last, previous = (self.folder.checkpoints / name for name in CHECKPOINTS)
+            if path == last and last.exists():
+                os.replace(last, previous)
+            os.replace(aside, path)
+            _flush(path.parent)
+        # The zip writer of PyTorch turns "disk full" into a RuntimeError.
+        except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise SaveError(
+                f"{path}: step {step} could not be saved ({_reason(error, path.parent)}); earlier "
+                "checkpoints are intact: make room and start the same command again"
+            ) from None
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """See `load_checkpoint`."""
+        return load_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Never asked for: there are two generations."""
+        Path(path).unlink(missing_ok=True)
+
+    def teardown(self) -> None:
+        """End the thread; a save whose step was never completed is dropped."""
+        self._abandoned = True
+        self._complete.set()
+        self._thread.shutdown(wait=True)
+
+
+def _flush(path: Path) -> None:
+    """Have a file or folder on disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    text = (getattr(error, "strerror", None) or str(error).strip().splitlines()[0])[:120]
+    with contextlib.suppress(OSError):
+        text += f", {shutil.disk_usage(folder).free // 2**20} MiB free on this disk"
+    return text
+
+
+class Checkpointing(pl.Callback):
+    """Saves every so many minutes, and when the run ends or is told to stop.
+
+    Args:
+        writer: writes on rank 0.
+        minutes: time between two saves.
+        preemption: knows about signals and lets ranks agree.
+        run_id: stands in every checkpoint; it is the W&B id as well.
+
+    Attributes:
+        rng: states of all ranks from the checkpoint that the run goes on from.
+        owes_validation: that checkpoint was made in a validation, which is still to be done.
+    """
+
+    def __init__(
+        self, writer: BackgroundWriter, minutes: float, preemption: Preemption, run_id: str
+    ) -> None:
+        self.writer, self.preemption, self.run_id = writer, preemption, run_id
+        self.seconds = 60 * minutes
+        self.rng: list[dict[str, Any]] | None = None
+        self.owes_validation = False
+        self._after_batch: dict[str, Any] = {}
+        self._abandoned = False
+        self._saved_at = 0.0
+        self._saved_batch = -1
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        """On all ranks, since gathering the state may be collective.
+
+        Batches tell states apart: one may end without a step of the optimiser that `opt_step` counts.
+        """
+        if (batch := _batches(trainer)) != self._saved_batch:
+            self._saved_batch = batch
+            trainer.save_checkpoint(self.writer.folder.checkpoints / CHECKPOINTS[0], False)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Start the clock; go on with each rank's own random numbers if the ranks are the same.
+
+        Raises:
+            ConfigError: the learning rate depends on what a validation finds.
+        """
+        if any(schedule.reduce_on_plateau for schedule in trainer.lr_scheduler_configs):
+            raise ConfigError(
+                "ReduceLROnPlateau moves after a batch's state is saved, so that a resumed run would "
+                "differ; make the learning rate a function of opt_step"
+            )
+        self._saved_at = time.monotonic()
+        self._saved_batch = -1 if self.owes_validation else _batches(trainer)
+        if self.rng is not None and len(self.rng) == trainer.world_size:
+            restore_rng(self.rng[trainer.global_rank])
+        self.rng = None
+        self._after_batch["rng"] = rng_state()
+        own_hook = pl_module.on_train_batch_end
+
+        def on_train_batch_end(*args: Any) -> None:
+            own_hook(*args)
+            self._end_batch(trainer)
+
+        own_step = pl_module.validation_step
+
+        @functools.wraps(own_step)  # Lightning looks at its arguments
+        def validation_step(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with self.preemption.abandoning():
+                    return own_step(*args, **kwargs)
+            except ImageAbandoned:
+                self._abandoned = True
+                return None
+
+        # Around the step itself: what Lightning does around it may wait for other ranks.
+        if pl_module.abandons_images:
+            pl_module.validation_step = validation_step
+
+        # After the module's hook, which Lightning calls after those of all callbacks: what it does, such as
+        # moving an average of weights, belongs to the batch.
+        pl_module.on_train_batch_end = on_train_batch_end
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """What a stop in a validation at the start would have to save again; that validation's turn."""
+        loop = self._after_batch["loop"] = checkpoint["loops"]["fit_loop"]
+        self.owes_validation = "lines" in checkpoint.get("run", {})
+        if self.owes_validation:
+            checkpoint["loops"]["fit_loop"] = _owing(loop)  # which Lightning loads after this
+            # It validates nothing where no step is left.
+            trainer.fit_loop.epoch_loop.max_steps += 1
+
+    def _repay(self, trainer: pl.Trainer) -> None:
+        """The owed validation has its turn."""
+        if self.owes_validation:
+            self.owes_validation = False
+            loop = trainer.fit_loop.epoch_loop
+            loop.max_steps -= 1
+            # Or else every later checkpoint would look like one made in a validation.
+            loop.val_loop.batch_progress.total.reset()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """The module has its own methods back."""
+        for name in ("on_train_batch_end", "validation_step"):
+            vars(pl_module).pop(name, None)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Everything of the step before this one is written.
+
+        Raises:
+            StopIteration: only a validation was left to do, and there are no images any more.
+        """
+        self.writer.publish()
+        self._repay(trainer)
+        if _is_over(trainer):
+            raise StopIteration
+
+    def _end_batch(self, trainer: pl.Trainer) -> None:
+        """Save when the time has come; rank 0's clock decides for all.
+
+        Raises:
+            SaveError: an earlier save went wrong, on whichever rank.
+        """
+        first = trainer.is_global_zero
+        elapsed = time.monotonic() - self._saved_at
+        due, failed = self.preemption.agree(
+            first and elapsed >= self.seconds and not (self.seconds and self.writer.busy),
+            self.writer.failed,
+        )
+        if failed:
+            self.writer.settle()
+            raise SaveError("rank 0 could not save; see its message")
+        if due or self.preemption.stopping:
+            self._save(trainer)
+            self._saved_at = time.monotonic()
+        self._after_batch = {"rng": rng_state(), "loop": trainer.fit_loop.state_dict()}
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """If it was owed, it is no more."""
+        if _is_within_fit(trainer):
+            self._repay(trainer)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Stop before the next image.
+
+        Raises:
+            ValidationStopped: the run is saved.
+        """
+        if _is_within_fit(trainer):
+            self.preemption.agree()
+            if self.preemption.stopping:
+                self._stop_validation(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Stop if the image was abandoned, on whichever rank.
+
+        Raises:
+            ValidationStopped: the run is saved.
+        """
+        (abandoned,) = self.preemption.agree(self._abandoned)
+        if abandoned:
+            self._stop_validation(trainer)
+
+    def _stop_validation(self, trainer: pl.Trainer) -> NoReturn:
+        self.preemption.owes_validation = True
+        self.writer.drop()  # it would claim that the validation is done
+        self._saved_batch = -1
+        self._save(trainer)
+        self.writer.settle()
+        raise ValidationStopped
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """A validation draws no training noise: a run that goes on after it starts from before it."""
+        if not _is_within_fit(trainer):
+            return
+        restore_rng(self._after_batch["rng"])
+        self.preemption.agree()
+        if self.preemption.stopping:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The final state, on disk."""
+        self._save(trainer)
+        self.writer.settle()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """The run's identity and the random state of every rank."""
+        validating = trainer.validating and _is_within_fit(trainer)
+        rng = self.preemption.gather(self._after_batch["rng"] if validating else rng_state())
+        checkpoint["run"] = {"run_id": self.run_id, "wandb_id": self.run_id, "rng": rng}
+        if validating:
+            checkpoint["loops"]["fit_loop"] = self._after_batch["loop"]
+            if self.preemption.owes_validation:
+                checkpoint["run"]["lines"] = len(read_metrics(self.writer.folder.metrics))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Keep the state of a run whose loss was not finite for whoever looks for the cause."""
+        if isinstance(exception, NonFiniteLossError):
+            path = self.writer.folder.checkpoints / f"nonfinite-{pl_module.opt_step}.ckpt"
+            trainer.save_checkpoint(path, weights_only=False)
+            self.writer.settle()
+            exception.args = (f"{exception.args[0]}; state saved in {path}",)
+
+
+def _batches(trainer: pl.Trainer) -> int:
+    """Training batches of the whole run, in all its attempts."""
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(total.processed)
+
+
+def _is_within_fit(trainer: pl.Trainer) -> bool:
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+
+def _is_over(trainer: pl.Trainer) -> bool:
+    return 0 <= trainer.max_steps <= trainer.global_step
+
+
+def _owing(loop: dict[str, Any]) -> dict[str, Any]:
+    """The state of Lightning's loop after a batch, changed so that it begins with the validation."""
+    own, validation = "epoch_loop.state_dict", "epoch_loop.val_loop.batch_progress"
+    progress = loop[validation]
+    # As if the first image had been started and not finished.
+    done = progress["total"]["completed"]
+    total = {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
+    current = dict.fromkeys(progress["current"], 0)
+    # Lightning will count the batch once more after the validation.
+    stepped = loop[own]["_batches_that_stepped"] - 1
+    return {
+        **loop,
+        own: {**loop[own], "_batches_that_stepped": stepped},
+        validation: {**progress, "total": total, "current": current},
+    }
