@@ -6,6 +6,7 @@
 >>> image = tuc.decompress(data)                          # doctest: +SKIP
 """
 
+from importlib import import_module
 from typing import Any
 
 from lightning_tucodec.errors import (
@@ -17,7 +18,8 @@ from lightning_tucodec.errors import (
     UnsupportedVersionError,
 )
 
-_LAZY = ("decompress", "load", "models", "untrained")
+_LAZY = {"decompress": "decode", "load": "library", "models": "library", "untrained": "library"}
+"""Coding functions, each with the module of `codecs` that it stands in."""
 
 __all__ = [
     "CorruptStreamError",
@@ -36,7 +38,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import the coding functions, and with them torch, when one is first used."""
     if name in _LAZY:
-        from lightning_tucodec.codecs import library
-
-        return getattr(library, name)
+        return getattr(import_module(f"lightning_tucodec.codecs.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

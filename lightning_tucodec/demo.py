@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lightning_tucodec.cli.compress import DEFAULT_MODEL
 from lightning_tucodec.codecs import library, registry
-from lightning_tucodec.codecs.base import ImageCodec
+from lightning_tucodec.codecs.base import DEFAULT_MODEL, ImageCodec
 from lightning_tucodec.errors import ExternalToolError, OutputError
 from lightning_tucodec.io import processes
 from lightning_tucodec.io.files import atomic_write

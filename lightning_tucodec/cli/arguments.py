@@ -1,10 +1,46 @@
 """Options that several commands share; imports nothing heavy, so that `--help` is instant."""
 
 import argparse
+import json
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 from lightning_tucodec.io.files import expanded
+
+Subparsers = Any
+"""What argparse's `add_subparsers` returns; its type has no public name."""
+
+
+def command(
+    subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], int], summary: str
+) -> argparse.ArgumentParser:
+    """Add one command, whose parsed arguments go to `run`, which returns the exit status."""
+    description = summary[0].upper() + summary[1:] + "."
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=summary, description=description
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def family(subparsers: Subparsers, name: str, summary: str) -> Subparsers:
+    """Add a command that has commands of its own."""
+    parser = subparsers.add_parser(name, help=summary)
+    return parser.add_subparsers(dest=f"{name}_command", metavar="COMMAND", required=True)
+
+
+def add_json(*parsers: argparse.ArgumentParser) -> None:
+    """`--json`: the result is printed as JSON."""
+    for parser in parsers:
+        parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def show(result: Any, text: Callable[[Any], str], arguments: argparse.Namespace) -> int:
+    """Print a result, as `text` writes it or as JSON; the exit status of a success."""
+    print(json.dumps(result, indent=1) if arguments.json else text(result))
+    return 0
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +51,15 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 def location(text: str) -> str:
     """A type of options: a path or URL, with `~` and `$NAME` as a shell would have replaced them."""
     return expanded(text)
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Limits that a set of images is to keep to."""
+    add = parser.add_argument_group("limits that the set must keep to").add_argument
+    add("--max-bpp", type=positive)
+    add("--max-bytes", type=count)
+    add("--min-psnr", type=real(0), metavar="DB", help="pooled over the set")
+    add("--min-ms-ssim", type=real(0, 1), help="weighted by pixels")
 
 
 def real(
@@ -57,3 +102,11 @@ def _within(value: float, low: float, high: float, above: bool = False) -> float
 
 positive = real(0, above=True)
 count = whole(1)
+
+
+def part(text: str) -> tuple[int, int]:
+    """A type of options: `I/N`, share I (from 1) of N."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n, such as 1/8")
+    return int(match[1]), int(match[2])

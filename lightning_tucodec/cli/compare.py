@@ -1,16 +1,25 @@
-"""Options of the commands of this package; imports nothing heavy, so that `--help` is instant."""
+"""`tucodec compare`: codecs, runs and sweeps on one page."""
 
 import argparse
 
-from lightning_tucodec.cli.arguments import add_force, count, location, positive
+from lightning_tucodec.cli.arguments import (
+    Subparsers,
+    add_force,
+    command,
+    count,
+    location,
+    positive,
+)
 
 
-def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `tucodec compare`."""
+def register(subparsers: Subparsers) -> None:
+    """`tucodec compare`."""
+    summary = "codecs, runs and sweeps on one HTML page: curves, BD-rate, pictures, costs"
+    parser = command(subparsers, "compare", run, summary)
     parser.add_argument(
         "sources",
-        nargs="+",
         type=location,
+        nargs="+",
         metavar="SOURCE",
         help="run folder, sweep folder, results.json, published curve (CompressAI's format) or a folder of "
         "them, published:NAME, wandb:ENTITY/PROJECT/GROUP",
@@ -28,8 +37,8 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", default="Comparison of image codecs")
     parser.add_argument(
         "--images",
-        nargs="+",
         type=location,
+        nargs="+",
         metavar="IMAGE|DIR",
         help="originals of results.json: adds the gallery",
     )
@@ -42,3 +51,10 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=count, default=6, help="images in the gallery")
     parser.add_argument("--samples", type=count, default=500, help="of the bootstrap over images")
     parser.add_argument("--json", action="store_true", help="print the BD rows")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page, print BD-rates."""
+    from lightning_tucodec.report.compare import run_compare
+
+    return run_compare(arguments)

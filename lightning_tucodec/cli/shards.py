@@ -2,21 +2,47 @@
 
 import argparse
 import json
-import re
 import sys
 
-from lightning_tucodec.cli.arguments import count, location
+from lightning_tucodec.cli.arguments import (
+    Subparsers,
+    add_force,
+    add_json,
+    command,
+    count,
+    family,
+    location,
+    part,
+)
 from lightning_tucodec.io.files import check_targets
 from lightning_tucodec.io.processes import cores
 
 
-def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+def register(subparsers: Subparsers) -> None:
+    """`tucodec shards`."""
+    commands = family(subparsers, "shards", "photographs -> patches -> WebDataset shards")
+    build = command(commands, "build", run_build, "cut photographs into shards of patches")
+    _add_build_arguments(build)
+    precode = command(
+        commands, "precode", run_precode, "code photographs with H.266, for post-filters"
+    )
+    _add_precode_arguments(precode)
+    verify = command(commands, "verify", run_verify, "read all shards back and name what is wrong")
+    stats = command(commands, "stats", run_stats, "draw a contact sheet and histograms")
+    stats.add_argument("-o", "--out", type=location, default="stats.png", metavar="PNG")
+    add_force(stats)
+    for parser in (verify, stats):
+        parser.add_argument("shards", type=location, metavar="DIR|URL")
+    add_json(verify, stats)
+
+
+def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tucodec shards build`."""
     add = parser.add_argument
     add(
         "sources",
-        nargs="+",
         type=location,
+        nargs="+",
         metavar="SRC",
         help="folder, uncompressed tar, image, or URL of one",
     )
@@ -28,7 +54,7 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=cores(), metavar="W", help="processes (default: all cores)")
     add(
         "--part",
-        type=part_argument,
+        type=part,
         metavar="I/N",
         help="do only share I (from 1) of N; see docs/data.md",
     )
@@ -101,13 +127,13 @@ def run_build(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_precode_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_precode_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `tucodec shards precode`."""
     add = parser.add_argument
     add(
         "sources",
-        nargs="+",
         type=location,
+        nargs="+",
         metavar="SRC",
         help="folder, uncompressed tar, or image",
     )
@@ -188,14 +214,6 @@ def run_stats(arguments: argparse.Namespace) -> int:
         for key, value in report.items():
             print(f"{key}: {value}")
     return 0
-
-
-def part_argument(text: str) -> tuple[int, int]:
-    """`i/n` as two numbers."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n, such as 1/8")
-    return int(match[1]), int(match[2])
 
 
 def _scales(text: str) -> tuple[float, ...]:

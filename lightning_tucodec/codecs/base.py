@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 MODEL_SUFFIX = ".safetensors"
 """Ending of the file of a learned model."""
 
+DEFAULT_MODEL = "tiny-mse-2"
+"""What codes an image when nothing is said."""
+
 
 @runtime_checkable
 class ImageCodec(Protocol):

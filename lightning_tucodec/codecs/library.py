@@ -181,18 +181,3 @@ def untrained(preset: str, seed: int = 0) -> TucModel:
         torch.manual_seed(seed)
         network = TucodecVAE(PRESETS[preset])
     return TucModel(freeze(network, f"untrained-{preset}", {"note": "random weights"}))
-
-
-def decompress(data: bytes) -> Any:
-    """The image (PIL.Image) of a `.tuc` file, whatever known model wrote it."""
-    from PIL import Image
-
-    from lightning_tucodec.codecs.h266.codec import decode_container
-    from lightning_tucodec.coding.container import CodecKind, unpack
-
-    if isinstance(data, str | Path):
-        raise TypeError("decompress takes the bytes of a file: Path(name).read_bytes()")
-    container = unpack(data)
-    if container.kind == CodecKind.VVC:
-        return Image.fromarray(decode_container(container))
-    return Image.fromarray(load_by_id(container.model_id).decode_pixels(container))

@@ -373,3 +373,15 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
             if isinstance(row, dict):
                 rows.append(row)
     return rows
+
+
+def launchers() -> Path:
+    """The folder `slurm` of the repository.
+
+    Raises:
+        ConfigError: this package was installed without it, and TUCODEC_ROOT does not say where it is.
+    """
+    for root in (os.environ.get("TUCODEC_ROOT"), Path.cwd(), Path(__file__).parents[2]):
+        if root and (Path(root) / "slurm" / "submit.sh").is_file():
+            return Path(root) / "slurm"
+    raise ConfigError("no slurm/submit.sh here: call from the repository, or set TUCODEC_ROOT")

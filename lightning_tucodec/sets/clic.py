@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-import data_pipelines
 import lightning_tucodec
 from lightning_tucodec.codecs.classical.codecs import PillowCodec
 from lightning_tucodec.codecs.registry import CLASSES, split
@@ -178,8 +177,8 @@ def decoder_bytes(folder: Path, manifest: dict[str, Any]) -> int:
     streams = {entry["file"] for entry in manifest["images"]}
     rest = [name for name in contents(folder) if name not in streams and name != MANIFEST]
     size = sum((folder / name).lstat().st_size for name in rest)
-    for package in (lightning_tucodec, data_pipelines):  # the command line imports both
-        size += sum(path.stat().st_size for path in Path(package.__path__[0]).rglob("*.py"))
+    package = Path(lightning_tucodec.__path__[0])
+    size += sum(path.stat().st_size for path in package.rglob("*.py"))
     if any(map(_calls_ffmpeg, manifest["codecs"])):
         size += Path(ffmpeg.executable()).stat().st_size
     return size

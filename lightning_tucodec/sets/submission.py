@@ -26,7 +26,13 @@ from tqdm import tqdm
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.registry import codec, codecs, expand, files, model_of, split
 from lightning_tucodec.errors import ConfigError, ExternalToolError, OutputError, TucodecError
-from lightning_tucodec.io.files import FORMER, atomic_write, check_targets, temporary_folder
+from lightning_tucodec.io.files import (
+    FORMER,
+    atomic_write,
+    check_targets,
+    launchers,
+    temporary_folder,
+)
 from lightning_tucodec.io.images import write_png
 from lightning_tucodec.sets.evaluate import (
     Part,
@@ -366,11 +372,9 @@ def _sbatch(options: list[str], words: list[str], dry: bool) -> str:
         ConfigError: the repository's launchers are not found.
         ExternalToolError: there is no sbatch, or it refuses.
     """
-    from lightning_tucodec.sweeps.queue import root
-
-    launchers = root() / "slurm"
-    command = [str(launchers / "submit.sh"), *(["--dry-run"] if dry else []), *options]
-    command += ["--", str(launchers / "allocate.sh"), *words]
+    folder = launchers()
+    command = [str(folder / "submit.sh"), *(["--dry-run"] if dry else []), *options]
+    command += ["--", str(folder / "allocate.sh"), *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["sbatch failed"]

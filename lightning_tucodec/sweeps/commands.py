@@ -10,52 +10,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from lightning_tucodec.cli.arguments import location
 from lightning_tucodec.errors import ConfigError, ExternalToolError
 from lightning_tucodec.sweeps.plan import Plan
 from lightning_tucodec.sweeps.queue import Job, outstanding, queued, submit
 from lightning_tucodec.sweeps.spec import Task
 from lightning_tucodec.sweeps.status import status, table_text
-
-
-def _path(text: str) -> Path:
-    return Path(location(text))
-
-
-def add_arguments(commands: Any, command: Any) -> None:
-    """The subcommands of `tucodec sweep`.
-
-    Args:
-        commands: argparse's subparsers.
-        command: adds one: (subparsers, name, function, summary) to parser.
-    """
-    plan = command(commands, "plan", run_plan, "resolve a sweep into one configuration a task")
-    submit_ = command(commands, "submit", run_submit, "plan a sweep and submit its tasks to Slurm")
-    local = command(commands, "run", run_here, "train a sweep's tasks here, one after the other")
-    for parser, what in (
-        (plan, "SWEEP.yaml"),
-        (submit_, "SWEEP.yaml|PLAN"),
-        (local, "SWEEP.yaml|PLAN"),
-    ):
-        parser.add_argument("sweep", type=_path, metavar=what)
-        parser.add_argument("--out", type=_path, default=Path("sweeps"), metavar="DIR")
-        parser.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="into every task"
-        )
-    submit_.add_argument("--dry-run", action="store_true", help="print the commands of sbatch")
-    retry = command(
-        commands, "retry", run_retry, "submit again what is neither complete nor in the queue"
-    )
-    show = command(commands, "status", run_status, "what the tasks of a sweep are doing")
-    resolve = command(commands, "resolve", run_resolve, "print a task's final configuration file")
-    for parser in (retry, show, resolve):
-        parser.add_argument("plan", type=_path, metavar="PLAN", help="folder of a planned sweep")
-    show.add_argument("--json", action="store_true")
-    retry.add_argument("tasks", nargs="*", metavar="TASK", help="as in ssim-3; all by default")
-    retry.add_argument("--dry-run", action="store_true", help="print the commands of sbatch")
-    resolve.add_argument("task", metavar="TASK", help="as in ssim-3")
 
 
 def run_plan(arguments: argparse.Namespace) -> int:

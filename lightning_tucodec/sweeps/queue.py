@@ -7,9 +7,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from lightning_tucodec.errors import ConfigError, ExternalToolError
+from lightning_tucodec.io.files import launchers
 from lightning_tucodec.sweeps.plan import Plan
 from lightning_tucodec.sweeps.spec import Task
 
@@ -90,18 +90,6 @@ def _array_size() -> int | None:
     return 10 ** (len(found[1]) - 1) if found else None  # indices are smaller than MaxArraySize
 
 
-def root() -> Path:
-    """The folder that holds slurm/.
-
-    Raises:
-        ConfigError: this package was installed without it, and TUCODEC_ROOT does not say where it is.
-    """
-    for folder in (os.environ.get("TUCODEC_ROOT"), Path.cwd(), Path(__file__).parents[2]):
-        if folder and (Path(folder) / "slurm" / "submit.sh").is_file():
-            return Path(folder)
-    raise ConfigError("no slurm/submit.sh here: call from the repository, or set TUCODEC_ROOT")
-
-
 def outstanding(plan: Plan, jobs: dict[str, Job]) -> list[Task]:
     """Tasks that are neither complete nor in the queue."""
     return [t for t in plan.tasks.values() if t.name not in jobs and not plan.is_complete(t)]
@@ -172,7 +160,7 @@ def _sbatch(
     plan: Plan, stage: str, after: str, tasks: Sequence[Task], before: int, log: str, dry: bool
 ) -> str:
     """Submit one array; returns its id."""
-    launcher = root() / "slurm"
+    launcher = launchers()
     command = [
         str(launcher / "submit.sh"), *(["--dry-run"] if dry else []), "--before", str(before),
         f"--job-name={_job_name(plan, stage, before)}",

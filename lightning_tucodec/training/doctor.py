@@ -4,24 +4,21 @@ Run it where the training will run: in a Slurm job it compares the job with the 
 `srun tucodec doctor …` its tasks also try to reach each other.
 """
 
-import argparse
-import json
 import os
 import platform
 import re
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning_tucodec.errors import ConfigError, TucodecError, redacted
-from lightning_tucodec.io.files import read_text, read_yaml
+from lightning_tucodec.io.files import read_text
 from lightning_tucodec.io.storage import Storage
 
 LOCAL_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "ramfs"}
@@ -334,21 +331,3 @@ def table_text(findings: list[Finding]) -> str:
         if finding.fix and finding.level != "ok":
             lines.append(f"{'':<4}  {'':<{width}}  → {finding.fix}")
     return "\n".join(lines)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Print the table; status 1 when something would fail."""
-    config = None
-    if arguments.config:
-        from lightning_tucodec.sweeps.plan import resolve_config
-
-        config = resolve_config(read_yaml(arguments.config))
-        config["run"]["mirror"] = arguments.mirror or config["run"].get("mirror")
-    findings = examine(config, Path(arguments.script) if arguments.script else None)
-    if os.environ.get("SLURM_PROCID", "0") == "0":
-        if arguments.json:
-            print(json.dumps([asdict(finding) for finding in findings], indent=1))
-        else:
-            print(table_text(findings))
-            sys.stdout.flush()
-    return int(any(finding.level == "fail" for finding in findings))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 import lightning_tucodec as tuc
 from lightning_tucodec.cli import main
-from lightning_tucodec.cli.compress import DEFAULT_MODEL
+from lightning_tucodec.codecs.base import DEFAULT_MODEL
 from lightning_tucodec.codecs.learned import codec as tuc_room
 from lightning_tucodec.codecs.learned import refine as room
 from lightning_tucodec.codecs.learned.codec import Coded, TucModel

@@ -33,6 +33,7 @@ from lightning_tucodec.codecs.colour import (
 from lightning_tucodec.codecs.h266 import parameter_sets
 from lightning_tucodec.codecs.h266.postfilter import FilterModel
 from lightning_tucodec.codecs.h266.vvc import PRESETS, TOOLS, Vvc
+from lightning_tucodec.codecs.library import load_filter, load_filter_by_id
 from lightning_tucodec.codecs.options import Options
 from lightning_tucodec.coding.container import MODEL_ID_BYTES, CodecKind, Container, pack, unpack
 from lightning_tucodec.errors import (
@@ -206,8 +207,6 @@ class H266(Options):
         if self.filter == NO_FILTER:
             return None
         # Models know this codec, so that they can decode its files.
-        from lightning_tucodec.codecs.library import load_filter
-
         return load_filter(self.filter)
 
 
@@ -263,7 +262,5 @@ def _parts(
     if not container.flags & _FILTERED:
         return head, b"", rest, None
     if model is None or model.id != container.model_id:
-        from lightning_tucodec.codecs.library import load_filter_by_id
-
         model = load_filter_by_id(container.model_id)
     return head, rest[: model.weight_bytes], rest[model.weight_bytes :], model

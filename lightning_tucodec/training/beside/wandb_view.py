@@ -12,8 +12,8 @@ earlier one, so there are no fragments to put in order.
 | `baseline/…` | with `run.baseline`: percent of rate above the baseline's at equal quality |
 | summary `bd_rate/…` | BD-rate against `run.baseline` of all runs with this one's group and tags |
 
-    python -m lightning_tucodec.training.beside.wandb_view RUN_FOLDER     follows until standard input is closed
-    tucodec wandb-sync RUN…                                        sends all of it, online
+    python -m lightning_tucodec.training.beside.wandb_view RUN_FOLDER    follows until stdin is closed
+    tucodec wandb-sync RUN…                                               sends all of it, online
 """
 
 import argparse

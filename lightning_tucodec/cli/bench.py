@@ -1,0 +1,230 @@
+"""`tucodec bench`: timings, each beside what it is compared with."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lightning_tucodec.cli.arguments import (
+    Subparsers,
+    add_json,
+    command,
+    count,
+    family,
+    location,
+    positive,
+    show,
+    whole,
+)
+
+_PEERS = ["mbt2018", "cheng2020-attn"]
+
+
+def register(subparsers: Subparsers) -> None:
+    """`tucodec bench` and its commands."""
+    commands = family(subparsers, "bench", "timings, each beside what it is compared with")
+    _add_allocate(commands)
+    _add_effort(commands)
+    _add_h266(commands)
+    complexity = command(
+        commands,
+        "complexity",
+        run_complexity,
+        "parameters and multiply-accumulates of the networks",
+    )
+    add_json(complexity)
+    _add_coding(commands)
+    _add_data(commands)
+    _add_train(commands)
+
+
+def _add_allocate(commands: Subparsers) -> None:
+    parser = command(commands, "allocate", run_allocate, "the set-level allocation against HiGHS")
+    parser.add_argument("--repeats", type=count, default=5)
+    add_json(parser)
+
+
+def run_allocate(arguments: argparse.Namespace) -> int:
+    """`tucodec bench allocate`."""
+    from lightning_tucodec.bench import allocate
+
+    return show(allocate.run(arguments.repeats), allocate.table_text, arguments)
+
+
+def _add_effort(commands: Subparsers) -> None:
+    parser = command(
+        commands, "effort", run_effort, "what refinement at the encoder brings, and costs"
+    )
+    add = parser.add_argument
+    add("images", type=location, nargs="+", metavar="IMAGE|DIR")
+    add(
+        "--model",
+        type=location,
+        nargs="+",
+        required=True,
+        help="of one recipe; four or more give a BD-rate",
+    )
+    add("--effort", nargs="*", type=whole(0, 9), default=[3, 5, 7], metavar="0-9")
+    add("--seconds", nargs="*", type=positive, default=[10, 60], metavar="S",
+        help="effort 9 in time")  # fmt: skip
+    add(
+        "--rows",
+        type=location,
+        default="effort.rows.jsonl",
+        metavar="JSONL",
+        help="measurements, kept",
+    )
+    add_json(parser)
+
+
+def run_effort(arguments: argparse.Namespace) -> int:
+    """`tucodec bench effort`."""
+    from lightning_tucodec.bench import effort
+
+    result = effort.run(
+        arguments.images,
+        arguments.model,
+        arguments.effort,
+        arguments.seconds,
+        Path(arguments.rows),
+    )
+    return show(result, effort.table_text, arguments)
+
+
+def _add_h266(commands: Subparsers) -> None:
+    parser = command(commands, "h266", run_h266, "what each part of the H.266 pipeline is worth")
+    add = parser.add_argument
+    add("images", type=location, nargs="+", metavar="IMAGE|DIR")
+    add("--filter", type=location, nargs="*", default=[], metavar="MODEL")
+    add("--preset", default="medium")
+    add("--qp", nargs="*", type=whole(0, 63), metavar="QP", help="32, 35, … 47")
+    add("--bpp", type=positive, default=0.15, help="where gains are read (0.15)")
+    add(
+        "--rows",
+        type=location,
+        default="h266.rows.jsonl",
+        metavar="JSONL",
+        help="measurements, kept",
+    )
+    add("--workers", type=count, help="codings at a time")
+    add("--whole", action="store_true", help="leave out the parts")
+    add_json(parser)
+
+
+def run_h266(arguments: argparse.Namespace) -> int:
+    """`tucodec bench h266`."""
+    from lightning_tucodec.bench import h266
+
+    result = h266.run(
+        arguments.images,
+        arguments.filter,
+        arguments.preset,
+        arguments.qp or h266.QPS,
+        arguments.bpp,
+        Path(arguments.rows),
+        arguments.workers,
+        not arguments.whole,
+    )
+    return show(result, h266.table_text, arguments)
+
+
+def run_complexity(arguments: argparse.Namespace) -> int:
+    """`tucodec bench complexity`."""
+    from lightning_tucodec.bench import complexity
+
+    table = complexity.table()
+    if arguments.json:
+        return show([row._asdict() for row in table], str, arguments)
+    print(complexity.markdown(table))
+    return 0
+
+
+def _add_coding(commands: Subparsers) -> None:
+    for name, summary in (
+        ("codec", "whole coding and decoding and their parts beside CompressAI's, in one process"),
+        ("entropy", "the entropy path alone beside CompressAI's, and how it grows with the image"),
+    ):
+        parser = command(commands, name, run_coding, summary)
+        add = parser.add_argument
+        add("--models", type=location, nargs="+", default=["paper", "fast", "tiny-mse-2"], metavar="NAME",
+            help="presets (untrained; symbols drawn from their own P) or trained models "
+            "(%(default)s)")  # fmt: skip
+        add("--bpp", nargs="+", type=positive, default=[0.15, 0.5], metavar="RATE")
+        add("--peers", nargs="*", default=_PEERS, choices=_PEERS,
+            help="CompressAI's models; none when nothing follows")  # fmt: skip
+        add("--size", nargs=2, type=count, default=[512, 768], metavar=("HEIGHT", "WIDTH"))
+        add("--repeats", type=count, default=5)
+        add_json(parser)
+        if name == "codec":
+            add("--image", type=location, help="a photograph instead of the generated picture")
+            add("--large", action="store_true",
+                help="instead: peak memory of 6000×4000 pixels with the last of --models")  # fmt: skip
+
+
+def run_coding(arguments: argparse.Namespace) -> int:
+    """`tucodec bench codec` and `tucodec bench entropy`."""
+    from lightning_tucodec.bench import codec, entropy
+
+    height, width = arguments.size
+    options: dict[str, Any] = {
+        "models": arguments.models,
+        "rates": arguments.bpp,
+        "peers": arguments.peers,
+        "size": (height, width),
+        "repeats": arguments.repeats,
+    }
+    if arguments.bench_command == "entropy":
+        result = entropy.run(**options)
+    elif arguments.large:
+        result = codec.large(arguments.models[-1])
+    else:
+        result = codec.run(image=arguments.image, **options)
+    return show(result, codec.table_text, arguments)
+
+
+def _add_data(commands: Subparsers) -> None:
+    for name, summary in (
+        ("shards", "building shards against bare encoding of the same patches"),
+        ("loader", "loading patches against plain webdataset on PNG, and bare decoding"),
+    ):
+        parser = command(commands, name, run_data, summary)
+        add = parser.add_argument
+        add("--photos", type=location, metavar="SRC", help="by default generated ones")
+        add("--count", type=count, default=600, help="patches of 256×256")
+        add("--repeats", type=count, default=3)
+        add_json(parser)
+
+
+def run_data(arguments: argparse.Namespace) -> int:
+    """`tucodec bench shards` and `tucodec bench loader`."""
+    from lightning_tucodec.bench import data, timing
+
+    run = data.run_shards if arguments.bench_command == "shards" else data.run_loader
+    result = run(arguments.photos, arguments.count, repeats=arguments.repeats)
+    return show(result, timing.table_text, arguments)
+
+
+def _add_train(commands: Subparsers) -> None:
+    parser = command(
+        commands, "train", run_train, "`fit` with all it does against a bare Lightning loop"
+    )
+    add = parser.add_argument
+    add("--photos", type=location, metavar="SRC", help="by default generated ones")
+    add("--preset", default="tiny", choices=("tiny", "fast", "paper"))
+    add("--steps", type=count, default=60, help="of each training")
+    add("--repeats", type=count, default=3)
+    add("--peer", action="store_true",
+        help="instead: a step of tiny beside CompressAI's joint model with as many parameters")  # fmt: skip
+    add_json(parser)
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """`tucodec bench train`."""
+    from lightning_tucodec.bench import timing, train, train_peer
+
+    if arguments.peer:
+        result = train_peer.run(repeats=arguments.repeats)
+    else:
+        result = train.run(
+            arguments.photos, arguments.preset, arguments.steps, repeats=arguments.repeats
+        )
+    return show(result, timing.table_text, arguments)

@@ -1,0 +1,216 @@
+"""`tucodec decompress | info | models`: what `.tuc` files hold."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning_tucodec.cli import jobs
+from lightning_tucodec.cli.arguments import Subparsers, add_force, add_json, command, location
+from lightning_tucodec.errors import TucodecError, UnknownModelError
+from lightning_tucodec.io.files import target_check
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lightning_tucodec.codecs.learned.codec import TucModel
+    from lightning_tucodec.coding.container import Container
+
+
+def register(subparsers: Subparsers) -> None:
+    """`tucodec decompress`, `info` and `models`."""
+    _add_decompress(command(subparsers, "decompress", run_decompress, ".tuc files to PNG"))
+    info = command(subparsers, "info", run_info, "say what stands in a .tuc file")
+    info.add_argument("file", type=location, metavar="TUC")
+    models = command(subparsers, "models", run_models, "list shipped and local models")
+    add_json(info, models)
+
+
+def _add_decompress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", type=location, nargs="+", metavar="TUC")
+    parser.add_argument(
+        "-o", "--out", type=location, required=True, help="a .png file, or a folder"
+    )
+    parser.add_argument(
+        "--model", type=location, help="file of the model, when it is not among the known ones"
+    )
+    jobs.add_device(parser)
+    add_force(parser)
+    parser.add_argument(
+        "--salvage",
+        action="store_true",
+        help="decode what is undamaged of a damaged file and hatch the rest; the exit status is 1",
+    )
+    parser.add_argument("--json", action="store_true", help="one object a file")
+
+
+class _Picture(NamedTuple):
+    """A file that needs no network of ours any more."""
+
+    name: str
+    container: "Container"
+    pixels: "NDArray[np.uint8]"
+    damaged: list[int]
+    seconds: float
+
+
+class _Symbols(NamedTuple):
+    """A file between the entropy decoder and g_s."""
+
+    name: str
+    model: "TucModel"
+    container: "Container"
+    y: "NDArray[np.int32]"
+    damaged: list[int]
+    seconds: float
+
+
+def run_decompress(arguments: argparse.Namespace) -> int:
+    """Decode files; a bad one is named and leaves no output, unless it is to be salvaged."""
+    from lightning_tucodec.codecs import batch
+    from lightning_tucodec.codecs.h266.codec import decode_container
+    from lightning_tucodec.codecs.h266.postfilter import FilterModel
+    from lightning_tucodec.codecs.learned.codec import WHOLE_POSITIONS, mark
+    from lightning_tucodec.codecs.library import load_any, load_by_id
+    from lightning_tucodec.coding.container import CodecKind, unpack
+    from lightning_tucodec.io.images import write_png
+
+    device = jobs.device(arguments.device)
+    chosen = load_any(arguments.model, device) if arguments.model else None
+
+    files = jobs.targets([Path(name) for name in arguments.files], arguments.out, ".png")
+    check = target_check((source for source, _ in files), arguments.force)
+
+    def prepare(job: jobs.Job) -> _Symbols | _Picture:
+        check(job[1])
+        container = unpack(jobs.read(job[0]), salvage=arguments.salvage)
+        started = time.perf_counter()
+        if container.kind == CodecKind.VVC:
+            shown = decode_container(container, chosen if isinstance(chosen, FilterModel) else None)
+            name = jobs.H266_MODELS[bool(any(container.model_id))]
+            return _Picture(name, container, shown, [], time.perf_counter() - started)
+        model = chosen or load_by_id(container.model_id, device)
+        if isinstance(model, FilterModel):
+            raise UnknownModelError(f"{model.name} is a post-filter, which did not write this file")
+        started = time.perf_counter()
+        y, damaged = model.read(container, arguments.salvage)
+        return _Symbols(model.name, model, container, y, damaged, time.perf_counter() - started)
+
+    def network(batch: Sequence[_Symbols | _Picture]) -> "list[tuple[NDArray[np.uint8], float]]":
+        if isinstance(batch[0], _Picture):
+            return [(one.pixels, 0.0) for one in batch if isinstance(one, _Picture)]
+        started = time.perf_counter()
+        images = batch[0].model.synthesise_batch(
+            [one.y for one in batch if isinstance(one, _Symbols)]
+        )
+        seconds = (time.perf_counter() - started) / len(batch)
+        return [(pixels, seconds) for pixels in images]
+
+    def finish(
+        job: jobs.Job, symbols: _Symbols | _Picture, result: "tuple[NDArray[np.uint8], float]"
+    ) -> dict[str, Any]:
+        source, target = job
+        width, height = symbols.container.width, symbols.container.height
+        pixels = result[0][:height, :width]
+        lost = mark(pixels, symbols.damaged)
+        write_png(target, pixels)
+        row = {
+            "file": str(source),
+            "output": str(target),
+            "width": width,
+            "height": height,
+            "seconds": symbols.seconds + result[1],
+            "model": symbols.name,
+        }
+        return {**row, "damaged_rows": lost} if arguments.salvage else row
+
+    stages = batch.Stages(
+        pixels=lambda job: _coded_size(job[0]),
+        prepare=prepare,
+        group=lambda one: (
+            (one.model.id, one.y.shape) if isinstance(one, _Symbols) else one.pixels.shape
+        ),
+        batch=lambda one: (
+            max(1, WHOLE_POSITIONS // (one.y.shape[0] * one.y.shape[1]))
+            if isinstance(one, _Symbols)
+            else 1
+        ),
+        network=network,
+        finish=finish,
+    )
+    return jobs.report(batch.run(stages, files), len(files), arguments.json)
+
+
+def _coded_size(path: Path) -> int:
+    """Pixels of a `.tuc` by its header; 0 when it has none."""
+    from lightning_tucodec.coding.container import unpack
+
+    try:
+        container = unpack(jobs.read(path), salvage=True)
+    except TucodecError:  # decoding the file will say what is wrong
+        return 0
+    return container.width * container.height
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    """Say what stands in a `.tuc` file without decoding it."""
+    from lightning_tucodec.coding.container import CodecKind, unpack
+
+    path = Path(arguments.file)
+    data = jobs.read(path)
+    try:
+        container = unpack(data)
+    except TucodecError as error:
+        raise type(error)(f"{path}: {error}") from None
+    row: dict[str, Any] = {
+        "file": str(path),
+        "kind": CodecKind(container.kind).name.lower(),
+        "width": container.width,
+        "height": container.height,
+        "bytes": len(data),
+        "bpp": 8 * len(data) / (container.width * container.height),
+        "header_bytes": len(data) - sum(len(strip or b"") for strip in container.strips),
+        "strips": [len(strip or b"") for strip in container.strips],
+        "model_id": container.model_id.hex(),
+        "model": _name_of(container.model_id),
+    }
+    if arguments.json:
+        print(json.dumps(row))
+    else:
+        for key, value in row.items():
+            print(f"{key:13} {value}")
+    return 0
+
+
+def _name_of(identity: bytes) -> str | None:
+    from lightning_tucodec.codecs.library import models
+
+    return next((name for name, card in models().items() if card["id"] == identity.hex()), None)
+
+
+def run_models(arguments: argparse.Namespace) -> int:
+    """List shipped and local models; a damaged file is named and the status says so."""
+    from lightning_tucodec.codecs.library import SHIPPED, load_any, model_files
+
+    status = 0
+    rows = []
+    for path in model_files():
+        try:
+            model = load_any(path)
+        except TucodecError as error:
+            print(f"tucodec: {error}", file=sys.stderr)
+            status = 1
+            continue
+        where = "shipped" if path.parent == SHIPPED else str(path)
+        rows.append({**model.card, "name": model.name, "id": model.id.hex(), "where": where})
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+        return status
+    for row in rows:
+        words = " ".join(f"{key}={value}" for key, value in row.get("kodak", {}).items())
+        print(f"{row['name']:16} {row['id']}  {words}  ({row['where']})")
+    return status

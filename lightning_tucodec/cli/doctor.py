@@ -1,0 +1,41 @@
+"""`tucodec doctor`: what would fail, before it does."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from lightning_tucodec.cli.arguments import Subparsers, add_json, command, location
+from lightning_tucodec.io.files import read_yaml
+
+
+def register(subparsers: Subparsers) -> None:
+    """`tucodec doctor`."""
+    parser = command(subparsers, "doctor", run, "what would fail in a training, and what to do")
+    add = parser.add_argument
+    add("--config", type=location, metavar="YAML", help="a configuration of `fit`")
+    add("--mirror", type=location, metavar="URL", help="as that of `fit`")
+    add("--script", type=location, metavar="FILE", help="a batch script, or the call of sbatch")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table; status 1 when something would fail."""
+    from lightning_tucodec.training.doctor import examine, table_text
+
+    config = None
+    if arguments.config:
+        from lightning_tucodec.sweeps.plan import resolve_config
+
+        config = resolve_config(read_yaml(arguments.config))
+        config["run"]["mirror"] = arguments.mirror or config["run"].get("mirror")
+    findings = examine(config, Path(arguments.script) if arguments.script else None)
+    if os.environ.get("SLURM_PROCID", "0") == "0":
+        if arguments.json:
+            print(json.dumps([asdict(finding) for finding in findings], indent=1))
+        else:
+            print(table_text(findings))
+            sys.stdout.flush()
+    return int(any(finding.level == "fail" for finding in findings))

@@ -1,0 +1,44 @@
+"""`tucodec evaluate`: real bytes and quality of codecs on images."""
+
+import argparse
+import json
+
+from lightning_tucodec.cli.arguments import (
+    Subparsers,
+    add_force,
+    add_json,
+    command,
+    count,
+    location,
+)
+
+
+def register(subparsers: Subparsers) -> None:
+    """`tucodec evaluate`."""
+    parser = command(subparsers, "evaluate", run, "real bytes and quality of any codecs on images")
+    add = parser.add_argument
+    add("images", type=location, nargs="+", metavar="IMAGE|DIR")
+    add("--codec", nargs="+", required=True, metavar="SPEC",
+        help="NAME[:KEY=VALUE,...] as in jpeg:q=30 or vvc:qp=37, or the name of a learned model")  # fmt: skip
+    add("-o", "--out", type=location, required=True, metavar="RESULTS.json")
+    add_force(parser)
+    add("--workers", type=count, help="codings at a time; all processors by default")
+    add("--keep", type=location, metavar="DIR", help="keep the coded files, named by their SHA-256")
+    add("--memory", action="store_true", help="also the peak memory of every codec on one image")
+    add("--metrics", nargs="+", default=[], metavar="NAME",
+        help="further measures: vmaf, xpsnr, flip, ssimulacra2, lpips, dists")  # fmt: skip
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, write the results, print the table."""
+    from lightning_tucodec.sets import evaluate
+
+    sets = evaluate.run(
+        *(arguments.images, arguments.codec, arguments.out),
+        *(arguments.workers, arguments.keep, arguments.memory),
+        [name for names in arguments.metrics for name in names.split(",")],
+        arguments.force,
+    )
+    print(json.dumps(evaluate.finite(sets)) if arguments.json else evaluate.table_text(sets))
+    return 0

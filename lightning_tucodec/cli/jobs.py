@@ -1,0 +1,111 @@
+"""What `compress` and `decompress` share: files in, files out, one line for each."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning_tucodec.errors import ConfigError, ImageInputError, OutputError, reason
+
+Job = tuple[Path, Path]
+"""A file and what is made of it."""
+
+H266_MODELS = ("vvc", "vvc+postfilter")
+"""What `--model` also takes: H.266 without and with the learned post-filter."""
+
+
+def device(name: str) -> str:
+    """Where the networks run: `auto` is a GPU when there is one."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no GPU here; leave the option out")
+    return name
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="where the networks run; a GPU when there is one. Bits are decided on the CPU",
+    )
+
+
+def targets(sources: list[Path], out: str, suffix: str) -> list[tuple[Path, Path]]:
+    """(source, target): one file when OUT names one, else `<stem><suffix>` in the folder OUT.
+
+    Raises:
+        OutputError: OUT is a file of another kind, one file for several sources, or two sources would
+            write the same file.
+    """
+    is_folder = os.path.isdir(out) or out.endswith(os.sep)
+    if out.lower().endswith(suffix) and not is_folder:
+        if len(sources) > 1:
+            raise OutputError(f"-o {out}: one file for {len(sources)} inputs; name a folder")
+        return [(sources[0], Path(out))]
+    if out == "-" or (Path(out).suffix and not is_folder):
+        raise OutputError(
+            f"-o {out}: is no {suffix} file; name one, or a folder, which ends in {os.sep} when it is new "
+            "and has a dot in its name"
+        )
+    jobs = [(source, Path(out) / f"{source.stem}{suffix}") for source in sources]
+    seen: dict[Path, Path] = {}
+    for source, target in jobs:
+        if target in seen:
+            raise OutputError(f"{seen[target]} and {source} would both be written to {target}")
+        seen[target] = source
+    return jobs
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        ImageInputError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageInputError(f"{path}: {error.strerror}") from None
+
+
+def report(
+    outcomes: Iterable[tuple[Job, dict[str, Any] | Exception]], count: int, as_json: bool
+) -> int:
+    """Print every outcome, with progress; exit status 1 when anything failed."""
+    from tqdm import tqdm
+
+    status = 0
+    interactive = sys.stderr.isatty() and count > 1
+    for (source, _), row in tqdm(
+        outcomes, total=count, unit="file", disable=not interactive, leave=False
+    ):
+        if isinstance(row, Exception):
+            status = 1
+            text = reason(row)
+            named = text if str(source) in text else f"{source}: {text}"
+            tqdm.write(f"tucodec: {named}", file=sys.stderr)
+            continue
+        tqdm.write(json.dumps(row) if as_json else _line(row), file=sys.stdout)
+        if lost := row.get("damaged_rows"):
+            status = 1
+            rows = ", ".join(f"{top}–{bottom - 1}" for top, bottom in lost)
+            tqdm.write(
+                f"tucodec: {source}: rows {rows} are damaged; they are hatched in {row['output']}",
+                file=sys.stderr,
+            )
+    return status
+
+
+def _line(row: dict[str, Any]) -> str:
+    words = [f"{row['file']} -> {row['output']}", f"{row['width']}x{row['height']}"]
+    if "bytes" in row:
+        words.append(f"{row['bytes']} bytes, {row['bpp']:.4f} bpp")
+    return "  ".join([*words, f"{row['seconds']:.2f} s", row["model"]])

@@ -1,0 +1,103 @@
+"""`tucodec allocate | clic`: a set of images under one budget, coded and verified."""
+
+import argparse
+
+from lightning_tucodec.cli.arguments import (
+    Subparsers,
+    add_force,
+    add_json,
+    add_limits,
+    command,
+    count,
+    family,
+    location,
+    part,
+    positive,
+)
+
+
+def register(subparsers: Subparsers) -> None:
+    """`tucodec allocate` and `tucodec clic`."""
+    _add_allocate(subparsers)
+    commands = family(subparsers, "clic", "decode and verify what `allocate` has written")
+    verify = command(
+        commands, "verify", run_verify, "decode a submission and measure everything anew"
+    )
+    verify.add_argument("submission", type=location, metavar="DIR")
+    compare = command(
+        commands,
+        "compare",
+        run_compare,
+        "verify submissions; their numbers beside Tucodec's of 2019",
+    )
+    compare.add_argument("submission", type=location, metavar="DIR", nargs="+")
+    check = command(commands, "check", run_check, "count: are these CLIC 2019's validation images?")
+    check.add_argument("images", type=location, metavar="IMAGE|DIR", nargs="+")
+    decode = command(commands, "decode", run_decode, "decode a submission to PNG files")
+    decode.add_argument("submission", type=location, metavar="DIR")
+    decode.add_argument("-o", "--out", type=location, required=True, metavar="DIR")
+    add_force(decode)
+    for parser in (verify, compare):
+        add_limits(parser)
+        parser.add_argument(
+            "--originals", type=location, nargs="+", required=True, metavar="IMAGE|DIR"
+        )
+    add_json(verify, compare, decode)
+
+
+def _add_allocate(subparsers: Subparsers) -> None:
+    parser = command(
+        subparsers,
+        "allocate",
+        run_allocate,
+        "code a set under one budget: the best candidate for each image",
+    )
+    add = parser.add_argument
+    add("images", type=location, nargs="+", metavar="IMAGE|DIR")
+    add("--candidate", nargs="+", required=True, metavar="SPEC", help="as --codec of evaluate")
+    add("-o", "--out", type=location, required=True, metavar="DIR")
+    add("--maximise", choices=("psnr", "ms-ssim"), help="else bytes are minimised")
+    add_limits(parser)
+    add("--max-decode-seconds", type=positive, help="for the whole set")
+    add("--workers", type=count, help="codings at a time; all processors by default")
+    add("--part", type=part, metavar="I/N",
+        help="only code share I (from 1) of N, and choose nothing")  # fmt: skip
+    add("--slurm", type=count, metavar="N", help="code in a Slurm array of N jobs and choose in a "
+        "last one; slurm/site.sh says what the cluster wants")  # fmt: skip
+    add("--dry-run", action="store_true", help="with --slurm: print the commands of sbatch")
+    add_json(parser)
+
+
+def run_allocate(arguments: argparse.Namespace) -> int:
+    """`tucodec allocate`."""
+    from lightning_tucodec.sets import submission
+
+    return submission.run_allocate(arguments)
+
+
+def run_decode(arguments: argparse.Namespace) -> int:
+    """`tucodec clic decode`."""
+    from lightning_tucodec.sets import submission
+
+    return submission.run_decode(arguments)
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """`tucodec clic verify`."""
+    from lightning_tucodec.sets import clic
+
+    return clic.run_verify(arguments)
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """`tucodec clic compare`."""
+    from lightning_tucodec.sets import clic
+
+    return clic.run_compare(arguments)
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """`tucodec clic check`."""
+    from lightning_tucodec.sets import clic
+
+    return clic.run_check(arguments)

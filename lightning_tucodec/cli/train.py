@@ -1,0 +1,54 @@
+"""`tucodec fit | validate | test | export | wandb-sync`: trainings, and what they leave."""
+
+import argparse
+
+from lightning_tucodec.cli.arguments import Subparsers, add_force, command, location, real
+
+LIGHTNING = {
+    "fit": "train; options come from --config FILE and the command line (LightningCLI)",
+    "validate": "evaluate a checkpoint on the validation images (LightningCLI)",
+    "test": "evaluate a checkpoint on the test images (LightningCLI)",
+}
+"""Commands whose options LightningCLI parses."""
+
+
+def register(subparsers: Subparsers) -> None:
+    """Commands of trainings; those of LightningCLI only by name."""
+    for name, summary in LIGHTNING.items():
+        subparsers.add_parser(name, help=summary)
+    export = command(
+        subparsers, "export", run_export, "a run's weights and integer tables to one file"
+    )
+    add = export.add_argument
+    add(
+        "runs",
+        type=location,
+        nargs="+",
+        metavar="RUN",
+        help="a run folder, a checkpoint, or a model",
+    )
+    add("-o", "--out", type=location, required=True, metavar="MODEL.safetensors")
+    add_force(export)
+    add("--average", nargs="+", type=real(), metavar="SHARE",
+        help="of each of several runs in an average of their weights; equal ones when left out")  # fmt: skip
+    add("--name", help="the model's name; the file's stem when left out")
+    add("--card", type=location, metavar="YAML", help="file with more entries of the card")
+    sync = command(
+        subparsers, "wandb-sync", run_sync, "send what W&B lacks of runs, from their metrics.jsonl"
+    )
+    sync.add_argument("runs", type=location, nargs="+", metavar="RUN", help="run folders")
+    sync.add_argument("--offline", action="store_true", help="write an offline run instead")
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """`tucodec export`."""
+    from lightning_tucodec.training import export
+
+    return export.run_export(arguments)
+
+
+def run_sync(arguments: argparse.Namespace) -> int:
+    """`tucodec wandb-sync`."""
+    from lightning_tucodec.training.beside import wandb_view
+
+    return wandb_view.run_sync(arguments)
