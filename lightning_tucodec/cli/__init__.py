@@ -32,6 +32,16 @@ _FAMILIES = (
     *(shards, sweep, doctor, bench, demo),
 )
 
+EXTRAS = {
+    "bjontegaard": "report", "compressai": "train", "flip_evaluator": "perceptual",
+    "fsspec": "data", "imagehash": "data", "imageio_ffmpeg": "h266", "jinja2": "report",
+    "jsonargparse": "train", "lightning_fabric": "train", "matplotlib": "report", "paramiko": "sftp", "plotly": "report",
+    "pytorch_lightning": "train",
+    "s3fs": "s3", "scipy": "report", "skimage": "demo", "sklearn": "demo", "ssimulacra2": "perceptual",
+    "torchmetrics": "train", "torchvision": "perceptual", "wandb": "wandb", "webdataset": "data",
+}  # fmt: skip
+"""The extra of this package that brings a module which a plain installation lacks."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their options."""
@@ -83,6 +93,13 @@ def _run(words: Sequence[str]) -> int:
             status = int(arguments.run(arguments))
         sys.stdout.flush()
         return status
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        install = f"pip install 'lightning-tucodec[{EXTRAS[module]}]'"
+        print(f"tucodec: {module} is not installed, which this needs: {install}", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; that is not an error of ours.
         _drop_output()
