@@ -357,7 +357,8 @@ def test_a_lock_whose_file_went_with_its_folder_is_none(tmp_path: Path) -> None:
 def start_waiting(folder: RunFolder) -> "subprocess.Popen[bytes]":
     """Another process that takes the lock, and checks that a third one would find it."""
     code = (
-        "import os, sys; from pathlib import Path; from lightning_tucodec.training.runs.folder import RunFolder\n"
+        "import os, sys; from pathlib import Path\n"
+        "from lightning_tucodec.training.runs.folder import RunFolder\n"
         "folder = RunFolder(Path(sys.argv[1]))\n"
         "print('waits', flush=True)\n"
         "with folder.locked():\n"
