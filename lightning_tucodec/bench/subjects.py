@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_tucodec.codecs.learned.codec import Latents, TucModel, strip_bounds
+from lightning_tucodec.codecs.learned.codec import TucModel
+from lightning_tucodec.codecs.learned.latents import Latents, strip_bounds
 from lightning_tucodec.codecs.learned.model_file import ModelFile
 from lightning_tucodec.codecs.library import load, untrained
 from lightning_tucodec.coding import rans, wavefront

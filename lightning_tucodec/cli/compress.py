@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lightning_tucodec.codecs.learned.codec import Latents
+    from lightning_tucodec.codecs.learned.latents import Latents
     from lightning_tucodec.codecs.learned.targets import Quantity, Setting, Target
 
 FAMILIES: dict["Quantity", tuple[str, ...]] = {

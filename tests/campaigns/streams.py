@@ -196,9 +196,9 @@ def decode(data: bytes) -> Any:
     """`lightning_tucodec.decompress` with short strips; what it refuses is salvaged, then refused."""
     import lightning_tucodec
     from lightning_tucodec.codecs import library
-    from lightning_tucodec.codecs.learned import codec
+    from lightning_tucodec.codecs.learned import latents
 
-    codec.STRIP_POSITIONS = STRIP_POSITIONS
+    latents.STRIP_POSITIONS = STRIP_POSITIONS
     try:
         return lightning_tucodec.decompress(data)
     except TucodecError:
@@ -341,9 +341,9 @@ def survive(
 def make_corpus(name: str | None) -> tuple[str, list[bytes]]:
     """A model's name and honest files of it: waves and noise of several strengths, odd sizes."""
     import lightning_tucodec
-    from lightning_tucodec.codecs.learned import codec
+    from lightning_tucodec.codecs.learned import latents
 
-    codec.STRIP_POSITIONS = STRIP_POSITIONS
+    latents.STRIP_POSITIONS = STRIP_POSITIONS
     model = lightning_tucodec.load(name or next(iter(lightning_tucodec.models())))
     rng = np.random.default_rng(0)
     corpus = []

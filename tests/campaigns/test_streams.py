@@ -38,9 +38,9 @@ def test_container_survives_a_slice(seed: int) -> None:
 
 
 def test_the_shipped_model_survives_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_tucodec.codecs.learned import codec
+    from lightning_tucodec.codecs.learned import latents
 
-    monkeypatch.setattr(codec, "STRIP_POSITIONS", streams.STRIP_POSITIONS)
+    monkeypatch.setattr(latents, "STRIP_POSITIONS", streams.STRIP_POSITIONS)
     _, corpus = streams.make_corpus(None)
     assert max(len(unpack(data).strips) for data in corpus) > 3
     for case in range(140):

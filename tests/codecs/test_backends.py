@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import lightning_tucodec as tuc
-from lightning_tucodec.codecs.learned.codec import Latents, TucModel, strip_bounds
+from lightning_tucodec.codecs.learned.codec import TucModel
+from lightning_tucodec.codecs.learned.latents import Latents, strip_bounds
 from lightning_tucodec.coding import categorical, rans, wavefront
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.coding.fixed_point import LIMIT, IntegerLinear

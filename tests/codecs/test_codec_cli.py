@@ -263,9 +263,9 @@ def test_a_folder_of_many_sizes_is_coded_as_one_by_one(
 def test_salvage_hatches_what_is_lost_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_tucodec.codecs.learned import codec
+    from lightning_tucodec.codecs.learned import latents
 
-    monkeypatch.setattr(codec, "STRIP_POSITIONS", 16)
+    monkeypatch.setattr(latents, "STRIP_POSITIONS", 16)
     assert compress(save(tmp_path / "a.png", picture(60, 300)), "-o", tmp_path / "a.tuc") == 0
     data = (tmp_path / "a.tuc").read_bytes()
     (tmp_path / "cut.tuc").write_bytes(data[:-2])

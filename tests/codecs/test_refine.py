@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 import lightning_tucodec as tuc
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.base import DEFAULT_MODEL
-from lightning_tucodec.codecs.learned import codec as tuc_room
+from lightning_tucodec.codecs.learned import latents
 from lightning_tucodec.codecs.learned import refine as room
-from lightning_tucodec.codecs.learned.codec import Coded, TucModel
+from lightning_tucodec.codecs.learned.codec import TucModel
+from lightning_tucodec.codecs.learned.latents import Coded
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.learned.refine import RefinedModel, Refinement, refine, with_effort
 from lightning_tucodec.codecs.registry import codec
@@ -119,12 +120,12 @@ def test_what_is_minimised_is_the_loss(model: TucModel) -> None:
 
 def test_strips_and_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """With three strips, and several bands of g_s in each, the file is still better than the plain one."""
-    monkeypatch.setattr(tuc_room, "STRIP_POSITIONS", 64)
+    monkeypatch.setattr(latents, "STRIP_POSITIONS", 64)
     monkeypatch.setattr(room, "_BAND_POSITIONS", 24)
     monkeypatch.setattr(room, "_HALO", 2)
     model = TucModel(micro("transparent"))
     pixels, loss = photo("chelsea.png", 60, 300), loss_for(model)
-    assert len(tuc_room.strip_bounds(19, 4)) == 2
+    assert len(latents.strip_bounds(19, 4)) == 2
     assert len(room._bands(0, 16, 19, 4)) == 3
     plain, refined = model.code(pixels), with_effort(model, 2).code(pixels)
     assert loss_of(model, loss, pixels, refined) < loss_of(model, loss, pixels, plain)

@@ -11,7 +11,9 @@ from PIL import Image
 
 import lightning_tucodec as tuc
 from lightning_tucodec.codecs.learned import codec as room
-from lightning_tucodec.codecs.learned.codec import TucModel, strip_bounds
+from lightning_tucodec.codecs.learned import latents as layout
+from lightning_tucodec.codecs.learned.codec import TucModel
+from lightning_tucodec.codecs.learned.latents import strip_bounds
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
 from lightning_tucodec.coding.container import pack, unpack
 from lightning_tucodec.nn.codec import TucodecVAE
@@ -65,9 +67,9 @@ def test_file_size_is_close_to_the_estimate(model: TucModel) -> None:
 def test_strips_restart_and_cover_the_image(
     model: TucModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "STRIP_POSITIONS", 40)
+    monkeypatch.setattr(layout, "STRIP_POSITIONS", 40)
     assert strip_bounds(13, 7) == [(0, 4), (4, 8), (8, 12), (12, 13)]
-    monkeypatch.setattr(room, "STRIP_POSITIONS", 8192)
+    monkeypatch.setattr(layout, "STRIP_POSITIONS", 8192)
     assert [len(strip_bounds(*size)) for size in ((32, 48), (64, 48), (64, 49), (64, 96))] == [
         1,
         1,
@@ -75,7 +77,7 @@ def test_strips_restart_and_cover_the_image(
         2,
     ]
     assert strip_bounds(66, 96) == [(0, 36), (36, 66)]
-    monkeypatch.setattr(room, "STRIP_POSITIONS", 40)
+    monkeypatch.setattr(layout, "STRIP_POSITIONS", 40)
     pixels = photo("chelsea.png", 101, 180)
     coded = model.code(pixels)
     assert len(coded.latents.z) == 3
@@ -87,7 +89,7 @@ def test_strips_restart_and_cover_the_image(
 def test_strips_side_by_side_are_the_same_strips(
     model: TucModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "STRIP_POSITIONS", 40)
+    monkeypatch.setattr(layout, "STRIP_POSITIONS", 40)
     latents = model.analyse(photo("chelsea.png", 101, 300))
     data = model.write(latents, 101, 300)
     strips = strips_of(data)
@@ -127,7 +129,7 @@ def strips_of(data: bytes) -> list[bytes]:
 def test_salvage_shows_the_sound_strips_and_marks_the_others(
     model: TucModel, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    monkeypatch.setattr(room, "STRIP_POSITIONS", 40 * 4)
+    monkeypatch.setattr(layout, "STRIP_POSITIONS", 40 * 4)
     pixels = photo("chelsea.png", 101, 2000)  # 7×125 positions: strips of 20 rows
     data = model.encode(pixels)
     whole = model.decode(data)

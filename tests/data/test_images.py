@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from data_pipelines.sources import Source
-from lightning_tucodec.codecs.learned.codec import as_pixels
+from lightning_tucodec.codecs.learned.latents import as_pixels
 from lightning_tucodec.errors import ImageInputError
 from lightning_tucodec.io import images
 from lightning_tucodec.io.images import image_files, read_image, write_png

@@ -21,7 +21,7 @@ less than promised grows, as in Levenberg and Marquardt's method, and comes back
 import itertools
 import time
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_tucodec.codecs.learned.codec import Coded, Latents, TucModel, own_modes, strip_bounds
+from lightning_tucodec.codecs.learned.latents import Coded, Latents, own_modes, strip_bounds
 from lightning_tucodec.codecs.options import Options
 from lightning_tucodec.coding.container import check_size
 from lightning_tucodec.coding.wavefront import Z_LIMIT
@@ -39,6 +39,9 @@ from lightning_tucodec.nn.losses import RateDistortionLoss, make_loss
 from lightning_tucodec.nn.tiles import ALIGNMENT
 from lightning_tucodec.nn.transforms import STRIDE
 from lightning_tucodec.quality.metrics import bits_per_pixel, ms_ssim_scales
+
+if TYPE_CHECKING:
+    from lightning_tucodec.codecs.learned.codec import TucModel
 
 EFFORT_STEPS = (0, 2, 4, 6, 10, 16, 25, 40, 80, 160)
 """Steps of effort 0 … 9; a step costs about a forward and a backward pass of g_s."""
@@ -97,7 +100,7 @@ class RefinedModel:
         ConfigError: the model's card does not say what the model was trained for.
     """
 
-    def __init__(self, model: TucModel, options: Refinement) -> None:
+    def __init__(self, model: "TucModel", options: Refinement) -> None:
         self.model = model
         self.options = options
         self.file = model.file
@@ -167,7 +170,7 @@ class RefinedModel:
         }
 
 
-def with_effort(model: TucModel, effort: int) -> TucModel | RefinedModel:
+def with_effort(model: "TucModel", effort: int) -> "TucModel | RefinedModel":
     """The model itself at effort 0, otherwise with an encoder that refines.
 
     Raises:
@@ -178,7 +181,7 @@ def with_effort(model: TucModel, effort: int) -> TucModel | RefinedModel:
 
 
 def refine(
-    model: TucModel,
+    model: "TucModel",
     loss: RateDistortionLoss,
     pixels: NDArray[np.uint8],
     latents: Latents,
