@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_tucodec.training.input.plan import derive
+from lightning_tucodec.io.hashing import derive
 
 EXTENSION = {"webp": "webp", "png": "png", "raw": "npy"}
 """Name extension of a patch in the tar; `npy` is what plain `webdataset` decodes by itself."""

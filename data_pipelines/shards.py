@@ -41,9 +41,9 @@ from data_pipelines.sources import Entry, Source, fingerprint, list_entries
 from data_pipelines.tasks import run_tasks
 from lightning_tucodec.errors import ConfigError, DatasetError, ImageInputError
 from lightning_tucodec.io.files import atomic_write, temporary_folder
+from lightning_tucodec.io.hashing import derive, permute
 from lightning_tucodec.io.images import read_image
 from lightning_tucodec.io.storage import Storage, sha256_file
-from lightning_tucodec.training.input.plan import derive, permute
 
 INDEX = "index.json"
 REJECTED = "rejected.jsonl"

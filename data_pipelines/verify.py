@@ -15,8 +15,8 @@ from data_pipelines.patches import EXTENSION, contrast, decode_patch, luma, pixe
 from data_pipelines.tasks import progress
 from lightning_tucodec.errors import DatasetError, TucodecError
 from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.hashing import permute
 from lightning_tucodec.io.storage import Storage
-from lightning_tucodec.training.input.plan import permute
 from lightning_tucodec.training.input.precoded import FORMAT, Precoded
 from lightning_tucodec.training.input.shards import ShardIndex, ShardReader
 

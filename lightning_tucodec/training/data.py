@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError
+from lightning_tucodec.io.hashing import derive, hash_positions
 from lightning_tucodec.io.images import image_files, read_image
 from lightning_tucodec.io.processes import when_parent_ends
-from lightning_tucodec.training.input.plan import DataPlan, derive, hash_positions
+from lightning_tucodec.training.input.plan import DataPlan
 from lightning_tucodec.training.input.shards import ShardReader
 from lightning_tucodec.training.runs.identity import DEFAULT_DATA, arguments
 

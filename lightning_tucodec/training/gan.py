@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.autograd import grad
 
 from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.io.hashing import derive, hash_positions
 from lightning_tucodec.io.images import write_png
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.discriminator import DiscriminatorKind, make_discriminator
 from lightning_tucodec.nn.losses import AdversarialKind, make_adversarial_loss
 from lightning_tucodec.training.game import Alarms, Gate, RateController, Turn
-from lightning_tucodec.training.input.plan import derive, hash_positions
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.optimizers import follow
 from lightning_tucodec.training.vae import PICTURES, CodecModule, eight_bits

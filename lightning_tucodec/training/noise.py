@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_tucodec.training.input.plan import derive, hash_positions
+from lightning_tucodec.io.hashing import derive, hash_positions
 
 _NOISE = 0x6E6F69  # separates these random bits from those of order and augmentation
 

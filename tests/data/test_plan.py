@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_tucodec.training.input.plan import DataPlan, hash_positions, permute
+from lightning_tucodec.io.hashing import hash_positions, permute
+from lightning_tucodec.training.input.plan import DataPlan
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
