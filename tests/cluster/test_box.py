@@ -219,6 +219,7 @@ def test_a_job_that_is_killed_without_progress_stays_down_and_says_why(
     assert (row["state"], row["restarts"]) == ("failed", 2)
     assert "2 starts of this job in a row were killed or failed at step 0" in str(row["note"])
     attempts = json.loads((subject.run / "manifest.json").read_text())["attempts"]
+    assert len(attempts) == 2
     assert all("another process ended first" in attempt["error"] for attempt in attempts), attempts
 
 
