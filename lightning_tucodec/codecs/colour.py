@@ -3,7 +3,7 @@
 Two transforms: `bt709`, full range, as players know it; and `orthonormal`, whose axes are the gray
 axis, blue against green, and red against green and blue, all of one scale. RGB-PSNR weighs an error
 of every sample of an orthonormal plane alike, so that an encoder that minimises the sum of squared
-errors over its samples minimises that of RGB. docs/vvc.md has what it is worth.
+errors over its samples minimises that of RGB. docs/experiments.md has the gain.
 
 Siting: a chroma sample of 4:2:0 lies in the centre of its 2×2 luma samples. The decoder
 interpolates bilinearly (weights 3/4 and 1/4 along each axis, edge samples repeated); the encoder's

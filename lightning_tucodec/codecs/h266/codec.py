@@ -49,7 +49,7 @@ NO_FILTER = "none"
 NO_MODEL = bytes(MODEL_ID_BYTES)
 
 OFFSETS = (-2, -4, -6)
-"""Chroma QP offsets that are tried; docs/vvc.md has what they are worth."""
+"""Chroma QP offsets that are tried; docs/experiments.md has the gains."""
 
 SEARCH_PRESET = "faster"
 """Preset that offsets and turn are tried with: the order of their costs is nearly that of slower ones."""

@@ -43,7 +43,7 @@ class Vvc(VideoCodec):
         colour: the transform, `bt709` or `orthonormal`, see `codecs.colour`.
         tools: `preset`, or more than that: `wide` adds what can be done to a block, for twice the time,
             `deep` also splits once more, for thrice, `thorough` also searches without shortcuts, for six
-            times. What they are worth: docs/vvc.md.
+            times. Their gains: docs/experiments.md.
     """
 
     codec_name: ClassVar[str] = "vvc"
