@@ -22,7 +22,7 @@ def register(subparsers: Subparsers) -> None:
         nargs="+",
         metavar="SOURCE",
         help="run folder, sweep folder, results.json, published curve (CompressAI's format) or a folder of "
-        "them, published:NAME, wandb:ENTITY/PROJECT/GROUP",
+        "them, published:NAME or published:NAME#CURVE, wandb:ENTITY/PROJECT/GROUP",
     )
     parser.add_argument("-o", "--out", type=location, required=True, metavar="REPORT.html")
     add_force(parser)

@@ -71,7 +71,8 @@ def bd_rows(
         A row a curve and quality: `codec`, `quality`, `at` (a pair a rate: bpp, and the difference in dB or
         None where one of the curves does not reach), then `percent` (BD-rate), `low` and `high` (95 %
         interval; None without rows of images), `samples` and `kept` (of the bootstrap), `decibels`
-        (BD-quality, or None), `range`, `overlap`, `method`, `images`, or `refused`, why there is none.
+        (BD-quality, or None), `range`, `overlap`, `method`, `images` (that both have, or None), `counts` (of
+        the anchor's and this mean's images, None where unknown), or `refused`, why there is none.
     """
     reference = next(entry for entry in entries if entry.curve.name == anchor)
     rows: list[Row] = []
@@ -119,6 +120,7 @@ def _bd(anchor: Entry, test: Entry, quality: Quality, samples: int) -> Row:
         row |= {key: getattr(interval, key) for key in ("low", "high", "images", "samples", "kept")}
     else:
         estimate = bd_rate(anchor.curve, test.curve, quality)
+    row |= {"counts": [anchor.count, test.count]}
     row |= {"percent": estimate.percent, "range": [estimate.low, estimate.high]}
     row |= {"overlap": estimate.overlap, "method": estimate.method}
     try:
@@ -289,7 +291,7 @@ def _bd_table(rows: Sequence[Row], anchor: str) -> Table:
         if "refused" in row:
             cells.append([*head, (None, "–"), "–", row["refused"], None, None, None])
             continue
-        interval, verdict = "–", "one curve each; no interval"
+        interval, verdict = "–", f"{_other_images(row) or 'one curve each'}; no interval"
         if row["low"] is not None:
             interval = f"{_signed(row['low'])} … {_signed(row['high'])} %{_kept(row)}"
             apart = row["low"] > 0 or row["high"] < 0
@@ -334,6 +336,13 @@ def _kept(row: Row) -> str:
     """Of how many samples an interval is, where some have no BD-rate."""
     lacking = row["kept"] < row["samples"]
     return f" ({row['kept']} of {row['samples']} samples)" if lacking else ""
+
+
+def _other_images(row: Row) -> str:
+    """What to say of a BD-rate between means over sets of images that cannot be the same."""
+    anchor, test = row["counts"]
+    is_apart = row["images"] is None and None not in (anchor, test) and anchor != test
+    return f"means over {test} and {anchor} images" if is_apart else ""
 
 
 def _signed(value: float, digits: int = 1) -> str:
@@ -507,6 +516,8 @@ def bd_text(rows: Sequence[Row], anchor: str | None) -> str:
         interval = ""
         if row["low"] is not None:
             interval = f"  [{row['low']:+.1f}, {row['high']:+.1f}]{_kept(row)}"
+        elif others := _other_images(row):
+            interval = f"  ({others})"
         lines.append(f"{head}{row['percent']:+7.1f} %{interval}")
     rates = [bpp for bpp, _ in rows[0]["at"]]
     lines += ["", f"dB above {anchor} at equal rate, bpp"]

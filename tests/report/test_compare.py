@@ -28,7 +28,7 @@ from lightning_tucodec.report.compare import (
 from lightning_tucodec.report.figures import rd_figure
 from lightning_tucodec.report.gallery import bit_map, matched, picture, scenes
 from lightning_tucodec.report.page import Page, Table
-from lightning_tucodec.report.sources import Entry, Run, published, read_run, read_sources
+from lightning_tucodec.report.sources import Entry, Run, read_run, read_sources
 from lightning_tucodec.sets.evaluate import evaluate, summarise, write_results
 from tests.support import photo
 
@@ -146,18 +146,6 @@ def test_two_results_of_one_codec_are_told_apart(evaluated: Path) -> None:
     assert (row["codec"], row["percent"]) == ("jpeg (2)", pytest.approx(0, abs=1e-9))
 
 
-def test_published_points_name_their_source() -> None:
-    for name, table in published().items():
-        assert table["source"]
-        assert table["averaging"]
-        material = read_sources([f"published:{name}"])
-        lines = [entry.curve.lines["psnr"][0] for entry in material.entries]
-        assert sum(map(len, lines)) == len(table["points"])
-        assert all(table["source"] in entry.curve.source for entry in material.entries)
-    with pytest.raises(ConfigError, match="clic2019-valid"):
-        read_sources(["published:x"])
-
-
 class StubApi:
     """Stands for `wandb.Api`; what it returns has the attributes that W&B documents."""
 
@@ -270,7 +258,8 @@ def test_command_line(
     evaluated: Path, sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out" / "r.html"
-    words = [str(evaluated / "results.json"), str(sweep), "published:kodak", "--samples", "20"]
+    words = [str(evaluated / "results.json"), str(sweep), "published:kodak#HiFiC"]
+    words += ["--samples", "20"]
     words += ["--images", str(evaluated / "images"), "-o", str(out)]
     assert cli.main(["compare", *words, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
