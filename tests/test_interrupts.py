@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
 from lightning_tucodec.cli import main
@@ -61,6 +60,31 @@ def wrote(pattern: str) -> Busy:
     return lambda command: any(command.folder.glob(pattern))
 
 
+def opened(name: str) -> Busy:
+    """Its first process has a file open or mapped."""
+
+    def look(command: Command) -> bool:
+        with contextlib.suppress(OSError):
+            return name in Path(f"/proc/{command.process.pid}/maps").read_text()
+        return False
+
+    return look
+
+
+def connected(command: Command) -> bool:
+    """Its first process has a connection to the silent server."""
+    table = Path(f"/proc/{command.process.pid}/net/tcp")
+    with contextlib.suppress(OSError):
+        inodes = {
+            line.split()[9] for line in table.read_text().splitlines() if line.split()[3] == "01"
+        }
+        for link in Path(f"/proc/{command.process.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.readlink(link).removeprefix("socket:[").rstrip("]") in inodes:
+                    return True
+    return False
+
+
 def computes(command: Command) -> bool:
     """It has computed for some seconds."""
     return command.seconds() > 4
@@ -106,6 +130,7 @@ CASES = {
         "shards build photos --out shards --patch 32 --max-overlap 0.5 --workers 2 --shard-size 64",
         wrote("shards/shard-*.tar"), INT, True, True,
     ),
+    "download": Case("shards verify s3://bucket/shards", connected, INT, False),
     "allocate": Case(
         "allocate photos --candidate jpeg:q=5 vvc:qp=45,preset=faster -o chosen --max-bpp 1",
         runs("libvvenc"), HUP, False, True,
@@ -120,10 +145,19 @@ CASES = {
     "clic-compare": Case(
         "clic compare submission --originals photos", runs("clic", "decode"), INT, True
     ),
+    "decode": Case("clic decode submission -o png --force", wrote("png/*.png"), TERM, False, True),
     "bench-codec": Case(
         "bench codec --models tiny --peers --size 512 768 --repeats 999", computes, TERM, False
     ),
+    "bench-h266": Case("bench h266 photos --preset slower --qp 30 33 36 39", runs("libvvenc"), INT, True),
     "bench-shards": Case("bench shards --count 60 --repeats 99", runs("forkserver"), INT, False),
+    "demo": Case("demo", runs("cli", "shards", "build"), TERM, True),
+    "compare": Case(
+        "compare results.json -o page.html --samples 1000000", computes, INT, True
+    ),
+    "export": Case(
+        "export model.safetensors -o x.safetensors", opened("model.safetensors"), TERM, False, True
+    ),
 }  # fmt: skip
 """Most take minutes."""
 
@@ -150,16 +184,24 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def started(words: str, folder: Path, **more: str) -> Iterator[Command]:
     """A command in a session of its own, whose output goes to the file `said`."""
+    with process(
+        [sys.executable, "-m", "lightning_tucodec.cli", *words.split()], folder, **more
+    ) as it:
+        yield it
+
+
+@contextlib.contextmanager
+def process(words: list[str], folder: Path, **more: str) -> Iterator[Command]:
+    """Any process, otherwise as `started`."""
     mark = uuid.uuid4().hex
     environment = {**os.environ, "TUCODEC_TEST": mark, "OMP_NUM_THREADS": "1", **more}
     with (
         (folder / "said").open("wb") as said,
         subprocess.Popen(
-            [sys.executable, "-m", "lightning_tucodec.cli", *words.split()],
-            cwd=folder, env=environment, stdout=said, stderr=said, start_new_session=True,
-        ) as process,
+            words, cwd=folder, env=environment, stdout=said, stderr=said, start_new_session=True,
+        ) as child,
     ):  # fmt: skip
-        command = Command(folder, mark, process)
+        command = Command(folder, mark, child)
         try:
             yield command
         finally:
@@ -198,8 +240,6 @@ def test_a_signal_ends_it_at_once(name: str, material: Path, tmp_path: Path) -> 
         if name == "download":
             environment |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
             environment |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-        if name == "sweep":
-            write_sweep(tmp_path)
         with started(case.words, tmp_path, **environment) as command:
             until(lambda: case.busy(command) or command.process.poll() is not None, 300)
             seconds, status = interrupt(command, case)
@@ -217,21 +257,37 @@ def test_a_signal_ends_it_at_once(name: str, material: Path, tmp_path: Path) -> 
         assert not left(tmp_path)
 
 
+SLOW_WORKER = """
+import multiprocessing, signal, sys
+from lightning_tucodec.io import processes
+try:
+    with processes.interruptible():
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["slow"])
+        context.Process(target=print).start()
+except processes.Interrupted as interrupt:
+    processes.end(interrupt.status)
+"""
+
+
+def test_nothing_outlives_it_that_still_imports(tmp_path: Path) -> None:
+    """The server that workers are forked from imports torch first; it is not waited for."""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\npathlib.Path('at it').touch()\ntime.sleep(60)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    with process([sys.executable, "-c", SLOW_WORKER], tmp_path, PYTHONPATH=path) as command:
+        until(lambda: (tmp_path / "at it").exists(), 60)
+        command.process.send_signal(INT)
+        until(lambda: command.process.poll() is not None and not command.processes(), 15)
+    assert command.process.returncode == 130
+    assert (tmp_path / "said").read_text() == ""
+
+
 def left(folder: Path) -> list[Path]:
     """Temporary files."""
     found = [path for path in folder.rglob("*") if ".tucodec." in path.name]
     return found + [path for path in (folder / "tmp").iterdir() if "torch" not in path.name]
-
-
-def write_sweep(folder: Path) -> None:
-    """A training that does not end by itself."""
-    from lightning_tucodec.demo import recipe
-
-    config = recipe(folder / "shards", 800.0, 10**6, folder / "runs")
-    assert main(["shards", "build", str(folder / "photos"), "--out", str(folder / "shards")]) == 0
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(config))
-    stages = {"one": {"config": "recipe.yaml"}}
-    (folder / "sweep.yaml").write_text(yaml.safe_dump({"name": "s", "stages": stages}))
 
 
 @contextlib.contextmanager

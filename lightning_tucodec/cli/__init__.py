@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (
                 argv is None
             ):  # the process is ours: its end need not wait for what libraries clean up
-                os._exit(status)
+                processes.end(status)
             return status
 
 

@@ -284,7 +284,12 @@ def interrupt_children() -> None:
 
 def end_now(number: int, _: object = None) -> None:
     """End this process and its children without waiting for threads; a handler of signals."""
-    _end(128 + number, time.monotonic())
+    end(128 + number)
+
+
+def end(status: int) -> None:
+    """End this process and its children at once, without what the interpreter does at its end."""
+    _end(status, time.monotonic())
 
 
 def _end(status: int, until: float) -> None:
@@ -293,6 +298,10 @@ def _end(status: int, until: float) -> None:
         _signal(pid, signal.SIGTERM if ours else signal.SIGKILL)
     for worker in multiprocessing.active_children():
         worker.kill()
+    if multiprocessing.parent_process() is None:
+        _end_server()
+        if util := sys.modules.get("multiprocessing.util"):
+            util._run_finalizers(0)  # else its tracker names semaphores left
     _tidy()
     until += _GRACE_OF_COMMANDS - _GRACE
     while any(map(_lives, list(_children))) and time.monotonic() < until:
@@ -300,6 +309,19 @@ def _end(status: int, until: float) -> None:
     for pid in list(_children):
         _signal(pid, signal.SIGKILL)
     os._exit(status)
+
+
+def _end_server() -> None:
+    """Kill the process that workers are forked from.
+
+    By itself it would first import all that it was told to, which takes seconds, and then close its
+    interpreter.
+    """
+    server = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
+    pid = getattr(server, "_forkserver_pid", None)
+    if pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _tidy() -> None:
