@@ -18,7 +18,7 @@ from lightning_tucodec.errors import (
     UnsupportedVersionError,
 )
 
-_LAZY = {"decompress": "decode", "load": "library", "models": "library", "untrained": "library"}
+_LAZY = {"decompress": "decode", "load": "library", "models": "cards", "untrained": "library"}
 """Coding functions, each with the module of `codecs` that it stands in."""
 
 __all__ = [

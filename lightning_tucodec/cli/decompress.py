@@ -188,14 +188,15 @@ def run_info(arguments: argparse.Namespace) -> int:
 
 
 def _name_of(identity: bytes) -> str | None:
-    from lightning_tucodec.codecs.library import models
+    from lightning_tucodec.codecs.cards import models
 
     return next((name for name, card in models().items() if card["id"] == identity.hex()), None)
 
 
 def run_models(arguments: argparse.Namespace) -> int:
     """List shipped and local models; a damaged file is named and the status says so."""
-    from lightning_tucodec.codecs.library import SHIPPED, load_any, model_files
+    from lightning_tucodec.codecs.cards import SHIPPED, model_files
+    from lightning_tucodec.codecs.library import load_any
 
     status = 0
     rows = []

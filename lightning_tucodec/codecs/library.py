@@ -1,12 +1,12 @@
-"""Where models are found: shipped with the package, in the model folder, or by path."""
+"""Models by name, path or id, ready to code."""
 
 import contextlib
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from lightning_tucodec.codecs.base import MODEL_SUFFIX
+from lightning_tucodec.codecs.cards import model_files, model_folder, read_card
 from lightning_tucodec.codecs.h266.postfilter import FilterModel
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
@@ -14,29 +14,7 @@ from lightning_tucodec.errors import ModelFileError, UnknownModelError
 from lightning_tucodec.io.files import expanded
 from lightning_tucodec.io.once import once
 
-SHIPPED = Path(__file__).parent.parent / "weights"
-"""Models that come with the package."""
-
 SUFFIX = MODEL_SUFFIX
-
-
-def model_folder() -> Path:
-    """The user's own models: $TUCODEC_MODELS, or `tucodec/models` below $XDG_DATA_HOME."""
-    if named := os.environ.get("TUCODEC_MODELS"):
-        return Path(expanded(named))
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "tucodec" / "models"
-
-
-def model_files() -> list[Path]:
-    """Files of all models known by name, the user's before the shipped ones."""
-    return [
-        path
-        for folder in (model_folder(), SHIPPED)
-        if folder.is_dir()
-        for path in sorted(folder.glob(f"*{SUFFIX}"))
-        if path.is_file()
-    ]
 
 
 @once
@@ -50,7 +28,7 @@ def _load(path: Path, modified_ns: int, device: str) -> TucModel | FilterModel:
 @once
 def _id(path: Path, modified_ns: int) -> bytes:
     """Of the file alone: to build a model takes ten times as long."""
-    return ModelFile.load(path).id
+    return read_card(path).id
 
 
 def _version(path: Path) -> tuple[Path, int]:
@@ -157,16 +135,6 @@ def _unknown(identity: bytes) -> UnknownModelError:
         f"the file needs model {identity.hex()}, which is neither shipped nor in {model_folder()}; "
         "name its file with --model, or copy it there"
     )
-
-
-def models() -> dict[str, dict[str, Any]]:
-    """Model cards by name, of what is shipped and what lies in the model folder."""
-    found = {}
-    for path in model_files():
-        with contextlib.suppress(ModelFileError):
-            file = ModelFile.load(path)
-            found[file.name] = {**file.card, "id": file.id.hex()}
-    return found
 
 
 def untrained(preset: str, seed: int = 0) -> TucModel:

@@ -264,14 +264,14 @@ def use_model(folder: Path, out: Path, seldom: bool) -> None:
 
 @contextlib.contextmanager
 def _only_models_of(folder: Path) -> Iterator[None]:
-    from lightning_tucodec.codecs import library
+    from lightning_tucodec.codecs import cards, library
 
-    shipped, before = library.SHIPPED, os.environ.get("TUCODEC_MODELS")
-    library.SHIPPED, os.environ["TUCODEC_MODELS"] = folder / "none", str(folder)
+    shipped, before = cards.SHIPPED, os.environ.get("TUCODEC_MODELS")
+    cards.SHIPPED, os.environ["TUCODEC_MODELS"] = folder / "none", str(folder)
     try:
         yield
     finally:
-        library.SHIPPED = shipped
+        cards.SHIPPED = shipped
         del os.environ["TUCODEC_MODELS"]
         if before is not None:
             os.environ["TUCODEC_MODELS"] = before

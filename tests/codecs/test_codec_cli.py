@@ -333,3 +333,17 @@ def test_export_of_a_run_codes(
     assert main(words) == 0
     assert main(["export", str(tmp_path / "nothing"), "-o", str(out), "--force"]) == 1
     assert "nothing" in capsys.readouterr().err
+
+
+def test_info_needs_no_pytorch() -> None:
+    stream = Path(__file__).parents[1] / "golden" / "tiny-mse-2.tuc"
+    code = (
+        "import sys; from lightning_tucodec.cli import main\n"
+        f"assert main(['info', {str(stream)!r}]) == 0\n"
+        "assert 'torch' not in sys.modules, 'it was imported'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tiny-mse-2" in done.stdout

@@ -13,6 +13,7 @@ from PIL import Image
 from skimage.data import astronaut
 
 from lightning_tucodec.cli import main
+from lightning_tucodec.codecs.cards import models
 from lightning_tucodec.codecs.colour import (
     Planes,
     chroma_turn,
@@ -26,7 +27,7 @@ from lightning_tucodec.codecs.h266 import parameter_sets
 from lightning_tucodec.codecs.h266.codec import H266, NO_MODEL, OFFSETS, without_filter
 from lightning_tucodec.codecs.h266.postfilter import FilterModel, apply, fit
 from lightning_tucodec.codecs.h266.vvc import PRESETS, TOOLS, Vvc
-from lightning_tucodec.codecs.library import load, load_any, models
+from lightning_tucodec.codecs.library import load, load_any
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.coding.container import CodecKind, Container, pack, unpack
 from lightning_tucodec.errors import (

@@ -15,10 +15,11 @@ from safetensors.torch import save
 
 import lightning_tucodec as tuc
 from lightning_tucodec import cli
-from lightning_tucodec.codecs import library
+from lightning_tucodec.codecs import cards
+from lightning_tucodec.codecs.cards import FORMAT
 from lightning_tucodec.codecs.classical.codecs import Jpeg
 from lightning_tucodec.codecs.learned.codec import TucModel
-from lightning_tucodec.codecs.learned.model_file import FORMAT, ModelFile, freeze
+from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
 from lightning_tucodec.coding.fixed_point import IntegerEntropyModel
 from lightning_tucodec.errors import CorruptStreamError, ModelFileError
 from lightning_tucodec.nn.codec import TucodecVAE
@@ -157,7 +158,7 @@ def test_bad_neighbours_stop_nothing(
     out, err = capsys.readouterr()
     assert micro.id.hex() in out
     assert len(err.splitlines()) == len(UNREADABLE) + 1
-    assert "micro" in library.models()
+    assert "micro" in cards.models()
 
 
 def test_loading_leaves_the_random_state(micro: ModelFile) -> None:

@@ -116,7 +116,7 @@ def test_ms_ssim_is_measured_only_where_it_is_asked_for(monkeypatch: pytest.Monk
     def refuse(*_: object) -> float:
         raise AssertionError("MS-SSIM was measured")
 
-    for module in ("metrics", "codecs.targets"):
+    for module in ("quality.metrics", "codecs.learned.targets"):
         monkeypatch.setattr(f"lightning_tucodec.{module}.pixels_ms_ssim", refuse)
     tiny = [load(name) for name in family("tiny-mse")]
     assert best(tiny, PHOTO, Target("psnr", 27)).setting in tiny

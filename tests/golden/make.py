@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lightning_tucodec as tuc
+from lightning_tucodec.codecs.cards import SHIPPED
 from lightning_tucodec.codecs.learned.codec import TucModel
-from lightning_tucodec.codecs.library import SHIPPED, load_any
+from lightning_tucodec.codecs.library import load_any
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.io.images import write_png
 from tests.support import photo

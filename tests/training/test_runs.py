@@ -15,7 +15,7 @@ import torch
 from hits import kill_at_step, start, wait
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.codecs.library import SHIPPED
+from lightning_tucodec.codecs.cards import SHIPPED
 from lightning_tucodec.training.beside import companions, mirror
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.runs import folder, identity

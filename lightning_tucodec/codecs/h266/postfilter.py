@@ -7,14 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_tucodec.codecs.cards import UNFIT, one_line
 from lightning_tucodec.codecs.colour import Planes, planes_to_float, to_eight_bits
-from lightning_tucodec.codecs.learned.model_file import (
-    UNFIT,
-    ModelFile,
-    check_depths,
-    check_tensors,
-    one_line,
-)
+from lightning_tucodec.codecs.learned.model_file import ModelFile, check_depths, check_tensors
 from lightning_tucodec.errors import ModelFileError
 from lightning_tucodec.io.once import once_property
 from lightning_tucodec.nn.postfilter import (

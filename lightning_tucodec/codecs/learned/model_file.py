@@ -10,9 +10,8 @@ SHA-256 of its config and tensors; the name and the card can be edited without c
 """
 
 import copy
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lightning_tucodec.codecs.cards import FORMAT, UNFIT, describe, identity, one_line
 from lightning_tucodec.coding.categorical import CategoricalTables, build_cdf
-from lightning_tucodec.coding.container import MODEL_ID_BYTES
 from lightning_tucodec.coding.fixed_point import (
     FRACTION_BITS,
     IntegerEntropyModel,
@@ -39,33 +38,12 @@ from lightning_tucodec.io.files import atomic_write
 from lightning_tucodec.io.once import once_property
 from lightning_tucodec.nn.codec import CodecConfig, TucodecVAE, config_from_dict, config_to_dict
 
-FORMAT = 1
-"""Version of the layout described above."""
-
 _TABLES = ("laplace.edges", "laplace.inverse_scale", "laplace.tail", "categorical.cumulative")
 
 _TAIL = 2.0**-20
 """The table of z covers each channel up to this probability; the rest is escaped."""
 
 _INTEGER_PARTS = ("h_s.", "context.", "entropy_parameters.")
-
-_CARD: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "recipe": (lambda v: isinstance(v, str) and v.isprintable(), "a line of text"),
-    "lmbda": (lambda v: type(v) in (int, float) and 0 < v < 1e300, "a number above 0"),
-    "opt_step": (lambda v: type(v) is int and 0 <= v < 1 << 63, "a number of steps"),
-}
-"""What stands in a card and is reckoned with."""
-
-UNFIT = (
-    ArithmeticError, AttributeError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError,
-    ValueError,
-)  # fmt: skip
-"""What building a network from the values of a damaged or hostile file can raise."""
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text for a message of one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def check_tensors(
@@ -122,12 +100,8 @@ class ModelFile:
 
     def __post_init__(self) -> None:
         """Compute the id."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            tensor = self.tensors[name].contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.numpy().tobytes())
-        object.__setattr__(self, "id", digest.digest()[:MODEL_ID_BYTES])
+        arrays = {name: tensor.contiguous().numpy() for name, tensor in self.tensors.items()}
+        object.__setattr__(self, "id", identity(self.config, arrays.items()))
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -147,28 +121,9 @@ class ModelFile:
         """
         try:
             with safe_open(path, framework="pt") as content:
-                metadata = content.metadata() or {}
-                if "tucodec" not in metadata:
-                    raise ModelFileError(
-                        f"{path}: holds weights, but no model of this package; "
-                        "`tucodec export RUN -o MODEL.safetensors` writes one"
-                    )
-                description = json.loads(metadata["tucodec"])
+                description = describe(path, content.metadata())
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            if description["format"] != FORMAT:
-                raise ModelFileError(
-                    f"{path}: model format {str(description['format'])[:20]!r} is unknown "
-                    f"(this program reads {FORMAT}): update lightning-tucodec"
-                )
-            name, config, card = (description[key] for key in ("name", "config", "card"))
-            if not (isinstance(name, str) and name and name.isprintable()):
-                raise ValueError("its name is not a line of text")
-            if not all(isinstance(v, dict) for v in (config, card, card.get("kodak", {}))):
-                raise ValueError("config, card and card.kodak must be mappings")
-            for key, (fits, what) in _CARD.items():
-                if card.get(key) is not None and not fits(card[key]):
-                    raise ValueError(f"card.{key} is not {what}")
-            return cls(name, config, tensors, card)
+            return cls(description.name, description.config, tensors, description.card)
         except FileNotFoundError:
             raise ModelFileError(f"{path}: no such model file") from None
         except (OSError, SafetensorError, *UNFIT) as error:
