@@ -7,6 +7,7 @@ without one they are `VAE` and `PatchDataModule`.
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -475,6 +476,22 @@ def _expanded_config(words: Sequence[str]) -> list[str]:
     return result
 
 
+def _in_plain_words(message: str) -> str:
+    """What the parser says of a wrong value, without its account of the types that it tried in vain."""
+    inside = re.search(
+        r'Parser key "([\w.]+)": .*Problem with given class_path \'[^\']*\': (.*?)'
+        r"( - Expected a <class 'NoneType'>.*)?$",
+        message,
+    )
+    if inside:
+        group, told = inside[1], inside[2]
+        inner = re.match(r'Parser key "([\w.]+)": (.*)', told)
+        message = f"{group}.{inner[1]}: {inner[2]}" if inner else f"{group}: {told}"
+    message = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", message)
+    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message)
+    return re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", message)
+
+
 def _own_error(error: BaseException) -> BaseException:
     """What a class of ours refused, out of what the parser made of it; else the error itself."""
     inner: BaseException | None = error
@@ -544,7 +561,7 @@ def _main(arguments: Sequence[str], preemption: Preemption) -> int:
                 read_text(name)
         raise ConfigError(f"not UTF-8: {error.object[:60]!r}") from None
     except ArgumentError as error:
-        text = redacted(" ".join(str(error).split()))
+        text = redacted(_in_plain_words(" ".join(str(error).split())))
         print(f"tucodec {arguments[0]}: {text}", file=sys.stderr)
         return 2
     except MisconfigurationException as error:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.io.processes import cores
 from lightning_tucodec.training.runs.identity import trainer_default
 
 REFUSED = {
@@ -52,6 +53,12 @@ def check_options(config: dict[str, Any], command: str = "fit") -> None:
         raise ConfigError(
             f"trainer.precision {trainer['precision']}: gradients would be clipped while they are "
             "scaled, and Muon never undoes the scale; use bf16-mixed"
+        )
+    devices = trainer.get("devices")
+    if trainer.get("accelerator") == "cpu" and isinstance(devices, int) and devices > 8 * cores():
+        raise ConfigError(
+            f"trainer.devices {devices}: so many processes of a CPU's training on {cores()} processors "
+            "only wait for one another"
         )
     steps = trainer.get("max_steps")
     if command == "fit" and (steps is None or steps < 1):

@@ -1,12 +1,15 @@
 """TucodecVAE as a LightningModule: the MSE and the MS-SSIM recipe."""
 
 import dataclasses
+import math
 import platform
 import sys
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -44,26 +47,63 @@ def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> Codec
 
     Args:
         preset: "paper", "fast" or "tiny".
-        overrides: field name to value; a dot reaches into a part, as in {"context.channels": 0}.
+        overrides: field name to value; a dot, or a mapping, reaches into a part, as in
+            {"context.channels": 0}. A text, as the command line gives it, is read as YAML where the field
+            is none.
 
     Raises:
-        ConfigError: unknown preset or field.
+        ConfigError: unknown preset or field, or a value of another type than the field's.
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is unknown; choose one of {sorted(PRESETS)}")
     values: dict[str, Any] = config_to_dict(PRESETS[preset])
-    for name, value in (overrides or {}).items():
+    for name, value in _leaves(overrides or {}):
         *path, last = name.split(".")
         target: Any = values
         for part in path:
             target = target.get(part) if isinstance(target, dict) else None
         if not isinstance(target, dict) or last not in target:
             raise ConfigError(f"codec has no field {name!r}")
-        target[last] = value
+        target[last] = _fitting(name, value, target[last])
     try:
         return config_from_dict(values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"codec: {error}") from None
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _fitting(name: str, value: Any, present: Any) -> Any:
+    """A value for a field that holds `present`.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
+    if isinstance(value, str) and not isinstance(present, str):
+        value = yaml.safe_load(value)
+    what, fits = "a whole number", type(value) is int
+    if present is None:
+        fits = value is None or type(value) is int
+    elif isinstance(present, bool):
+        what, fits = "true or false", isinstance(value, bool)
+    elif isinstance(present, float):
+        what, fits = "a number", type(value) in (int, float) and math.isfinite(value)
+    elif isinstance(present, str):
+        what, fits = "a word", isinstance(value, str)
+    elif isinstance(present, list | tuple):
+        what = "a list of whole numbers"
+        fits = isinstance(value, list | tuple) and all(type(one) is int for one in value)
+    elif isinstance(present, dict):
+        what, fits = "a mapping", False
+    if not fits:
+        raise ConfigError(f"codec.{name}: must be {what}, got {value!r}")
+    return value
 
 
 class CodecModule(ScheduledModule):

@@ -140,6 +140,17 @@ def test_config_survives_json() -> None:
     assert dataclasses.is_dataclass(CodecConfig)
 
 
+def test_a_part_can_be_named_with_dots_or_as_a_mapping() -> None:
+    dotted = resolve_codec("tiny", {"hyper.channels": 32, "transform.widths": [0, 0, 64, 96]})
+    assert (
+        resolve_codec("tiny", {"hyper": {"channels": 32}, "transform.widths": (0, 0, 64, 96)})
+        == dotted
+    )
+    # as `fit --model.codec.hyper.channels 32` hands it on
+    words = {"hyper": {"channels": "32"}, "transform": {"widths": "[0, 0, 64, 96]"}}
+    assert resolve_codec("tiny", words) == dotted
+
+
 @pytest.mark.parametrize("name", ["contxt.channels", "centers", "context.width"])
 def test_unknown_fields_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=name.split(".")[-1]):
