@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lightning_tucodec.errors import DatasetError, ImageInputError
 from lightning_tucodec.io.files import expanded
-from lightning_tucodec.io.images import IMAGE_SUFFIXES, is_image_name
+from lightning_tucodec.io.images import IMAGE_SUFFIXES, is_image_name, is_special
 from lightning_tucodec.io.storage import Storage, is_remote
 
 _ARCHIVES = (".tgz", ".gz", ".bz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
@@ -80,10 +80,12 @@ class Source:
 
         Raises:
             PermissionError: it stands for a folder that may not be read.
-            ImageInputError: it is an archive.
+            ImageInputError: it is an archive, or no file at all.
         """
         if _is_archive(entry.name):
             raise ImageInputError(f"{entry.name}: an archive inside a source; name it as a source")
+        if not self.storage.remote and is_special(self.storage.path(entry.name)):
+            raise ImageInputError(f"{entry.name}: a pipe, socket or device, not a file")
         if entry.name.endswith("/"):
             raise PermissionError(f"{entry.name}: the folder may not be read (permissions)")
         if self.is_tar:

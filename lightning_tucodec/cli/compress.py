@@ -271,7 +271,11 @@ def _image_size(path: Path) -> int:
     """Pixels of an image by its header; 0 when it has none."""
     from PIL import Image
 
+    from lightning_tucodec.io.images import is_special
+
     try:
+        if is_special(path):
+            return 0
         with Image.open(path) as image:
             return image.width * image.height
     except Exception:  # reading the image will say what is wrong

@@ -1,6 +1,7 @@
 """Reading photographs of any common kind as 8-bit sRGB arrays, and writing PNG."""
 
 import io
+import os
 import struct
 import threading
 import warnings
@@ -176,7 +177,16 @@ def write_png(path: Path | str, image: NDArray[np.uint8]) -> None:
 
 def _stream(file: Path | str | BinaryIO) -> BinaryIO:
     """A stream of our own, at its beginning."""
-    return open(file, "rb") if isinstance(file, str | Path) else io.BytesIO(file.read())
+    if not isinstance(file, str | Path):
+        return io.BytesIO(file.read())
+    if is_special(file):
+        raise ImageInputError(f"{file}: a pipe, socket or device, not a file")
+    return open(file, "rb")
+
+
+def is_special(path: Path | str) -> bool:
+    """Whether something is neither a file nor a folder: to open it could wait for ever."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 @contextmanager

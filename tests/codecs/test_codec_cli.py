@@ -1,6 +1,7 @@
 """compress, decompress, info, models, export: files in, files out, and every bad input."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -347,3 +348,13 @@ def test_info_needs_no_pytorch() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "tiny-mse-2" in done.stdout
+
+
+def test_a_pipe_among_images_holds_nothing_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    Image.new("RGB", (20, 20)).save(tmp_path / "b.png")
+    assert main(["compress", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+    assert "a.png: a pipe, socket or device, not a file" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.tuc"]

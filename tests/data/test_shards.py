@@ -139,6 +139,7 @@ def test_what_cannot_be_read_is_listed(
     (source / "secret").mkdir()
     (source / "gone.png").symlink_to(tmp_path / "nothing")
     (source / "more").symlink_to(tmp_path / "nothing")
+    os.mkfifo(source / "pipe.jpg")  # to open it would wait for ever
     for name in ("rest.tar", "rest.zip", "._rest.tar", "notes.txt"):
         (source / name).write_bytes(b"x")
     with tarfile.open(tmp_path / "inner.tar", "w") as tar:
@@ -164,12 +165,13 @@ def test_what_cannot_be_read_is_listed(
         ("inner.tar", "rest.tar", "an archive inside a source; name it as a source"),
         ("set", "gone.png", "[Errno 2] No such file or directory"),
         ("set", "more", "[Errno 2] No such file or directory"),
+        ("set", "pipe.jpg", "a pipe, socket or device, not a file"),
         ("set", "rest.tar", "an archive inside a source; name it as a source"),
         ("set", "rest.zip", "an archive inside a source; name it as a source"),
         ("set", "secret/", "the folder may not be read (permissions)"),
     ]
     assert summary.contents is not None
-    assert summary.contents["rejected"]["unreadable"] == 6
+    assert summary.contents["rejected"]["unreadable"] == 7
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "rest.tar").touch()
     with pytest.raises(DatasetError, match=r"no images .* found; name rest\.tar as a source"):

@@ -122,7 +122,9 @@ def test_a_larger_network_goes_on_from_a_smaller_one(tmp_path: Path) -> None:
     small = PostFilterModule(network={"channels": 8, "blocks": 1, "corrections": 1})
     for parameter in small.averaged.parameters():
         torch.nn.init.normal_(parameter)
-    torch.save({"state_dict": small.state_dict()}, tmp_path / "small.ckpt")
+    torch.save(
+        {"tucodec": {"opt_step": 1}, "state_dict": small.state_dict()}, tmp_path / "small.ckpt"
+    )
     large = PostFilterModule(network={"channels": 8, "blocks": 2, "corrections": 3})
     fresh = {name: value.clone() for name, value in large.network.state_dict().items()}
     large.warm_start(str(tmp_path / "small.ckpt"))
@@ -136,8 +138,10 @@ def test_a_larger_network_goes_on_from_a_smaller_one(tmp_path: Path) -> None:
 
 def test_another_network_is_no_start(tmp_path: Path) -> None:
     wide = PostFilterModule(network={"channels": 16, "blocks": 1})
-    torch.save({"state_dict": wide.state_dict()}, tmp_path / "wide.ckpt")
-    torch.save({"state_dict": {}}, tmp_path / "none.ckpt")
+    torch.save(
+        {"tucodec": {"opt_step": 1}, "state_dict": wide.state_dict()}, tmp_path / "wide.ckpt"
+    )
+    torch.save({"tucodec": {"opt_step": 1}, "state_dict": {}}, tmp_path / "none.ckpt")
     for name in ("wide.ckpt", "none.ckpt"):
         with pytest.raises(ConfigError, match=name):
             PostFilterModule(network={"channels": 8, "blocks": 1}).warm_start(str(tmp_path / name))

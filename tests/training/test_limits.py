@@ -41,6 +41,8 @@ def refused(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> 
         ("data.batch_size", 0),
         ("model.lr", -1),
         ("model.init_args.lr", -1),
+        ("trainer.val_check_interval", 0),
+        ("trainer.check_val_every_n_epoch", 0),
     ],
 )
 def test_fit_says_which_number_is_out_of_range(
@@ -55,7 +57,12 @@ def test_fit_says_which_number_is_out_of_range(
     assert not (tmp_path / "runs").exists()
 
 
-GROUPS = {"run": limits._RUN, "data": limits._DATA, "model": limits._MODEL}
+GROUPS = {
+    "run": limits._RUN,
+    "trainer": limits._TRAINER,
+    "data": limits._DATA,
+    "model": limits._MODEL,
+}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +74,7 @@ def test_every_range_has_two_ends(group: str, name: str) -> None:
 
     def check(value: float | None, **more: str) -> None:
         options = {**more, "init_args": {name: value}} if more else {name: value}
-        check_numbers({"run": {}, "data": {}, "model": {}, group: options})
+        check_numbers({"run": {}, "data": {}, "model": {}, "trainer": {}, group: options})
 
     check(least)
     check(most)
@@ -75,7 +82,7 @@ def test_every_range_has_two_ends(group: str, name: str) -> None:
     for wrong in (least - 1, math.nan, *([most + 1] if most < math.inf else [])):
         with pytest.raises(ConfigError, match=f"{group}.{name}: must be"):
             check(wrong)
-        if group != "run":
+        if group not in ("run", "trainer"):
             check(wrong, class_path="mine.Module")
             with pytest.raises(ConfigError):
                 check(wrong, class_path="lightning_tucodec.training.gan.GANCodec")

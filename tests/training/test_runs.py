@@ -437,7 +437,7 @@ def test_a_companion_that_dies_or_hangs_does_not_matter(tmp_path: Path) -> None:
 
 def test_companions_start_without_torch() -> None:
     """They are up in a fraction of a second and cost little memory."""
-    package = "lightning_tucodec.training"
+    package = "lightning_tucodec.training.beside"
     code = f"import sys, {package}.mirror, {package}.wandb_view; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
