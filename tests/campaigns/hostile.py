@@ -598,7 +598,9 @@ def outcome(kind: Kind, folder: Path, out: Path, seldom: bool, guard: Guard) -> 
         "success" or the class of the named error; a broken rule begins with "!".
     """
     guard.broken = []
-    guard.allowed = (f"{os.path.realpath(folder.parent)}/", f"{tempfile.gettempdir()}/tmp")
+    temporary = os.path.realpath(tempfile.gettempdir())
+    own = f"{os.path.realpath(folder.parent)}/"
+    guard.allowed = (own, f"{temporary}/tmp", f"{temporary}/.tucodec.")
     try:
         kind.use(folder, out, seldom)
         result = "success"
