@@ -45,7 +45,7 @@ def show(result: Any, text: Callable[[Any], str], arguments: argparse.Namespace)
 
 def add_force(parser: argparse.ArgumentParser) -> None:
     """`--force`: existing files may be replaced; inputs never are."""
-    parser.add_argument("--force", action="store_true", help="replace files that exist already")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
 
 
 def location(text: str) -> str:
@@ -58,8 +58,8 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("limits that the set must keep to").add_argument
     add("--max-bpp", type=positive)
     add("--max-bytes", type=count)
-    add("--min-psnr", type=real(0), metavar="DB", help="pooled over the set")
-    add("--min-ms-ssim", type=real(0, 1), help="weighted by pixels")
+    add("--min-psnr", type=real(0), metavar="DB", help="minimum PSNR, pooled over the set")
+    add("--min-ms-ssim", type=real(0, 1), help="minimum MS-SSIM, weighted by pixels")
 
 
 def real(

@@ -21,7 +21,7 @@ _PEERS = ["mbt2018", "cheng2020-attn"]
 
 def register(subparsers: Subparsers) -> None:
     """`tucodec bench` and its commands."""
-    commands = family(subparsers, "bench", "timings, each beside what it is compared with")
+    commands = family(subparsers, "bench", "measure times, each beside a reference")
     _add_allocate(commands)
     _add_effort(commands)
     _add_h266(commands)
@@ -52,7 +52,7 @@ def run_allocate(arguments: argparse.Namespace) -> int:
 
 def _add_effort(commands: Subparsers) -> None:
     parser = command(
-        commands, "effort", run_effort, "what refinement at the encoder brings, and costs"
+        commands, "effort", run_effort, "measure gain and time of the encoder's refinement"
     )
     add = parser.add_argument
     add("images", type=location, nargs="+", metavar="IMAGE|DIR")
@@ -61,17 +61,17 @@ def _add_effort(commands: Subparsers) -> None:
         type=location,
         nargs="+",
         required=True,
-        help="of one recipe; four or more give a BD-rate",
+        help="models of one recipe; four or more give a BD-rate",
     )
     add("--effort", nargs="*", type=whole(0, 9), default=[3, 5, 7], metavar="0-9")
     add("--seconds", nargs="*", type=positive, default=[10, 60], metavar="S",
-        help="effort 9 in time")  # fmt: skip
+        help="effort 9 with a time limit in seconds")  # fmt: skip
     add(
         "--rows",
         type=location,
         default="effort.rows.jsonl",
         metavar="JSONL",
-        help="measurements, kept",
+        help="file that keeps the measurements",
     )
     add_json(parser)
 
@@ -91,22 +91,24 @@ def run_effort(arguments: argparse.Namespace) -> int:
 
 
 def _add_h266(commands: Subparsers) -> None:
-    parser = command(commands, "h266", run_h266, "what each part of the H.266 pipeline is worth")
+    parser = command(
+        commands, "h266", run_h266, "measure the gain of each part of the H.266 pipeline"
+    )
     add = parser.add_argument
     add("images", type=location, nargs="+", metavar="IMAGE|DIR")
     add("--filter", type=location, nargs="*", default=[], metavar="MODEL")
     add("--preset", default="medium")
     add("--qp", nargs="*", type=whole(0, 63), metavar="QP", help="32, 35, … 47")
-    add("--bpp", type=positive, default=0.15, help="where gains are read (0.15)")
+    add("--bpp", type=positive, default=0.15, help="rate at which gains are reported (0.15)")
     add(
         "--rows",
         type=location,
         default="h266.rows.jsonl",
         metavar="JSONL",
-        help="measurements, kept",
+        help="file that keeps the measurements",
     )
-    add("--workers", type=count, help="codings at a time")
-    add("--whole", action="store_true", help="leave out the parts")
+    add("--workers", type=count, help="images coded in parallel")
+    add("--whole", action="store_true", help="measure only the whole pipeline, not its parts")
     add_json(parser)
 
 
@@ -150,12 +152,12 @@ def _add_coding(commands: Subparsers) -> None:
             "(%(default)s)")  # fmt: skip
         add("--bpp", nargs="+", type=positive, default=[0.15, 0.5], metavar="RATE")
         add("--peers", nargs="*", default=_PEERS, choices=_PEERS,
-            help="CompressAI's models; none when nothing follows")  # fmt: skip
+            help="CompressAI's models; without names: none")  # fmt: skip
         add("--size", nargs=2, type=count, default=[512, 768], metavar=("HEIGHT", "WIDTH"))
         add("--repeats", type=count, default=5)
         add_json(parser)
         if name == "codec":
-            add("--image", type=location, help="a photograph instead of the generated picture")
+            add("--image", type=location, help="use this photograph instead of a generated picture")
             add("--large", action="store_true",
                 help="instead: peak memory of 6000×4000 pixels with the last of --models")  # fmt: skip
 
@@ -188,7 +190,7 @@ def _add_data(commands: Subparsers) -> None:
     ):
         parser = command(commands, name, run_data, summary)
         add = parser.add_argument
-        add("--photos", type=location, metavar="SRC", help="by default generated ones")
+        add("--photos", type=location, metavar="SRC", help="photographs (default: generated ones)")
         add("--count", type=count, default=600, help="patches of 256×256")
         add("--repeats", type=count, default=3)
         add_json(parser)
@@ -205,12 +207,15 @@ def run_data(arguments: argparse.Namespace) -> int:
 
 def _add_train(commands: Subparsers) -> None:
     parser = command(
-        commands, "train", run_train, "`fit` with all it does against a bare Lightning loop"
+        commands,
+        "train",
+        run_train,
+        "`fit` with everything switched on against a bare Lightning loop",
     )
     add = parser.add_argument
-    add("--photos", type=location, metavar="SRC", help="by default generated ones")
+    add("--photos", type=location, metavar="SRC", help="photographs (default: generated ones)")
     add("--preset", default="tiny", choices=("tiny", "fast", "paper"))
-    add("--steps", type=count, default=60, help="of each training")
+    add("--steps", type=count, default=60, help="steps of each training")
     add("--repeats", type=count, default=3)
     add("--peer", action="store_true",
         help="instead: a step of tiny beside CompressAI's joint model with as many parameters")  # fmt: skip

@@ -14,7 +14,7 @@ from lightning_tucodec.cli.arguments import (
 
 def register(subparsers: Subparsers) -> None:
     """`tucodec compare`."""
-    summary = "codecs, runs and sweeps on one HTML page: curves, BD-rate, pictures, costs"
+    summary = "compare codecs, runs and sweeps on one HTML page: curves, BD-rate, pictures, costs"
     parser = command(subparsers, "compare", run, summary)
     parser.add_argument(
         "sources",
@@ -26,7 +26,7 @@ def register(subparsers: Subparsers) -> None:
     )
     parser.add_argument("-o", "--out", type=location, required=True, metavar="REPORT.html")
     add_force(parser)
-    parser.add_argument("--anchor", metavar="NAME", help="the curve that BD-rates refer to")
+    parser.add_argument("--anchor", metavar="NAME", help="reference curve of the BD-rates")
     parser.add_argument(
         "--at",
         nargs="+",
@@ -43,14 +43,18 @@ def register(subparsers: Subparsers) -> None:
         help="originals of results.json: adds the gallery",
     )
     parser.add_argument(
-        "--kept", type=location, metavar="DIR", help="coded files that `evaluate --keep` has left"
+        "--kept", type=location, metavar="DIR", help="coded files kept by `evaluate --keep`"
     )
     parser.add_argument(
         "--bpp", type=positive, help="rate of the gallery; by default the first codec's"
     )
-    parser.add_argument("--pictures", type=count, default=6, help="images in the gallery")
-    parser.add_argument("--samples", type=count, default=500, help="of the bootstrap over images")
-    parser.add_argument("--json", action="store_true", help="print the BD rows")
+    parser.add_argument(
+        "--pictures", type=count, default=6, help="number of images in the gallery (6)"
+    )
+    parser.add_argument(
+        "--samples", type=count, default=500, help="bootstrap samples over the images (500)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the BD-rates as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -42,7 +42,7 @@ FAMILIES: dict["Quantity", tuple[str, ...]] = {
 
 def register(subparsers: Subparsers) -> None:
     """`tucodec compress`."""
-    parser = command(subparsers, "compress", run, "images to .tuc files")
+    parser = command(subparsers, "compress", run, "compress images to .tuc files")
     parser.add_argument(
         "images", type=location, nargs="+", metavar="IMG", help="image files, or folders of them"
     )
@@ -56,23 +56,28 @@ def register(subparsers: Subparsers) -> None:
         f"tiny-ssim-1, -2, …; or {' or '.join(jobs.H266_MODELS)}",
     )
     rate = parser.add_mutually_exclusive_group()
-    rate.add_argument("--qp", type=whole(0, 63), help="of vvc and vvc+postfilter, 0 … 63")
+    rate.add_argument("--qp", type=whole(0, 63), help="QP of vvc and vvc+postfilter, 0 … 63")
     rate.add_argument(
-        "--target-bpp", type=positive, metavar="B", help="for every image the best of at most B"
+        "--target-bpp",
+        type=positive,
+        metavar="B",
+        help="best quality of at most B bits a pixel, for each image",
     )
     rate.add_argument(
         "--target-psnr",
         type=real(0),
         metavar="DB",
-        help="for every image the smallest file with DB",
+        help="smallest file of at least DB decibels PSNR, for each image",
     )
     rate.add_argument(
         "--target-ms-ssim",
         type=real(0, 1),
         metavar="S",
-        help="for every image the smallest file with S",
+        help="smallest file of at least S MS-SSIM, for each image",
     )
-    parser.add_argument("--preset", help="of vvc and vvc+postfilter, faster … slower (medium)")
+    parser.add_argument(
+        "--preset", help="preset of vvc and vvc+postfilter, faster … slower (medium)"
+    )
     jobs.add_device(parser)
     parser.add_argument(
         "--effort",
@@ -80,13 +85,15 @@ def register(subparsers: Subparsers) -> None:
         choices=range(10),
         default=0,
         metavar="0-9",
-        help="search for symbols that code the image better; each level takes longer (0)",
+        help="search for symbols that code the image better; higher levels take longer (0)",
     )
     parser.add_argument(
-        "--recon", type=location, metavar="PNG", help="also write what a decoder will show"
+        "--recon", type=location, metavar="PNG", help="also write the decoded picture"
     )
     add_force(parser)
-    parser.add_argument("--json", action="store_true", help="one object a file, with quality")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object for each file, with its quality"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

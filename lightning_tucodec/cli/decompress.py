@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 def register(subparsers: Subparsers) -> None:
     """`tucodec decompress`, `info` and `models`."""
-    _add_decompress(command(subparsers, "decompress", run_decompress, ".tuc files to PNG"))
-    info = command(subparsers, "info", run_info, "say what stands in a .tuc file")
+    _add_decompress(
+        command(subparsers, "decompress", run_decompress, "decompress .tuc files to PNG")
+    )
+    info = command(subparsers, "info", run_info, "show the header of a .tuc file")
     info.add_argument("file", type=location, metavar="TUC")
     models = command(subparsers, "models", run_models, "list shipped and local models")
     add_json(info, models)
@@ -35,17 +37,15 @@ def _add_decompress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--out", type=location, required=True, help="a .png file, or a folder"
     )
-    parser.add_argument(
-        "--model", type=location, help="file of the model, when it is not among the known ones"
-    )
+    parser.add_argument("--model", type=location, help="model file, if the model is not installed")
     jobs.add_device(parser)
     add_force(parser)
     parser.add_argument(
         "--salvage",
         action="store_true",
-        help="decode what is undamaged of a damaged file and hatch the rest; the exit status is 1",
+        help="decode the undamaged strips of a damaged file and hatch the rest; exit status 1",
     )
-    parser.add_argument("--json", action="store_true", help="one object a file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each file")
 
 
 class _Picture(NamedTuple):

@@ -9,7 +9,7 @@ from lightning_tucodec.cli.arguments import Subparsers, command, location
 def register(subparsers: Subparsers) -> None:
     """`tucodec demo`."""
     parser = command(
-        subparsers, "demo", run, "the whole chain on photos that ship with a dependency"
+        subparsers, "demo", run, "run the whole chain on photos that ship with a dependency"
     )
     parser.add_argument("--out", type=location, default="demo", metavar="DIR")
 

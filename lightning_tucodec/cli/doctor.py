@@ -13,11 +13,11 @@ from lightning_tucodec.io.files import read_yaml
 
 def register(subparsers: Subparsers) -> None:
     """`tucodec doctor`."""
-    parser = command(subparsers, "doctor", run, "what would fail in a training, and what to do")
+    parser = command(subparsers, "doctor", run, "check what would fail in a training")
     add = parser.add_argument
-    add("--config", type=location, metavar="YAML", help="a configuration of `fit`")
-    add("--mirror", type=location, metavar="URL", help="as that of `fit`")
-    add("--script", type=location, metavar="FILE", help="a batch script, or the call of sbatch")
+    add("--config", type=location, metavar="YAML", help="configuration file of `fit`")
+    add("--mirror", type=location, metavar="URL", help="mirror URL, as for `fit`")
+    add("--script", type=location, metavar="FILE", help="a batch script, or an sbatch command")
     add_json(parser)
 
 

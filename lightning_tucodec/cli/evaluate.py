@@ -15,18 +15,22 @@ from lightning_tucodec.cli.arguments import (
 
 def register(subparsers: Subparsers) -> None:
     """`tucodec evaluate`."""
-    parser = command(subparsers, "evaluate", run, "real bytes and quality of any codecs on images")
+    parser = command(subparsers, "evaluate", run, "measure bytes and quality of codecs on images")
     add = parser.add_argument
     add("images", type=location, nargs="+", metavar="IMAGE|DIR")
     add("--codec", nargs="+", required=True, metavar="SPEC",
-        help="NAME[:KEY=VALUE,...] as in jpeg:q=30 or vvc:qp=37, or the name of a learned model")  # fmt: skip
+        help="NAME[:KEY=VALUE,...], such as jpeg:q=30 or vvc:qp=37, or a learned model's name")  # fmt: skip
     add("-o", "--out", type=location, required=True, metavar="RESULTS.json")
     add_force(parser)
-    add("--workers", type=count, help="codings at a time; all processors by default")
+    add("--workers", type=count, help="images coded in parallel (default: all processors)")
     add("--keep", type=location, metavar="DIR", help="keep the coded files, named by their SHA-256")
-    add("--memory", action="store_true", help="also the peak memory of every codec on one image")
+    add(
+        "--memory",
+        action="store_true",
+        help="also measure the peak memory of every codec on one image",
+    )
     add("--metrics", nargs="+", default=[], metavar="NAME",
-        help="further measures: vmaf, xpsnr, flip, ssimulacra2, lpips, dists")  # fmt: skip
+        help="additional measures: vmaf, xpsnr, flip, ssimulacra2, lpips, dists")  # fmt: skip
     add_json(parser)
 
 

@@ -34,7 +34,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="auto",
         choices=("auto", "cpu", "cuda"),
-        help="where the networks run; a GPU when there is one. Bits are decided on the CPU",
+        help="device of the transforms (auto: a GPU if there is one); entropy coding stays on the CPU",
     )
 
 

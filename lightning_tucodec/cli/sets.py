@@ -19,19 +19,21 @@ from lightning_tucodec.cli.arguments import (
 def register(subparsers: Subparsers) -> None:
     """`tucodec allocate` and `tucodec clic`."""
     _add_allocate(subparsers)
-    commands = family(subparsers, "clic", "decode and verify what `allocate` has written")
+    commands = family(subparsers, "clic", "decode and verify submissions of `allocate`")
     verify = command(
-        commands, "verify", run_verify, "decode a submission and measure everything anew"
+        commands, "verify", run_verify, "decode a submission and measure everything again"
     )
     verify.add_argument("submission", type=location, metavar="DIR")
     compare = command(
         commands,
         "compare",
         run_compare,
-        "verify submissions; their numbers beside Tucodec's of 2019",
+        "verify submissions and list them beside Tucodec's results of 2019",
     )
     compare.add_argument("submission", type=location, metavar="DIR", nargs="+")
-    check = command(commands, "check", run_check, "count: are these CLIC 2019's validation images?")
+    check = command(
+        commands, "check", run_check, "check whether these are the validation images of CLIC 2019"
+    )
     check.add_argument("images", type=location, metavar="IMAGE|DIR", nargs="+")
     decode = command(commands, "decode", run_decode, "decode a submission to PNG files")
     decode.add_argument("submission", type=location, metavar="DIR")
@@ -50,21 +52,31 @@ def _add_allocate(subparsers: Subparsers) -> None:
         subparsers,
         "allocate",
         run_allocate,
-        "code a set under one budget: the best candidate for each image",
+        "code a set under one budget with the best candidate for each image",
     )
     add = parser.add_argument
     add("images", type=location, nargs="+", metavar="IMAGE|DIR")
-    add("--candidate", nargs="+", required=True, metavar="SPEC", help="as --codec of evaluate")
+    add(
+        "--candidate",
+        nargs="+",
+        required=True,
+        metavar="SPEC",
+        help="codec settings to choose from, as for `evaluate --codec`",
+    )
     add("-o", "--out", type=location, required=True, metavar="DIR")
-    add("--maximise", choices=("psnr", "ms-ssim"), help="else bytes are minimised")
+    add(
+        "--maximise",
+        choices=("psnr", "ms-ssim"),
+        help="quality to maximise; without it bytes are minimised",
+    )
     add_limits(parser)
-    add("--max-decode-seconds", type=positive, help="for the whole set")
-    add("--workers", type=count, help="codings at a time; all processors by default")
+    add("--max-decode-seconds", type=positive, help="decoding time of the whole set")
+    add("--workers", type=count, help="images coded in parallel (default: all processors)")
     add("--part", type=part, metavar="I/N",
-        help="only code share I (from 1) of N, and choose nothing")  # fmt: skip
+        help="only code share I (from 1) of N, without choosing")  # fmt: skip
     add("--slurm", type=count, metavar="N", help="code in a Slurm array of N jobs and choose in a "
         "last one; slurm/site.sh says what the cluster wants")  # fmt: skip
-    add("--dry-run", action="store_true", help="with --slurm: print the commands of sbatch")
+    add("--dry-run", action="store_true", help="with --slurm: print the sbatch commands")
     add_json(parser)
 
 

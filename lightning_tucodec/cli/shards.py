@@ -20,14 +20,14 @@ from lightning_tucodec.io.processes import cores
 
 def register(subparsers: Subparsers) -> None:
     """`tucodec shards`."""
-    commands = family(subparsers, "shards", "photographs -> patches -> WebDataset shards")
+    commands = family(subparsers, "shards", "build WebDataset shards from photographs")
     build = command(commands, "build", run_build, "cut photographs into shards of patches")
     _add_build_arguments(build)
     precode = command(
-        commands, "precode", run_precode, "code photographs with H.266, for post-filters"
+        commands, "precode", run_precode, "code photographs with H.266 to train post-filters"
     )
     _add_precode_arguments(precode)
-    verify = command(commands, "verify", run_verify, "read all shards back and name what is wrong")
+    verify = command(commands, "verify", run_verify, "read all shards and report errors")
     stats = command(commands, "stats", run_stats, "draw a contact sheet and histograms")
     stats.add_argument("-o", "--out", type=location, default="stats.png", metavar="PNG")
     add_force(stats)
@@ -46,11 +46,31 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="folder, uncompressed tar, image, or URL of one",
     )
-    add("--out", type=location, required=True, metavar="DIR|URL", help="where the shards go")
-    add("--patch", type=int, default=256, metavar="N", help="side in pixels (default 256)")
-    add("--count", type=int, metavar="N", help="patches in all (default: as many as there are)")
-    add("--shard-size", type=int, default=1024, metavar="N", help="patches a shard (default 1024)")
-    add("--seed", type=int, default=0, metavar="K", help="places, choice and order (default 0)")
+    add(
+        "--out", type=location, required=True, metavar="DIR|URL", help="output folder of the shards"
+    )
+    add(
+        "--patch",
+        type=int,
+        default=256,
+        metavar="N",
+        help="side of a patch in pixels (default 256)",
+    )
+    add("--count", type=int, metavar="N", help="total number of patches (default: all)")
+    add(
+        "--shard-size",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="patches in a shard (default 1024)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="K",
+        help="seed of positions, choice and order (default 0)",
+    )
     add("--workers", type=int, default=cores(), metavar="W", help="processes (default: all cores)")
     add(
         "--part",
@@ -59,18 +79,24 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
         help="do only share I (from 1) of N; see docs/data.md",
     )
     add("--format", choices=("webp", "png", "raw"), default="webp", help="default: lossless webp")
-    add("--long-edge", type=int, default=2000, metavar="N", help="scale down to this first (2000)")
+    add(
+        "--long-edge",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="first scale the long edge down to N pixels (2000)",
+    )
     add("--scales", type=_scales, default=(1.0,), metavar="S,...", help="also cut at these scales")
     add("--max-overlap", type=float, default=0.0, metavar="F",
-        help="share of its side that a patch has in common with a neighbour (0)")  # fmt: skip
+        help="largest overlap of neighbouring patches, as a share of the side (0)")  # fmt: skip
     add("--min-contrast", type=float, default=3.0, metavar="C",
-        help="skip patches whose luma deviates less, in gray levels of 255 (3)")  # fmt: skip
+        help="skip patches whose luma has a smaller standard deviation, in grey levels (3)")  # fmt: skip
     add("--duplicate-bits", type=int, default=4, metavar="B",
         help="photographs whose 64-bit perceptual hashes differ in at most B bits are the same "
         "(default 4; -1: only identical files)")  # fmt: skip
     add("--licence", action="append", default=[], metavar="NOTE",
-        help="one for all sources, or one each (default: its LICENSE file)")  # fmt: skip
-    add("--json", action="store_true", help="summary as JSON")
+        help="licence of all sources, or one for each (default: the LICENSE file)")  # fmt: skip
+    add("--json", action="store_true", help="print a summary as JSON")
 
 
 def run_build(arguments: argparse.Namespace) -> int:
@@ -137,20 +163,28 @@ def _add_precode_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SRC",
         help="folder, uncompressed tar, or image",
     )
-    add("--out", type=location, required=True, metavar="DIR", help="where the shards go")
-    add("--codec", nargs="+", required=True, metavar="SPEC", help="settings, as vvc:qp={34,38,42}")
-    add("--per-photo", type=count, default=2, metavar="N", help="settings a photograph (2)")
-    add("--patch", type=int, default=160, metavar="N", help="side in pixels (160)")
-    add("--shard-size", type=int, default=1024, metavar="N", help="patches a shard (1024)")
-    add("--seed", type=int, default=0, metavar="K", help="settings, places and order (0)")
+    add("--out", type=location, required=True, metavar="DIR", help="output folder of the shards")
+    add(
+        "--codec",
+        nargs="+",
+        required=True,
+        metavar="SPEC",
+        help="codec settings, such as vvc:qp={34,38,42}",
+    )
+    add("--per-photo", type=count, default=2, metavar="N", help="settings for each photograph (2)")
+    add("--patch", type=int, default=160, metavar="N", help="side of a patch in pixels (160)")
+    add("--shard-size", type=int, default=1024, metavar="N", help="patches in a shard (1024)")
+    add(
+        "--seed", type=int, default=0, metavar="K", help="seed of settings, positions and order (0)"
+    )
     add("--workers", type=int, default=cores(), metavar="W")
     add(
         "--cache",
         type=location,
         metavar="DIR",
-        help="where the coded streams are kept (default: in --out)",
+        help="folder for the coded streams (default: in --out)",
     )
-    add("--json", action="store_true", help="summary as JSON")
+    add("--json", action="store_true", help="print a summary as JSON")
 
 
 def run_precode(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ def register(subparsers: Subparsers) -> None:
     for name, summary in LIGHTNING.items():
         subparsers.add_parser(name, help=summary)
     export = command(
-        subparsers, "export", run_export, "a run's weights and integer tables to one file"
+        subparsers, "export", run_export, "write a run's weights and integer tables to one file"
     )
     add = export.add_argument
     add(
@@ -30,14 +30,24 @@ def register(subparsers: Subparsers) -> None:
     add("-o", "--out", type=location, required=True, metavar="MODEL.safetensors")
     add_force(export)
     add("--average", nargs="+", type=real(), metavar="SHARE",
-        help="of each of several runs in an average of their weights; equal ones when left out")  # fmt: skip
-    add("--name", help="the model's name; the file's stem when left out")
-    add("--card", type=location, metavar="YAML", help="file with more entries of the card")
+        help="average the weights of several runs with these shares (default: equal shares)")  # fmt: skip
+    add("--name", help="the model's name (default: the file's stem)")
+    add(
+        "--card",
+        type=location,
+        metavar="YAML",
+        help="file with additional entries of the model card",
+    )
     sync = command(
-        subparsers, "wandb-sync", run_sync, "send what W&B lacks of runs, from their metrics.jsonl"
+        subparsers,
+        "wandb-sync",
+        run_sync,
+        "upload what W&B lacks of runs, from their metrics.jsonl",
     )
     sync.add_argument("runs", type=location, nargs="+", metavar="RUN", help="run folders")
-    sync.add_argument("--offline", action="store_true", help="write an offline run instead")
+    sync.add_argument(
+        "--offline", action="store_true", help="write an offline run instead of uploading"
+    )
 
 
 def run_export(arguments: argparse.Namespace) -> int:

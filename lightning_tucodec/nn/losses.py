@@ -183,7 +183,7 @@ class HingeLoss:
     """Lim and Ye, "Geometric GAN", 2017."""
 
     def discriminator(self, verdict: Verdict) -> Tensor:
-        """Right answers beyond a margin of one count nothing."""
+        """Hinge loss: answers that are right by a margin of at least one contribute zero."""
         return relu(1 - verdict.real).mean() + relu(1 + verdict.fake).mean()
 
     def codec(self, verdict: Verdict) -> Tensor:

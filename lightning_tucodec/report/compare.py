@@ -296,7 +296,7 @@ def _bd_table(rows: Sequence[Row], anchor: str) -> Table:
             interval = f"{_signed(row['low'])} … {_signed(row['high'])} %{_kept(row)}"
             apart = row["low"] > 0 or row["high"] < 0
             better = "needs fewer bits" if row["percent"] < 0 else "needs more bits"
-            verdict = better if apart else "not told apart by these images"
+            verdict = better if apart else "no significant difference"
         low, high = row["range"]
         cells.append(
             [

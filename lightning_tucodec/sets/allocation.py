@@ -558,9 +558,9 @@ def _within(
     # By weight and by cost, not by reduced cost, which charges for the weight.
     keep &= ~_dominated(np.stack([shift, reduced - multiplier * shift], 2), keep)
     active = np.nonzero(keep.sum(1) > 1)[0]
-    # Rows whose alternatives are dear first: they keep the early lists short.
-    dear = np.where(keep[active] & (shift[active] != 0), reduced[active], width).min(1)
-    active = active[np.argsort(-dear, kind="stable")]
+    # Rows with expensive alternatives come first: they keep the early lists short.
+    cheapest = np.where(keep[active] & (shift[active] != 0), reduced[active], width).min(1)
+    active = active[np.argsort(-cheapest, kind="stable")]
     row, column = np.nonzero(keep[active])
     starts = np.searchsorted(row, np.arange(len(active) + 1))
     shifts, costs = shift[active[row], column], reduced[active[row], column]

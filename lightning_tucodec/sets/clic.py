@@ -65,13 +65,13 @@ class Entry:
 
 
 PIXELS = 1e-5
-"""A learned decoder's pixels may differ by a grey level on another machine or number of threads: so much may
-qualities differ from the manifest's. Limits hold for what is measured."""
+"""A learned decoder's pixels may differ by a grey level on another machine or number of threads, so
+qualities may differ from the manifest's by this much. Limits apply to the measured values."""
 
 VALIDATION_IMAGES = 102
 VALIDATION_MEGAPIXELS = 251.86
 VALIDATION_BUDGET = 4_722_341
-"""Bytes that CLIC allowed for the validation set at 0.15 bpp; it tells the pixels but for some fifty."""
+"""Bytes that CLIC allowed for the validation set at 0.15 bpp. They give the pixels to within about fifty."""
 
 ENTRIES = (
     Entry("TucodecSSIM", 29.840, 0.9760, 4_692_810, 23_953.868, "ms_ssim"),

@@ -32,10 +32,10 @@ _SETTINGS = {
     "fast, wide": ("0b", "13501fa2134527bee136563040827055f7a5d8ece4800000008000000098", "1011000000"),
     "medium, wide": ("0d", "9a80fa6dd32348a4df709b2b182041382affd2ecbfce4800000008000000098", "1011000000"),
 }  # fmt: skip
-"""Of each preset: the byte with the size of coding tree units, the tools in the sequence parameter set (after
-a leading one), the end of the picture parameter set. With more tools `slow` and `slower` say what `slower`
-says; `thorough` says what `deep` says. `splits` is what deep tools once were: streams hold the place in this
-table; new lines go to its end.
+"""For each preset: the byte with the size of coding tree units, the tools in the sequence parameter set
+(after a leading one), the end of the picture parameter set. With more tools `slow` has the same parameter
+sets as `slower`, and `thorough` the same as `deep`. `splits` is an earlier version of the deep tools. Streams
+hold the index into this table, so new lines go to its end.
 """
 
 _NAMES = tuple(_SETTINGS)

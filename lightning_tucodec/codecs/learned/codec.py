@@ -111,7 +111,7 @@ class TucModel:
     @once_property
     @own_modes()
     def frozen_network(self) -> TucodecVAE:
-        """The same network without gradients of its weights: what only moves latents needs no more."""
+        """The same network with frozen weights, for optimising latents only."""
         network = self.file.network().requires_grad_(False)
         return network.to(memory_format=_layout(network.config.transform)).to(self.device)
 

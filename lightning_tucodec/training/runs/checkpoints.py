@@ -366,7 +366,7 @@ class Checkpointing(pl.Callback):
         raise ValidationStopped
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """A validation draws no training noise: a run that goes on after it starts from before it."""
+        """Restore the random state of before the validation: it must not change the training noise."""
         if not _is_within_fit(trainer):
             return
         restore_rng(self._after_batch["rng"])

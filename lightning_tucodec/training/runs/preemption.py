@@ -1,7 +1,7 @@
 """One owner of signals: USR1, TERM and INT set a flag, and the run saves at the end of the batch.
 
-Saving inside a signal handler hangs or corrupts now and then (lessons 34), so the handler only
-remembers. Loader workers inherit handlers; the process id tells them apart.
+Saving inside a signal handler can hang or corrupt state, so the handler only sets the flag. Loader
+workers inherit the handlers; the process id distinguishes them from the training process.
 """
 
 import contextlib
