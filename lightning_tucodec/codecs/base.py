@@ -1,4 +1,4 @@
-"""What every image codec of this package can do."""
+"""The protocol of all image codecs of this package."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,11 +29,11 @@ class ImageCodec(Protocol):
         """Code an H×W×3 image.
 
         Returns:
-            Everything the decoder needs; its length is the rate that counts.
+            Everything the decoder needs; its length is the measured rate.
 
         Raises:
             ImageInputError: the size is outside what the codec supports.
-            ExternalToolError: a program this codec calls is missing, failed or did not end.
+            ExternalToolError: a program this codec calls is missing, failed or timed out.
         """
         ...
 
@@ -42,15 +42,15 @@ class ImageCodec(Protocol):
 
         Raises:
             CorruptStreamError: the bytes are not what `encode` returned.
-            ExternalToolError: a program this codec calls is missing or did not end.
+            ExternalToolError: a program this codec calls is missing or timed out.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What a reader needs to repeat the numbers.
+        """The information that is needed to repeat the measurements.
 
         Returns:
             `codec` and `version` (of the encoder), `options` or `command` in full, and `colour`,
-            the path from RGB to what is coded and back.
+            the conversion from RGB to the coded planes and back.
         """
         ...

@@ -89,7 +89,7 @@ def find(name: str | Path) -> Path:
 
 
 def family(name: str) -> list[str]:
-    """Names of the models NAME-1, NAME-2, …, in this order; none where a model has the name itself."""
+    """Names of the models NAME-1, NAME-2, …, in this order; empty if a model itself has this name."""
     names = {path.stem for path in model_files()}
     ending = re.compile(re.escape(name) + r"-(\d+)")
     found = {int(match[1]): other for other in names if (match := ending.fullmatch(other))}
@@ -109,7 +109,7 @@ def load_by_id(identity: bytes, device: str = "cpu") -> TucModel:
 
 
 def load_filter_by_id(identity: bytes) -> FilterModel:
-    """The post-filter that a stream names.
+    """The post-filter whose id is in a stream.
 
     Raises:
         UnknownModelError: no known post-filter has this id.

@@ -5,10 +5,10 @@
 Names are those of `CLASSES`, keys the fields of the class: `jpeg:q=30`, `hevc:qp=32,chroma=420`,
 `vvc:qp=37,preset=slow,chroma_qp_offset=-6`, and `vvc+postfilter:qp=42` for H.266 with a learned
 filter. Any other name, or a path to a `.safetensors` file, is a learned model's, with the options of
-`codecs.refine`: `tiny-mse-2:effort=5`. Without its number, `tiny-mse:effort=5` stands for all of a family
-(`expand`). The shell's braces make a sweep of one: `jpeg:q={10,30,50}`.
+`codecs.learned.refine`: `tiny-mse-2:effort=5`. A name without its number, `tiny-mse:effort=5`, means all
+models of the family (`expand`). The shell's braces give several settings: `jpeg:q={10,30,50}`.
 
-A path, as name or value, may hold `:`, `,` and `=`: the longest one that exists is meant (`files.cut_path`).
+A path, as name or value, may contain `:`, `,` and `=`: the longest existing one counts (`io.files.cut_path`).
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ CLASSES: dict[str, type[Options]] = {
 
 
 def split(specification: str) -> tuple[str, str]:
-    """Name and options, as texts; nothing is loaded."""
+    """Name and options as text, without loading anything."""
     path, options = cut_path(specification, ":", MODEL_SUFFIX)
     if path.endswith(MODEL_SUFFIX) or os.sep in path:
         return path, options
@@ -54,7 +54,7 @@ def split(specification: str) -> tuple[str, str]:
 
 
 def pairs(options: str) -> Iterator[tuple[str, str]]:
-    """Keys and values of a specification's options; what has no value is a key with an empty one."""
+    """Keys and values of a specification's options; an option without value has an empty one."""
     while options:
         key = re.match("[^,=]*", options)[0]  # type: ignore[index]
         sign, options = options[len(key) : len(key) + 1], options[len(key) + 1 :]
@@ -74,7 +74,7 @@ def files(specification: str) -> list[str]:
 
 
 def expand(specifications: Iterable[str]) -> list[str]:
-    """Specifications in which no name stands for a family of models any more, each once."""
+    """Specifications with names of families replaced by their models, without repeats."""
     expanded = []
     for specification in specifications:
         name = split(specification)[0]
@@ -128,10 +128,10 @@ def codec(specification: str) -> ImageCodec:
 
 
 def codecs(specifications: Iterable[str]) -> list[ImageCodec]:
-    """The codecs of several specifications that stand for no family.
+    """The codecs of several specifications, none of which names a family.
 
-    Different models of one name, such as `a/model.safetensors` and `b/model.safetensors`, have `@` and the
-    beginning of their ids behind it.
+    Different models with the same name, such as `a/model.safetensors` and `b/model.safetensors`, get `@` and
+    the beginning of their ids as a suffix.
 
     Raises:
         ConfigError: two are the same codec, or see `codec`.
@@ -161,7 +161,7 @@ def _with_id(coder: ImageCodec) -> ImageCodec:
 
 
 def needs_model(specification: str) -> bool:
-    """Whether the codec's decoder has a learned part; told by the text, without loading anything."""
+    """Whether the codec's decoder has a learned part, from the text alone, without loading anything."""
     name, options = split(specification)
     # vvc+postfilter:…,filter=none is H.266 alone.
     return name not in CLASSES and ("filter", "none") not in pairs(options)

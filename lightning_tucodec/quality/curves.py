@@ -49,9 +49,9 @@ class Curve:
 
     Attributes:
         name: for labels.
-        lines: by kind of quality, bits a pixel (above 0, ascending) and as many values, all finite.
+        lines: for each quality, bits a pixel (above 0, ascending) and the values there, all finite.
         source: where the numbers are from.
-        left_out: what has no finite value and is no part of it, a text each.
+        left_out: a text for each point or image without a finite value; these are not part of the curve.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Curve:
         return cls(name, lines, source, tuple(left_out))
 
     def points(self, quality: Quality) -> tuple[Floats, Floats]:
-        """Rate and quality of the points that rise: one that costs as much or more for less is left out.
+        """Rate and quality of the rising points: no point costs as much as a better one, or more.
 
         Raises:
             ConfigError: the curve has no such quality.
@@ -189,8 +189,9 @@ class ImageCurves:
     def whole(self, quality: Quality) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Images and points that have a finite value at each other, as indices.
 
-        What lacks the largest share of its values goes first, an image before a point: a white image, whose
-        PSNR is infinite at most rates, or a lossless setting, whose PSNR is so for all images.
+        The image or point that lacks the largest share of its values is removed first, an image before a point.
+        Examples are a white image, whose PSNR is infinite at most rates, and a lossless setting, whose PSNR is
+        infinite for all images.
         """
         values = self.psnr if quality == "psnr" else self.ms_ssim
         missing = ~_usable(self.bpp, values)
@@ -216,7 +217,7 @@ class ImageCurves:
         return ImageCurves(self.name, names, bpp, psnr, ms_ssim, pixels)
 
     def mean(self) -> Curve:
-        """The mean over images, as most papers draw it: for each quality those of `whole`."""
+        """The mean over images, as in most papers: for each quality over the images of `whole`."""
         lines: dict[str, tuple[Floats, Floats]] = {}
         left_out = []
         for quality, label in QUALITIES.items():
@@ -240,9 +241,9 @@ class ImageCurves:
 def paired(
     anchor: ImageCurves, test: ImageCurves, quality: Quality
 ) -> tuple[ImageCurves, ImageCurves]:
-    """Both over the images that both have with finite values of a quality, in one order.
+    """Both curves, reduced to the images for which both have finite values of a quality, in one order.
 
-    An image is its content where both know it, whatever its file is called, else its name.
+    Images are matched by content where both curves have it, otherwise by name.
 
     Raises:
         ConfigError: there is none.
@@ -445,7 +446,7 @@ def bd_quality(
 
 
 def convex_hull(bpp: ArrayLike, quality: ArrayLike) -> tuple[Floats, Floats]:
-    """The rising part of the upper convex hull of points: what mixing them over a set can reach."""
+    """The rising part of the upper convex hull of points: reachable by mixing them over a set."""
     points = sorted(zip(np.asarray(bpp).tolist(), np.asarray(quality).tolist(), strict=True))
     hull: list[tuple[float, float]] = []
     for x, y in points:
@@ -466,16 +467,16 @@ def _turns_left(a: tuple[float, float], b: tuple[float, float], c: tuple[float, 
 
 
 class BDInterval(NamedTuple):
-    """A BD-rate with what another choice of images could have made of it.
+    """A BD-rate with its bootstrap interval over the images.
 
     Attributes:
         estimate: over all images.
         low: lower end of the interval, percent.
         high: upper end.
         level: its nominal coverage.
-        images: how many both curves have.
-        samples: drawn.
-        kept: those of them that have a BD-rate; the interval is of these.
+        images: number of images that both curves have.
+        samples: number of bootstrap samples.
+        kept: number of samples that have a BD-rate; only these make the interval.
     """
 
     estimate: BDRate

@@ -48,7 +48,7 @@ def psnr_from_sse(total: int | float, values: int, peak: float = 255.0) -> float
 
     Args:
         total: summed squared error.
-        values: how many values (3 · height · width an RGB image) were summed.
+        values: number of summed values (3 · height · width for an RGB image).
         peak: the largest value of the scale the error was measured on.
     """
     if values <= 0:
@@ -71,7 +71,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ms_ssim_scales(height: int, width: int) -> int:
-    """How many of the five scales an image of this size has: its coarsest side must hold a window.
+    """Number of scales (up to five) that fit an image: its coarsest side must hold a window.
 
     161 pixels on the shorter side give five, 81 four, 41 three, 21 two and 11 one; none below.
     """
@@ -89,7 +89,8 @@ def ms_ssim(x: Tensor, y: Tensor, weights: Sequence[float] = MS_SSIM_WEIGHTS) ->
     or column, as TensorFlow's and CLIC's code does. Negative contrast-structure terms count as zero
     (and pass no gradient). Images with a side below 161 pixels use the scales that fit
     (`ms_ssim_scales`), with their exponents scaled up to the same sum. Computed in fp32 under any
-    autocast; float64 stays float64. Without a gradient the maps of a band of rows exist at a time.
+    autocast; float64 stays float64. Without gradients the maps are computed for one band of rows at a time,
+    to save memory.
 
     Args:
         x: N×C×H×W in [0, 1], or uint8 in 0 … 255.
@@ -143,7 +144,7 @@ def pixels_ms_ssim(image: np.ndarray, shown: np.ndarray) -> float | None:
 
 
 def quality(image: np.ndarray, shown: np.ndarray) -> dict[str, float | None]:
-    """`psnr` in dB, None where nothing differs, and `ms_ssim` of a shown H×W×3 uint8 image."""
+    """`psnr` in dB (None for equal images) and `ms_ssim` of a decoded H×W×3 uint8 image."""
     error = sse(image, shown)
     psnr = psnr_from_sse(error, image.size) if error else None
     return {"psnr": psnr, "ms_ssim": pixels_ms_ssim(image, shown)}

@@ -1,4 +1,4 @@
-"""What a LightningModule offers so that `tucodec fit` can name, stop, resume, mirror and chart it.
+"""The protocol of a LightningModule that `tucodec fit` can name, stop, resume, mirror and chart.
 
 A recipe chooses its model by class:
 
@@ -9,25 +9,26 @@ A recipe chooses its model by class:
 Recipes without `class_path` mean `lightning_tucodec.training.vae.VAE`, and their keys are its arguments. A
 new model derives from `TrainingModule` and then
 
-- counts: `opt_step` and `images_seen` are the only clocks that schedules, logs and checkpoints use.
-  With automatic optimisation `opt_step` counts by itself; with manual optimisation call `count_step()`
-  once a training step, however many optimisers have stepped, and set `optimizers_a_step` to their number.
-- describes: `describe()` returns what an export needs to rebuild the network, plain types only; it
-  stands under the key `tucodec` of every checkpoint.
-- changes its state in the hooks of a batch, `on_train_batch_end` the last one: a save comes after it.
-- draws random numbers from PyTorch's, NumPy's or Python's global generators (their states are saved for
-  every rank) or, for elasticity, from a seed and `batch["index"]`, the global position of each sample.
+- counts steps: `opt_step` and `images_seen` are the only counters that schedules, logs and checkpoints use.
+  With automatic optimisation `opt_step` is counted for you. With manual optimisation call `count_step()`
+  once per training step, for any number of optimisers, and set `optimizers_a_step` to their number.
+- describes the network: `describe()` returns everything an export needs to rebuild it, as plain types. It is
+  stored under the key `tucodec` of every checkpoint.
+- changes its state only in the hooks of a batch, up to `on_train_batch_end`: checkpoints are saved after it.
+- draws random numbers from PyTorch's, NumPy's or Python's global generators, whose states are saved for
+  every rank. If results must not depend on the number of ranks, it derives them from a seed and
+  `batch["index"]`, the global position of each sample.
 - measures each validation image once on any number of ranks: rows carry `batch["index"]`, and
   `rows_of_all_ranks(…)` gathers them.
-- may let a signal end a validation image between two layers: `abandons_images`.
-- keeps validation pictures at `picture_path(…)`, labelled with the number of the image, and what was
-  measured on every image with `keep_rows(…)`: W&B shows them as a table beside the row of the same step.
-- overrides `warm_start` if `run.init_from` makes sense for it.
+- may set `abandons_images`, so that a signal can interrupt a validation image between two layers.
+- keeps validation pictures at `picture_path(…)`, labelled with the number of the image, and stores
+  the measurements of every image with `keep_rows(…)`: W&B shows them as a table for the same step.
+- overrides `warm_start` if it supports `run.init_from`.
 
 `ScheduledModule` adds what our own models share: the schedule of the learning rate, clipping, and validation
 means in which each image counts once.
 
-State that no optimiser, parameter or buffer holds goes through Lightning's `on_save_checkpoint` and
+State outside of optimisers, parameters and buffers goes through Lightning's `on_save_checkpoint` and
 `on_load_checkpoint`; call the base class's own there.
 """
 
@@ -57,7 +58,7 @@ class TrainingModule(pl.LightningModule):
     """Base of all models that `tucodec fit` trains; the module's docstring states the protocol.
 
     Attributes:
-        opt_step: training steps done; a step is one batch, whatever number of optimisers moved in it.
+        opt_step: training steps done; a step is one batch, for any number of optimisers.
         images_seen: samples of all ranks so far.
         optimizers_a_step: how many optimisers step in one training step; Lightning counts each.
         abandons_images: `validation_step` waits for no other rank, so that a signal may end it between two

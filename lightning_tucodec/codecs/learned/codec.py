@@ -256,7 +256,7 @@ class TucModel:
 
         Args:
             image: PIL image, or uint8 array or tensor H×W×3.
-            effort: 0 … 9, how much the encoder searches for better symbols (`codecs.refine`).
+            effort: 0 … 9, how long the encoder searches for better symbols (`codecs.learned.refine`).
         """
         return with_effort(self, effort).code(as_pixels(image)).data
 
