@@ -189,9 +189,9 @@ class ImageCurves:
     def whole(self, quality: Quality) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Images and points that have a finite value at each other, as indices.
 
-        The image or point that lacks the largest share of its values is removed first, an image before a point.
-        Examples are a white image, whose PSNR is infinite at most rates, and a lossless setting, whose PSNR is
-        infinite for all images.
+        The image or point that lacks the largest share of its values is removed first, an image before a
+        point. Examples are a white image, whose PSNR is infinite at most rates, and a lossless setting, whose
+        PSNR is infinite for all images.
         """
         values = self.psnr if quality == "psnr" else self.ms_ssim
         missing = ~_usable(self.bpp, values)

@@ -1,6 +1,6 @@
-"""Which coding of which image: the choice that makes a whole set meet its budget, proven optimal.
+"""Choose one coding of each image so that a whole set meets its budget, with a proof of optimality.
 
-For every image one of several codings ("candidates") is chosen so that a sum over the set is least
+For every image one of several codings ("candidates") is chosen so that a sum over the set is minimal
 while other sums stay within limits: the multiple-choice knapsack problem. Set-level PSNR and
 MS-SSIM as CLIC defines them are such sums: of squared errors, and of pixels·(1 − MS-SSIM).
 
@@ -9,11 +9,11 @@ is taken in units of 2⁻²⁴, which holds every fp32 value from one half to on
 
 One limit: exact by dynamic programming over Pareto states in reduced costs. With a multiplier λ the
 Lagrangian bound gives each candidate a reduced cost r ≥ 0, and a choice whose r and unused budget
-(times λ) sum to more than g lies more than g above the bound. The programme therefore asks for a
-solution within a small g and widens it until there is one; nothing better can have been left out.
+(times λ) sum to more than g lies more than g above the bound. The programme therefore
+searches within a small g and increases g until a solution exists. No better one can be left out.
 (The bound: Everett, 1963; the core idea: Pisinger, 1995.) On photographs that takes milliseconds.
-Where sizes and distortions are so alike that the states outgrow the memory, they are thinned, and
-the best choice found is returned with the bound reached so far.
+Where sizes and distortions are so similar that the states exceed the memory, they are thinned out. The best
+choice found is then returned with the bound proven so far.
 
 Several limits: HiGHS' branch and cut through SciPy, its answer checked in integers.
 """
@@ -60,7 +60,7 @@ _IN_WORDS: dict[Quantity, str] = {
 
 @dataclass(frozen=True)
 class Table:
-    """What is known of every image under every candidate.
+    """Size and distortion of every image under every candidate.
 
     Attributes:
         images: names of the n images.
@@ -126,7 +126,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A choice for every image and how good it is.
+    """A choice for every image, its totals and its bound.
 
     Attributes:
         choice: n indices into the candidates.
@@ -174,7 +174,7 @@ class Solution:
         limits: Sequence[int],
         exists: NDArray[np.bool_],
     ) -> "Solution":
-        """The answer as its rows add up, whatever the search believed.
+        """The answer with totals computed again from its rows, independent of the search.
 
         Raises:
             RuntimeError: the choice is outside a limit or below the bound, a fault of this program.
@@ -204,10 +204,10 @@ def allocate(
 
     Args:
         table: sizes and distortions.
-        minimise: what is made least.
+        minimise: the quantity to minimise.
         max_bytes: limit on the sum of sizes.
-        min_psnr: least PSNR pooled over all values of the set, dB.
-        min_ms_ssim: least MS-SSIM weighted by pixels.
+        min_psnr: minimum PSNR pooled over all values of the set, dB.
+        min_ms_ssim: minimum MS-SSIM weighted by pixels.
         max_seconds: limit on the sum of decoding times.
 
     Raises:
@@ -262,7 +262,7 @@ def solve_one_limit(
         weight: n×k, not negative.
         limit: of the sum of weights.
         exists: n×k, False where an entry may not be chosen.
-        beam_max: states that the dynamic programme keeps a row; 0 asks for the greedy answer.
+        beam_max: states that the dynamic programme keeps per row; 0 gives the greedy answer.
 
     Raises:
         ConfigError: no choice stays within the limit, or the numbers are too large for 64 bits.

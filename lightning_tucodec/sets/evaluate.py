@@ -1,9 +1,9 @@
-"""Any mix of codecs over a set of images: real bytes, quality, seconds, per image and for the set.
+"""Measure codecs on a set of images: real bytes, quality and seconds, per image and for the set.
 
-Every finished measurement is appended to `<output>.rows.jsonl` beside the output, under a key made
-of the image's pixels and of what the codec says of itself (name, version, command, colour path), so
-that an evaluation that was stopped continues, a further codec costs only itself, and a new version
-of an encoder is measured anew.
+Every finished measurement is appended to `<output>.rows.jsonl` beside the output. Its key is made of the
+image's pixels and the codec's description (name, version, command, colour path). So an evaluation that was
+stopped continues, an additional codec does not repeat the others, and a new version of an encoder is
+measured again.
 """
 
 import csv
@@ -200,7 +200,7 @@ class Part:
             raise ConfigError(f"part {self.index}/{self.count}: there are parts 1 to {self.count}")
 
     def holds(self, number: int) -> bool:
-        """Whether a job is of this share; a codec's jobs are numbered together, so all cost alike."""
+        """Whether a job belongs to this share; jobs of a codec are adjacent, so shares cost the same."""
         return number % self.count == self.index - 1
 
 
@@ -229,7 +229,7 @@ def evaluate(
         images: files.
         codecs: at their settings.
         rows_file: JSON lines; measurements are appended as they finish.
-        workers: codings at a time; the number of processors when None.
+        workers: images coded in parallel; the number of processors when None.
         keep: folder for the coded files, `<sha256 of the file>.bin`.
         part: only this share of the work, for several machines.
         others: more files of rows, which are only read.
@@ -346,14 +346,14 @@ def write_results(
 ) -> None:
     """Everything as JSON to `output`; rows and sets as CSV beside it, in `.csv` and `.sets.csv`.
 
-    Each line of the CSV files says with what it was coded, and a set's line how it was averaged.
+    Each row of the CSV files describes its codec, and each row of a set its averaging rule.
 
     Args:
         output: ends in .json.
         rows: of `evaluate`.
         sets: of `summarise`.
         codecs: those measured.
-        specifications: how each was asked for, which finds a model that was given as a file again.
+        specifications: the text that named each codec; it locates a model that was given as a file.
     """
     described = {codec.name: codec.describe() for codec in codecs}
     for codec, text in zip(codecs, specifications, strict=bool(specifications)):
@@ -508,7 +508,7 @@ def _known_peak_memory(text: str, codec: ImageCodec, image: Path, journal: Path)
 
 
 def table_text(sets: Sequence[Row]) -> str:
-    """The set rows for people."""
+    """The set rows as a text table."""
     width = max(len(entry["codec"]) for entry in sets)
     further = [name for name in MEASURES if all(name in entry for entry in sets)]
     heading = f"{'codec':{width}}      bytes     bpp    PSNR  PSNR-Y  MS-SSIM   mean PSNR"
@@ -530,7 +530,7 @@ def _load(path: Path) -> tuple[NDArray[np.uint8], str]:
 
 
 def content_id(image: NDArray[np.uint8]) -> str:
-    """What tells a picture from others, whatever its file is called: 32 hexadecimal digits of a digest."""
+    """Identity of a picture by its content, whatever its file name: 32 hexadecimal digits of a digest."""
     digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes())
     return digest.hexdigest()[:32]
 
@@ -582,7 +582,7 @@ def _mean(rows: Sequence[Row], key: str) -> float:
 
 
 def finite(value: Any) -> Any:
-    """The same for JSON, which knows no infinity: the PSNR of a lossless coding becomes None."""
+    """The same for JSON, which has no infinity: the PSNR of a lossless coding becomes None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

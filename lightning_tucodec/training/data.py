@@ -100,7 +100,7 @@ class RankBatches:
         return _planes(pixels)
 
     def tensors(self, pixels: NDArray[np.uint8]) -> Batch:
-        """What `read` has written, as a batch that shares no memory with it."""
+        """The arrays that `read` filled, as a batch that shares no memory with them."""
         return {"image": _planes(pixels)}
 
     def places(self, start: int) -> list[tuple[int, int, int, bool]]:
@@ -181,12 +181,12 @@ class PlanLoader:
         self._pass = max(1, min(batches, full) if isinstance(batches, int) else int(batches * full))
 
     def state_dict(self) -> dict[str, int]:
-        """Where the run stands; all samples before `position` were handed out."""
+        """The position of the run; all samples before `position` were handed out."""
         plan = self.batches.plan
         return {"position": self.position, "samples": plan.samples, "seed": plan.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from `state`, whatever the number of ranks and workers was then.
+        """Continue from `state`, for any number of ranks and workers.
 
         Raises:
             ConfigError: it belongs to other shards or another seed.
@@ -201,7 +201,7 @@ class PlanLoader:
         self.position = int(state["position"])
 
     def close(self) -> None:
-        """Let the workers go; iterating again starts new ones."""
+        """Stop the workers; iterating again starts new ones."""
         self._stream, self._shared = iter(()), None
 
     def _next(self) -> Batch:
@@ -338,11 +338,11 @@ class WholeImages(Dataset[dict[str, Any]]):
 
 
 def check_validation(config: dict[str, Any]) -> int | None:
-    """Read all that a resolved configuration validates on; see `PatchDataModule.check_validation`.
+    """Read all validation data of a resolved configuration; see `PatchDataModule.check_validation`.
 
     Returns:
-        The number of images or patches; None without any, or with a data module that is not ours, which may
-        mean something else by `val_images`.
+        The number of images or patches; None without any, or with another data module, where `val_images`
+        may have another meaning.
 
     Raises:
         TucodecError: what cannot be validated on.
@@ -377,10 +377,10 @@ def check_images(folder: str) -> int:
 def in_order(dataset: Dataset[Any], rank: int = 0, world_size: int = 1) -> DataLoader[Any]:
     """This rank's items, one a batch: rank, rank + world_size, …, every rank equally many.
 
-    Where the world size does not divide their number, the last ranks repeat the first items; whoever
-    gathers results drops repeats by `index`. Lightning leaves a loader alone whose sampler is a
-    `DistributedSampler`; any other one it would shard, also one over items that were sharded already.
-    Starting it draws nothing from the global generator, which the run goes on with.
+    Where the world size does not divide their number, the last ranks repeat the first items. Code that
+    gathers results drops repeats by `index`. Lightning does not change a loader whose sampler is a
+    `DistributedSampler`; it would shard any other loader, even over items that are sharded already.
+    Starting the loader draws nothing from the global random generator, which the training uses.
     """
     sampler: DistributedSampler[Any] = DistributedSampler(dataset, world_size, rank, shuffle=False)
     return DataLoader(dataset, batch_size=None, sampler=sampler, generator=torch.Generator())
@@ -389,7 +389,7 @@ def in_order(dataset: Dataset[Any], rank: int = 0, world_size: int = 1) -> DataL
 class PatchDataModule(pl.LightningDataModule):
     """Training patches from shards, validation on whole images.
 
-    `batches_class` says what a sample is.
+    `batches_class` defines the content of a sample.
 
     Args:
         shards: folder or fsspec URL made by `tucodec shards build`.
@@ -399,7 +399,7 @@ class PatchDataModule(pl.LightningDataModule):
         seed: decides order and augmentation.
         val_images: folder of whole images for validation.
         flip: mirror half of the patches left to right.
-        cache_dir: where remote shards are kept; None: in the user's cache folder.
+        cache_dir: folder for remote shards; None: the user's cache folder.
         cache_gb: limit of that cache, 10^9 bytes.
     """
 
@@ -434,7 +434,7 @@ class PatchDataModule(pl.LightningDataModule):
             self.teardown(stage)
 
     def teardown(self, stage: str) -> None:
-        """Let the loader's workers go."""
+        """Stop the loader's workers."""
         if self._loader is not None:
             self._loader.close()
             self._loader = None
@@ -442,7 +442,7 @@ class PatchDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> PlanLoader:
         """Batches of image float32 N×3×crop×crop in [0, 1] and index int64 N (global positions).
 
-        Within one fit it is one loader, so that reloading does not turn back the position.
+        One fit uses one loader, so that reloading does not reset the position.
 
         Raises:
             DatasetError: the shards cannot be used.
@@ -479,7 +479,7 @@ class PatchDataModule(pl.LightningDataModule):
 
     @classmethod
     def check_validation(cls, location: str) -> int:
-        """What `val_images` names, read to the last item before the first step; returns their number.
+        """Read all items of `val_images` before the first step; returns their number.
 
         Raises:
             TucodecError: what cannot be validated on.

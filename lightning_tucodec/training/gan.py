@@ -1,4 +1,4 @@
-"""The GAN-augmented recipe: a TucodecVAE tuned further against a discriminator."""
+"""The GAN recipe: a TucodecVAE fine-tuned against a discriminator."""
 
 import contextlib
 import copy
@@ -32,22 +32,24 @@ _BATCH = (
 
 
 class GameError(TucodecError):
-    """The game cannot go on: the discriminator does not learn, so that the codec never has its turn."""
+    """The training cannot continue: the discriminator does not learn, so the codec is never trained."""
 
 
 class GANCodec(CodecModule):
-    """Trains a TucodecVAE for rate, distortion and the confusion of a discriminator.
+    """Trains a TucodecVAE for rate, distortion and an adversarial loss.
 
-    Both sides learn from the same batch at the same time (Rippel and Bourdev); the gate decides who does.
-    `opt_step`, which schedules, checkpoints and logs count, is the number of optimiser steps of the codec,
-    and so is Lightning's `global_step`. Batches that train the discriminator alone do not count.
+    Both sides learn from the same batch at the same time (Rippel and Bourdev); the gate decides which
+    side is trained. `opt_step`, which schedules, checkpoints and logs count, is the number of optimiser steps
+    of the codec, and so is Lightning's `global_step`. Batches that train only the discriminator do not
+    count.
 
-    The gradient at x̂ is that of the distortion plus that of the adversary, the latter with a fixed weight
-    or scaled to a share of the former's norm. The rate's weight is steered so that bpp stays: a frozen copy
-    of the codec, as it was before the game, tells what the same crops cost then.
+    The gradient at x̂ is the sum of the distortion's and the adversary's gradient. The adversary's has a
+    fixed weight or is scaled to a share of the distortion's norm. A controller adjusts the rate's weight to
+    keep bpp constant: a frozen copy of the codec from before this stage gives the target rate of the same
+    crops.
 
-    Gradients are averaged over ranks by one all-reduce a side, since DDP's own reduction knows one
-    backward pass a batch only.
+    Gradients are averaged over ranks by one all-reduce per side, since DDP's own reduction supports only one
+    backward pass per batch.
 
     Args:
         recipe: rate and distortion, see `CodecModule`, which takes all other arguments.
@@ -60,7 +62,7 @@ class GANCodec(CodecModule):
         adversarial_weight: a fixed weight of the adversarial loss instead.
         gate_lower, gate_upper: see Gate; (0, 2) always trains both.
         target_bpp: None: the rate before the game.
-        pieces: a batch is worked through in so many pieces, for memory.
+        pieces: number of pieces in which a batch is processed, to save memory.
         ema: share of the old average of weights that a step keeps; 0: no average. Validation and export
             use the average.
         patience: batches until a gate that does not open raises the alarm; after ten times as many
@@ -125,7 +127,7 @@ class GANCodec(CodecModule):
         return self.network if self.averaged is None else self.averaged
 
     def on_fit_start(self) -> None:
-        """Frozen copy and average start from what the network starts from."""
+        """Frozen copy and average start with the network's initial weights."""
         super().on_fit_start()
         if self.is_fresh:
             for copied in (self.before, self.averaged):
@@ -135,7 +137,7 @@ class GANCodec(CodecModule):
     def keep_picture(
         self, number: int, original: NDArray[np.uint8], shown: NDArray[np.uint8]
     ) -> None:
-        """Original, before the game and now, side by side."""
+        """Original, reconstruction before this stage and now, side by side."""
         if number < PICTURES:
             x = torch.from_numpy(original).permute(2, 0, 1)[None].to(self.device) / 255
             before = eight_bits(self.before(x).x_hat.clamp(0, 1))
@@ -148,11 +150,11 @@ class GANCodec(CodecModule):
         return torch.from_numpy((bits >> np.uint64(63)).astype(bool)).to(self.device)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Play one batch: gradients of whoever has a turn, their steps, and the rules' bookkeeping.
+        """Train on one batch: gradients and steps of the sides that are trained, gate and controller.
 
         Raises:
             NonFiniteLossError: before the step.
-            GameError: the gate has not let the codec play for too long.
+            GameError: the gate has kept the codec from training for too long.
         """
         turn = self.gate.turn
         images = batch["image"].contiguous(memory_format=torch.channels_last)

@@ -120,16 +120,16 @@ class CodecModule(ScheduledModule):
         lr: learning rate on the plateau.
         optimizer: "adam", or "muon" for all convolutions but small ones, see MuonAdam. Under the trainer's
             precision "bf16-mixed" its iterations compute in bfloat16 too.
-        muon_iterations: of Newton and Schulz in a step of Muon.
+        muon_iterations: Newton–Schulz iterations in a step of Muon.
         final_lr: learning rate at the end.
         warmup_steps: length of the warm-up.
         decay_start: fraction of `max_steps` at which the cosine begins.
         clip_norm: gradients are scaled down to this norm.
         seed: of the quantisers' noise.
-        frozen: parts that keep the weights they start with, as in ["g_a", "g_s"].
+        frozen: parts that keep their initial weights, as in ["g_a", "g_s"].
         init_parts: parts that `run.init_from` gives weights to; None: all.
-        real_files: of how many validation images, the first ones, real files are written; None: of all.
-            The transforms run where the training does, and bits are decided on the CPU.
+        real_files: number of validation images, from the first, that are coded to real files; None: all.
+            The transforms run on the training's device, the entropy coder on the CPU.
         klt_start: start without `run.init_from` from `start_as_klt` of the first training crops.
     """
 
@@ -202,7 +202,7 @@ class CodecModule(ScheduledModule):
         return self._trainer is not None and self._trainer.precision == "bf16-mixed"
 
     def on_fit_start(self) -> None:
-        """Check what can be known before any time is spent."""
+        """Check the configuration before the first step."""
         if self.in_bfloat16 and self.device.type == "cpu" and not bfloat16_is_fast():
             print(
                 "tucodec: trainer.precision bf16-mixed: this processor has no instructions for "
@@ -241,7 +241,7 @@ class CodecModule(ScheduledModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Rate of the hard symbols and of a real file, distortion of the 8-bit image; one a batch.
 
-        In float32, whatever the training's precision: that is what files are made with.
+        Computed in float32 for any training precision, as when files are written.
         """
         with torch.autocast(self.device.type, enabled=False):
             self._measure(batch)

@@ -1,8 +1,8 @@
-"""A run: its folder, its manifest and how it goes on.
+"""A run: its folder, its manifest and how it resumes.
 
-A run's folder is `<runs_dir>/<name>-<run_id>`, run_id a hash of what decides the result. The same config
-finds the same folder and continues there; there is nothing else to say to resume. This module needs
-no PyTorch until a checkpoint is read, so that whoever only looks at runs is quick.
+A run's folder is `<runs_dir>/<name>-<run_id>`, run_id a hash of everything that decides the result. The same
+config finds the same folder and resumes there, without a further option. This module imports PyTorch only
+when a checkpoint is read, so that commands that only list runs are fast.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def network_weights(checkpoint: dict[str, Any]) -> "dict[str, torch.Tensor]":
     """State of the codec or post-filter inside a checkpoint of `fit`, by the network's own names.
 
-    Where an average of the weights was kept, it is that.
+    If the checkpoint has an average of the weights, the average is returned.
     """
     averaged = any(name.startswith("averaged.") for name in checkpoint["state_dict"])
     prefix = "averaged." if averaged else "network."
@@ -234,7 +234,7 @@ class Manifest:
             return {}
 
     def check(self, own: dict[str, Any]) -> None:
-        """Refuse a folder that was begun with something else.
+        """Refuse a folder that belongs to another configuration.
 
         Args:
             own: `identity` of the config at hand.
@@ -263,7 +263,7 @@ class Manifest:
             from_images: images that this state has seen; a GAN's discriminator learns between two steps.
 
         Raises:
-            ConfigError: this job was started anew and anew at this step, and killed before it could save.
+            ConfigError: this job was restarted repeatedly at this step and killed before it could save.
         """
         own = identity(config)
         content = self.read() or {"created": _now()}
@@ -294,7 +294,7 @@ class Manifest:
         _tell_launcher()
 
     def end(self, step: int | None, reason: str, status: int, error: str | None) -> None:
-        """Say how this process's attempt ended; a full disk is no reason to hide that."""
+        """Record how this process's attempt ended, also when the disk is full."""
         content = self.read()
         for attempt in reversed(content.get("attempts", [])):
             if attempt["pid"] == os.getpid() and attempt["host"] == socket.gethostname():
