@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 def near_duplicates(
     digests: Sequence[str], hashes: NDArray[np.uint64], max_bits: int
 ) -> dict[int, int]:
-    """Images to leave out: each is the same as an earlier one that stays.
+    """Images to leave out: each is a near duplicate of an earlier one that is kept.
 
     Args:
         digests: hashes of the files; equal files are always duplicates.

@@ -1,12 +1,13 @@
 """`tucodec shards precode`: photographs through H.266 -> shards of decoded planes beside the original.
 
 1. Each photograph is coded as a whole, at some of the settings given; the streams lie in a cache, by the
-   hash of the photograph's bytes and of what the codec says of itself, so a build that was stopped goes on
-   and a further setting costs only itself.
+   hash of the photograph's bytes and of the codec's description. So a build that was stopped resumes, and an
+   additional setting does not repeat the others.
 2. Patches of the decoded pictures, at even places, are dealt to shards. A shard is a function of the plan
    and the streams alone.
 
-A sample is `training.precoded.Precoded` as bytes. The index is written last, as in `tucodec shards build`.
+A sample is `training.input.precoded.Precoded` as bytes. The index is written last, as in `tucodec shards
+build`.
 """
 
 import hashlib
@@ -104,7 +105,7 @@ def precode(
     workers: int = 1,
     cache: str | None = None,
 ) -> dict[str, Any]:
-    """Build shards, or go on with a build that was interrupted.
+    """Build shards, or resume an interrupted build.
 
     Args:
         locations: as for `data_pipelines.shards.build`.

@@ -4,7 +4,7 @@ A build goes through three steps, each cut into tasks whose results are files, s
 killed anywhere and shared out to any number of processes and machines:
 
 1. inspect: chunks of images are decoded; hash, size and worthwhile patches of each are noted;
-2. plan: from all notes: near duplicates fall out, patches are chosen and dealt to shards;
+2. plan: from all notes, near duplicates are removed and patches are chosen and distributed to shards;
 3. write: each shard is a function of the plan and the photographs alone.
 
 The notes lie in `.build/` of the output and vanish when `index.json` is written, which is last.
@@ -117,7 +117,7 @@ class Part(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a call of `build` has come to.
+    """The result of a call of `build`.
 
     Attributes:
         contents: of `index.json`; None when this part did its share but others are missing.
@@ -146,7 +146,7 @@ def build(
     part: Part | None = None,
     licences: Sequence[str] = (),
 ) -> Summary:
-    """Build shards, or go on with a build that was interrupted.
+    """Build shards, or resume an interrupted build.
 
     The bytes written depend on the photographs and `options` only.
 

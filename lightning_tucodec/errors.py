@@ -27,7 +27,7 @@ def reason(error: Exception) -> str:
 
 
 class TucodecError(Exception):
-    """Base of every error that the input, the command or the environment is at fault for."""
+    """Base of every error caused by the input, the command or the environment."""
 
     def __str__(self) -> str:
         """One line without credentials; what a terminal would not print, as in a file's name, is escaped."""
@@ -56,7 +56,7 @@ class ModelFileError(TucodecError):
 
 
 class ConfigError(TucodecError):
-    """A configuration cannot work; said before any time is spent on it."""
+    """A configuration cannot work; raised before any work starts."""
 
 
 class ExternalToolError(TucodecError):
@@ -68,4 +68,4 @@ class DatasetError(TucodecError):
 
 
 class OutputError(TucodecError):
-    """A result cannot be written where the user wants it, or would replace what is there."""
+    """A result cannot be written where the user wants it, or would replace an existing file."""

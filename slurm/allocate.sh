@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What the jobs of `tucodec allocate --slurm N` run; that command submits them.
+# Run by the jobs of `tucodec allocate --slurm N`, which submits them.
 #
 #   slurm/allocate.sh [--share N] IMAGES... [options of `tucodec allocate`]
 #
-# --share: as an element of an array, code one of N shares of the candidates and choose nothing.
+# --share: as an array element, code one of N shares of the candidates, without choosing.
 submitted=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/\.sh.*//;s|^ *Command=\(.*\)/.*|\1|p')}
 for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "$submitted" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
     [[ ! -f $here/common.sh ]] || break

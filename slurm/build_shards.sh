@@ -3,10 +3,10 @@
 #
 #   PARTS=16 slurm/build_shards.sh [--dry-run] SRC... --out DIR [options of `tucodec shards build`]
 #
-# Every element of the first array inspects its share of the photographs; the second array does the
-# same call again and, all notes being there, writes its share of the shards. The last job does what a
-# lost element has left and writes the index. Submitting anew after a failure goes on where it
-# stopped. CPUS=8: processors a job; what the cluster wants else stands in slurm/site.sh (SITE_SBATCH_CPU).
+# Each element of the first array inspects its share of the photographs. The second array makes the same call
+# and, since all notes exist, writes its share of the shards. The last job does the work of lost elements and
+# writes the index. Submitting again after a failure resumes the build. CPUS=8: processors per job. Other
+# options of the cluster are in slurm/site.sh (SITE_SBATCH_CPU).
 submitted=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/\.sh.*//;s|^ *Command=\(.*\)/.*|\1|p')}
 for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "$submitted" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do
     [[ ! -f $here/common.sh ]] || break

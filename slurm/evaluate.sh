@@ -3,8 +3,9 @@
 #
 #   slurm/evaluate.sh [--dry-run] IMAGES OUT.json RUN... [-- options of `tucodec evaluate`]
 #
-# RUN is a run folder, or a sweep's folder of them (sweeps/NAME-ID/runs/*). Models are written beside OUT.json, in
-# OUT-models/, under the run's name, or its whole path where two runs have one name. Classical codecs join with: -- --codec jpeg:q={10,30,50}
+# RUN is a run folder, or all runs of a sweep (sweeps/NAME-ID/runs/*). Models are written beside OUT.json, in
+# OUT-models/, under the run's name, or under its whole path where two runs have the same name. Add classical
+# codecs with: -- --codec jpeg:q={10,30,50}
 #SBATCH --job-name=tucodec-evaluate
 submitted=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/\.sh.*//;s|^ *Command=\(.*\)/.*|\1|p')}
 for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "$submitted" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do

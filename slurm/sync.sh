@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Bring to W&B what runs have logged on nodes without internet; call it where there is internet.
+# Upload to W&B the logs of runs on nodes without internet access. Call it where there is internet access.
 #
 #   slurm/sync.sh [--dry-run] [--every MINUTES] RUN...
 #
-# RUN is a run folder, or all runs of a sweep (sweeps/NAME-ID/runs/*). Calls `tucodec wandb-sync`, which starts where it
-# stopped. With --every it goes on until it is stopped. It needs no Slurm, but may be submitted with sbatch as well.
+# RUN is a run folder, or all runs of a sweep (sweeps/NAME-ID/runs/*). Calls `tucodec wandb-sync`, which continues where
+# it stopped. With --every it repeats until it is stopped. It needs no Slurm, but may be submitted with sbatch as well.
 #SBATCH --job-name=tucodec-sync
 submitted=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/\.sh.*//;s|^ *Command=\(.*\)/.*|\1|p')}
 for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "$submitted" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One training on the nodes that Slurm gives it; it saves itself, is requeued and goes on by itself.
+# One training on the nodes of a Slurm job. It saves checkpoints, is requeued and resumes without help.
 #
 #   slurm/train.sh [--dry-run] CONFIG.yaml [options of `tucodec fit`]
 #   slurm/train.sh [--dry-run] --sweep DIR STAGE [NUMBER]     (what `tucodec sweep submit` submits)
 #
-# Run with bash it submits itself with the site's options; in a job it trains, one process a task of Slurm.
-# `tucodec fit` ends with status 75 when it was told to stop and has saved itself. Then, and when a process was
-# killed, the job is requeued, SITE_MAX_RESTARTS times at most; after two starts in a row that were killed before
-# training began it stays down. Where the node has no scontrol, that is said and the job ends with status 75.
+# Run with bash, it submits itself with the site's options. In a job it trains, with one process per Slurm task.
+# `tucodec fit` ends with status 75 after a signal to stop, when it has saved. Then, and when a process was killed,
+# the job is requeued, at most SITE_MAX_RESTARTS times. After two starts in a row that were killed before training
+# began it is not requeued. Where the node has no scontrol, a message says so and the job ends with status 75.
 #SBATCH --job-name=tucodec
 submitted=${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/\.sh.*//;s|^ *Command=\(.*\)/.*|\1|p')}
 for here in "$(dirname "${BASH_SOURCE[0]}")" "${TUCODEC_ROOT:-.}/slurm" "$submitted" "${SLURM_SUBMIT_DIR:-.}"{/slurm,}; do

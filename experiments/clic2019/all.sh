@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All three entries over CLIC 2019's validation set, verified, beside Tucodec's table.
+# All three entries on the validation set of CLIC 2019, verified and listed beside Tucodec's results.
 #
 #   experiments/clic2019/all.sh OUT IMAGES...
 #
 # PSNR_CODECS, SSIM_MODELS, TRANSPARENT_MODELS, TRANSPARENT_CODECS: candidates of the entries, as CODECS and
-# MODELS there; EFFORT for the learned ones. Stopped, it goes on where it was.
+# MODELS there; EFFORT for the learned ones. After a stop the same command resumes.
 set -euo pipefail
 here=$(dirname "$0")
 out=$1

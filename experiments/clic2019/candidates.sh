@@ -2,7 +2,7 @@
 # Sourced by the three entries: fills `candidates` from their variables.
 read -ra candidates <<<"${CANDIDATES:-}"
 
-# Learned models MODELS, as they are, with EFFORT, or also at every one of LMBDAS.
+# Learned models MODELS, plain, with EFFORT, or also at each of LMBDAS.
 add_learned() {
     local models lmbdas model
     read -ra models <<<"${MODELS:-$1}"
@@ -18,7 +18,7 @@ add_learned() {
     done
 }
 
-# Codecs CODECS at every one of QPS; options of a codec follow a colon: "vvc:preset=slow".
+# Codecs CODECS at each of QPS; options of a codec follow a colon: "vvc:preset=slow".
 add_swept() {
     local codecs qps codec
     read -ra codecs <<<"${CODECS:-$1}"

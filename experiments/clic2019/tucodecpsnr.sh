@@ -4,8 +4,8 @@
 #   experiments/clic2019/tucodecpsnr.sh IMAGES... -o OUT [options of `tucodec allocate`, such as --slurm 50]
 #
 # QPS     quantisation parameters; the paper has "36 37 38"
-# CODECS  what to run at each of them; "vvc" by default
-# CANDIDATES  any more, in full
+# CODECS  codecs to run at each of them; "vvc" by default
+# CANDIDATES  additional candidates, as full specifications
 set -euo pipefail
 # shellcheck source=/dev/null
 . "$(dirname "$0")/candidates.sh"

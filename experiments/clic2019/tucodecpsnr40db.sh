@@ -5,8 +5,8 @@
 #
 # MODELS  names or files; the paper has five, lambda 4096 ... 8000 of experiments/tucodecpsnr40db.yaml
 # EFFORT, LMBDAS  as in tucodecssim.sh
-# CODECS, QPS     codecs beside those; "hevc" (4:4:4) when there is nothing else
-# CANDIDATES  any more, in full
+# CODECS, QPS     additional codecs; "hevc" (4:4:4) if no other candidate is given
+# CANDIDATES  additional candidates, as full specifications
 set -euo pipefail
 # shellcheck source=/dev/null
 . "$(dirname "$0")/candidates.sh"

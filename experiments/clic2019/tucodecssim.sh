@@ -5,8 +5,8 @@
 #
 # MODELS  names or files; the paper has five, lambda 0.2 ... 0.6 of experiments/tucodecssim.yaml
 # EFFORT  of the encoder, 0 ... 9
-# LMBDAS  more balances of rate and distortion from each model by its encoder (docs/allocation.md)
-# CANDIDATES  any more, in full
+# LMBDAS  further values of lambda for each model's encoder (docs/allocation.md)
+# CANDIDATES  additional candidates, as full specifications
 set -euo pipefail
 # shellcheck source=/dev/null
 . "$(dirname "$0")/candidates.sh"

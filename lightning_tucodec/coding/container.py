@@ -1,4 +1,4 @@
-"""The `.tuc` file: what stands in it, byte by byte, and how to tell that it is sound.
+"""The `.tuc` file: its bytes, and how they are checked.
 
     bytes   field
     3       magic, "TUC"
@@ -19,7 +19,7 @@ A strip is a run of latent rows with its own entropy-coder state; to this layer,
 codec understands. A small image is one strip, and costs 25 to 32 bytes beside it. (Sides up to
 127 pixels take one byte each, up to 16383 two.) The CRC of strip i starts from the header's CRC
 plus i instead of from zero, so strips that are exchanged, or come from another file, do not pass.
-Any single changed byte is found, and damage to a strip costs only that strip.
+Any single changed byte is detected, and damage to a strip affects only that strip.
 
 Everything is checked before anything is allocated beyond the size of the file itself: magic,
 version, the header's CRC, the size of the image, then the lengths.

@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one, and reading what was appended to."""
+"""Writing files atomically, and reading files of appended lines."""
 
 import errno
 import fcntl
@@ -58,7 +58,7 @@ def expanded(location: str) -> str:
 
 
 def cut_path(text: str, separator: str, suffix: str = "") -> tuple[str, str]:
-    """The path that a text begins with, and the rest: paths may hold what stands between the two.
+    """The path that a text begins with, and the rest; paths may contain the separator.
 
     Args:
         text: a path, or a path, a separator and more.

@@ -1,4 +1,4 @@
-"""What `tucodec compare` can read, and what it makes of it: curves, runs, evaluations.
+"""The sources of `tucodec compare`: curves, runs, evaluations.
 
 | source | what |
 |---|---|

@@ -1,6 +1,6 @@
 """A submission measured as CLIC's server did, and compared with the three entries of 2019.
 
-Nothing that a manifest says is believed: the streams are decoded in a process of its own, without
+The manifest is not trusted: the streams are decoded in a process of its own, without
 the models of this machine and without a network, and the pictures are compared with the originals.
 """
 
@@ -96,7 +96,7 @@ def verify(
     asked: Limits | None = None,
     max_bpp: float | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Decode everything in a clean process and measure it anew.
+    """Decode everything in a clean process and measure it again.
 
     Args:
         folder: the submission.

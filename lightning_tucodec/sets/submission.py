@@ -1,8 +1,8 @@
 """A set coded under one budget, as CLIC takes it: choose, write and decode (`manifest` has the format).
 
 The rate that counts is the streams' bytes. Coded candidates and their measurements stay in a folder
-beside (`<submission>-candidates`), so that a stopped run continues, several machines share the work,
-and another budget costs only the choice.
+beside it (`<submission>-candidates`). So a stopped run continues, several machines share the work, and
+another budget only repeats the choice.
 """
 
 import argparse

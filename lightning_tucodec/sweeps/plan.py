@@ -1,4 +1,4 @@
-"""Plans: the folder of a sweep, its configurations and what became of its tasks."""
+"""Plans: the folder of a sweep, its configurations and the outcome of its tasks."""
 
 import hashlib
 import io
@@ -130,7 +130,7 @@ class Plan:
 
 
 class Writer:
-    """Writes a new plan's folder; does nothing where it is there, since its name says what it holds."""
+    """Writes a new plan's folder; does nothing if it exists, since its name is a hash of its content."""
 
     def __init__(self, folder: Path, name: str, configs: dict[Task, Config]) -> None:
         self.folder, self.name, self.configs = folder, name, configs

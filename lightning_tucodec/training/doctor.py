@@ -1,4 +1,4 @@
-"""`tucodec doctor`: what would fail, before it does, with what to do about it.
+"""`tucodec doctor`: find what would fail in a training, before it starts, with advice.
 
 Run it where the training will run: in a Slurm job it compares the job with the configuration, and as
 `srun tucodec doctor …` its tasks also try to reach each other.
@@ -106,7 +106,7 @@ def check_data(config: dict[str, Any]) -> Check:
 
 
 def check_start(config: dict[str, Any]) -> Check:
-    """What the run would go on from or start with."""
+    """The checkpoint or weights that the run would start from."""
     from lightning_tucodec.training.fit import check_config
     from lightning_tucodec.training.runs.folder import Manifest, RunFolder
     from lightning_tucodec.training.runs.identity import identity

@@ -27,10 +27,10 @@ def export(
 ) -> ModelFile:
     """Freeze a run's newest checkpoint (or a checkpoint file), or an average of several runs' weights.
 
-    Averages of runs that went on from one another, or from one start, often do better than each of them:
+    Averages of runs with a common start, or that continue one another, are often better than each run:
     Wortsman et al., "Model soups", ICML 2022.
 
-    The card says how the model came about: recipe, λ and its convention, steps, images seen, hours
+    The card describes the model's training: recipe, λ and its convention, steps, images seen, hours
     of training, the source of its photos as the shard index has it, the last validation. Of several
     runs it is that of the last, with the shares of all.
 

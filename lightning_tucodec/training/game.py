@@ -12,7 +12,7 @@ _LARGEST = 2.77  # logarithm of 16
 
 
 class Turn(NamedTuple):
-    """Who is trained on a batch."""
+    """The sides that are trained on a batch."""
 
     discriminator: bool
     codec: bool
@@ -67,7 +67,7 @@ class RateController(_Plain):
     """Holds bpp at a target with a factor on the rate's weight.
 
     A PI controller, in the factor's logarithm, on the relative error of the running rate. Crops differ in
-    their rate by far more than the 3 % that are to be held, so every observation comes with the rate
+    their rate by far more than the tolerance of 3 %, so every observation comes with the rate
     of a frozen codec on the same crops: only the ratio of the two is averaged.
 
     Attributes:
@@ -128,7 +128,7 @@ class RateController(_Plain):
 
 @dataclass
 class Alarms(_Plain):
-    """Says once when something begins to go wrong, and again only after it was well.
+    """Reports a problem once when it begins, and again only after it was solved.
 
     Attributes:
         patience: batches without both sides trained before the discriminator counts as collapsed, or

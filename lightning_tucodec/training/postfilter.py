@@ -50,9 +50,9 @@ class PostFilterModule(ScheduledModule):
     """Trains a PostFilter, and keeps an exponential moving average of its weights.
 
     The loss of a crop is its squared error in RGB over that of the plain conversion, with the
-    corrections weighted as an encoder would weight them for it. So it begins at one, every crop
-    counts alike whatever its texture and QP, and descent raises the mean of the crops' PSNR gains,
-    which is what is measured, rather than the PSNR of the worst ones.
+    corrections weighted as an encoder would weight them for it. So it begins at one, and every crop
+    has the same weight for any texture and QP. Minimising it raises the mean of the crops' PSNR gains, which
+    is the reported measure, rather than the PSNR of the worst crops.
 
     Args:
         size: of the network, see `nn.postfilter.SIZES`.

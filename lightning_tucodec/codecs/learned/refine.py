@@ -1,21 +1,22 @@
-"""Optimisation at the encoder: for one image, better symbols than the ones that g_a names.
+"""Optimisation at the encoder: for one image, better symbols than those of g_a and rounding.
 
-A decoder shows whatever symbols it finds, so an encoder is free in their choice. This one minimises
-the loss that the model was trained for, J = D and R weighted, of the very image. (Campos et al.,
+A decoder accepts any symbols, so an encoder is free to choose them. This one minimises the model's
+training loss J, a weighted sum of D and R, for this image. (Campos et al.,
 "Content Adaptive Optimization for Neural Image Compression", CVPRW 2019, and Yang et al., "Improving
 Inference for Neural Image Compression", NeurIPS 2020, do so by hundreds or thousands of gradient steps on
-a relaxation of the quantiser; here every step is one between real symbols, and a dozen do most.)
+a relaxation of the quantiser; here every step moves between real symbols, and a dozen steps achieve most
+of the gain.)
 
 One backward pass at the present symbols gives g = ∂J/∂ŷ and ∂J/∂ẑ with each symbol's own
-probability held. What a symbol's move by δ to a neighbouring centre changes is then about
+probability held fixed. Moving a symbol by δ to a neighbouring centre then changes J by about
 
     ΔJ ≈ own change of bits (exact) + g·δ + κ·h·δ²,
 
 h the curvature of J along a symbol of this channel (Hutchinson's estimate: the gradient at a point that
-differs by random signs). The moves that promise to lower J, and do so by no less than a share of what
-the best one in their neighbourhood promises, are made together; the step stands if J has truly
-fallen. Neighbours that move together disturb each other, so the κ of symbols in a step that brought
-less than promised grows, as in Levenberg and Marquardt's method, and comes back by and by.
+differs by random signs). Moves are made together if they are predicted to lower J, by at least a share of
+the best predicted move in their neighbourhood. The step is kept if J has fallen. Neighbours that move
+together disturb each other. So κ grows for symbols in a step that gained less than predicted, as in
+Levenberg and Marquardt's method, and then decreases slowly.
 """
 
 import itertools
