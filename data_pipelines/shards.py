@@ -40,7 +40,7 @@ from data_pipelines.patches import (
 from data_pipelines.sources import Entry, Source, fingerprint, list_entries
 from data_pipelines.tasks import run_tasks
 from lightning_tucodec.errors import ConfigError, DatasetError, ImageInputError
-from lightning_tucodec.io.files import atomic_write, temporary_folder
+from lightning_tucodec.io.files import TooLargeError, atomic_write, temporary_folder
 from lightning_tucodec.io.hashing import derive, permute
 from lightning_tucodec.io.images import read_image
 from lightning_tucodec.io.storage import Storage, sha256_file
@@ -464,6 +464,8 @@ def _inspect_image(source: Source, entry: Entry, options: BuildOptions) -> dict[
     except (ImageInputError, FileNotFoundError, PermissionError) as error:
         reason = str(error).removeprefix(f"{entry.name}: ")
         return {"kind": "unreadable", "reason": reason}
+    except TooLargeError as error:
+        return {"kind": "unreadable", "reason": str(error.strerror)}
     digest = hashlib.sha256(data).hexdigest()
     key = derive(options.seed, int(digest[:16], 16))
     patches, flat = [], 0

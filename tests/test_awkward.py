@@ -1,29 +1,51 @@
-"""Every subcommand with every kind of unusable path and number: one line, status 1 or 2, nothing left."""
+"""Every option of every subcommand with every kind of unusable path or number: one line, nothing left.
 
+Which options there are, and which of them are paths and numbers, the parser itself says.
+"""
+
+import argparse
+import itertools
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from lightning_tucodec.cli import main
+from lightning_tucodec.cli import build_parser, main
 from lightning_tucodec.codecs.library import find
 from tests.support import photo
 
 MODEL = "tiny-mse-1"
 READING = [
     f"compress {{}} -o out/ --model {MODEL}",
+    "compress photo.png -o out/ --model {}.safetensors",
     "decompress {} -o out/",
+    "decompress photo.tuc -o out/ --model {}.safetensors",
     "info {}",
     "evaluate {} --codec jpeg:q=30 -o out/r.json --workers 1",
     "evaluate photo.png --codec {} -o out/r.json --workers 1",
     "compare {} -o out/r.html",
+    "compare curve.json -o out/r.html --images {}",
+    "compare curve.json -o out/r.html --kept {}",
     "allocate {} --candidate jpeg:q=30 --max-bpp 9 -o out --workers 1",
     "export {} -o out/m.safetensors",
     "export model.safetensors --card {} -o out/m.safetensors",
     f"bench effort {{}} --model {MODEL} --effort 1 --seconds --rows out/b.rows.jsonl",
+    "bench effort photo.png --model {} --effort 1 --seconds --rows out/b.rows.jsonl",
     "bench h266 {} --rows out/b.rows.jsonl",
+    "bench h266 photo.png --filter {} --rows out/b.rows.jsonl",
+    "bench codec --models {} --peers",
+    f"bench codec --models {MODEL} --peers --image {{}}",
+    "bench entropy --models {} --peers",
+    "bench shards --photos {} --count 1",
+    "bench loader --photos {} --count 1",
+    "bench train --photos {} --steps 1",
     "clic verify {} --originals photo.png",
+    "clic verify submission --originals {}",
+    "clic compare {} --originals photo.png",
+    "clic compare submission --originals {}",
     "clic decode {} -o out",
     "clic check {}",
     "shards build {} --out out --workers 1",
@@ -31,10 +53,17 @@ READING = [
     "shards verify {}",
     "shards stats {} -o out/s.png",
     "wandb-sync {} --offline",
+    "sweep plan {} --out out",
+    "sweep submit {} --out out --dry-run",
+    "sweep run {} --out out",
+    "sweep retry {} --dry-run",
     "sweep status {}",
-    "sweep run {}",
+    "sweep resolve {} one-0",
     "fit --config {}",
+    "validate --config {}",
+    "test --config {}",
     "doctor --config {}",
+    "doctor --script {}",
 ]
 """Commands that read a path."""
 
@@ -43,6 +72,7 @@ PATHS = {
     "forbidden": "forbidden",
     "folder": "folder",
     "empty": "empty.png",
+    "huge": "huge.png",
     "not-utf8": os.fsdecode(b"bad\xff.png"),
     "too-long": "x" * 300,
     "device": "/dev/null",
@@ -53,11 +83,22 @@ WRITING = [
     f"compress photo.png --model {MODEL} -o fine.tuc --recon {{}}",
     "decompress photo.tuc -o {}",
     "evaluate photo.png --codec jpeg:q=30 --workers 1 -o {}.json",
+    "evaluate photo.png --codec jpeg:q=30 --workers 1 -o out.json --keep {}",
     "compare curve.json -o {}.html",
     "export model.safetensors -o {}.safetensors",
     "allocate photo.png --candidate jpeg:q=30 --max-bpp 9 --workers 1 -o {}",
     f"bench effort photo.png --model {MODEL} --effort 1 --seconds --rows {{}}.jsonl",
+    "bench h266 photo.png --qp 40 --preset faster --whole --workers 1 --rows {}.jsonl",
+    "clic decode submission -o {}",
     "demo --out {}",
+    "shards build photo.png --patch 16 --workers 1 --out {}",
+    "shards precode photo.png --patch 16 --codec vvc:qp=40 --per-photo 1 --workers 1 --out {}",
+    "shards precode photo.png --patch 16 --codec vvc:qp=40 --per-photo 1 --workers 1 --out out --cache {}",
+    "shards stats shards -o {}.png",
+    "sweep plan sweep.yaml --out {}",
+    "sweep submit sweep.yaml --dry-run --out {}",
+    "sweep run sweep.yaml --out {}",
+    "doctor --mirror {} --config recipe.yaml",
 ]
 """Commands that write to a path."""
 
@@ -83,20 +124,51 @@ NUMBERS = [
         for name in ("max-bpp", "max-bytes", "min-psnr", "min-ms-ssim", "workers", "slurm",
                      "max-decode-seconds", "part")
     ),
+    *(f"clic {command} submission --originals photo.png --{name} {{}}"
+      for command in ("verify", "compare")
+      for name in ("max-bpp", "max-bytes", "min-psnr", "min-ms-ssim")),
     "export model.safetensors -o x.safetensors --average {}",
     "bench allocate --repeats {}",
     "bench effort photo.png --model tiny-mse-1 --effort {}",
     "bench effort photo.png --model tiny-mse-1 --seconds {}",
-    "bench h266 photo.png --bpp {}",
-    "bench h266 photo.png --qp {}",
-    "bench codec --bpp {}",
-    "bench train --steps {}",
+    *(f"bench h266 photo.png --{name} {{}}" for name in ("bpp", "qp", "workers")),
+    *(f"bench {kind} --{name} {{}}" for kind in ("codec", "entropy") for name in
+      ("bpp", "repeats", "size 64")),
+    *(f"bench {kind} --{name} {{}}" for kind in ("shards", "loader") for name in ("count", "repeats")),
+    *(f"bench train --{name} {{}}" for name in ("steps", "repeats")),
     *(f"shards build photo.png --out x --{name} {{}}" for name in
-      ("patch", "count", "shard-size", "workers", "long-edge", "max-overlap", "min-contrast")),
+      ("patch", "count", "shard-size", "seed", "workers", "part", "long-edge", "scales", "max-overlap",
+       "min-contrast", "duplicate-bits")),
     *(f"shards precode photo.png --out x --codec vvc:qp=40 --{name} {{}}" for name in
-      ("per-photo", "patch", "shard-size", "workers")),
+      ("per-photo", "patch", "shard-size", "seed", "workers")),
 ]  # fmt: skip
 """Commands with a number."""
+
+ROWS = [
+    *itertools.product(READING, PATHS.items()),
+    *itertools.product(WRITING, TARGETS.items()),
+    *itertools.product(NUMBERS, zip(("nan", "inf", "-1"), ("nan", "inf", "-1"), strict=True)),
+]
+FINE = {
+    ("sweep submit sweep.yaml --dry-run --out {}", kind)
+    for kind in TARGETS  # which writes nothing
+}
+FINE |= {("compare curve.json -o out/r.html --kept {}", kind) for kind in ("folder", "forbidden")}
+"""Rows that are none: what is asked for has a meaning."""
+
+
+RECIPE = """
+run: {runs_dir: out/runs}
+model: {preset: tiny}
+data: {shards: shards, batch_size: 2, crop: 16}
+trainer: {accelerator: cpu, devices: 1, max_steps: 1}
+"""
+
+HONEST = [
+    f"compress photo.png -o photo.tuc --model {MODEL}",
+    "allocate photo.png --candidate jpeg:q=30 --max-bpp 9 -o submission --workers 1",
+    "shards build photo.png --out shards --patch 16 --count 2 --workers 1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +182,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("curve.json").write_text(
             '{"name": "A", "results": {"bpp": [1, 2], "psnr-rgb": [30, 33]}}'
         )
-        for name in ("empty.png", PATHS["not-utf8"]):
+        for name in ("empty.png", "huge.png", PATHS["not-utf8"]):
             Path(name).write_bytes(b"")
+        os.truncate("huge.png", 1 << 40)
         Path("folder").mkdir()
         Path("forbidden").mkdir(mode=0)
-        assert main(["compress", "photo.png", "-o", "photo.tuc", "--model", MODEL]) == 0
+        Path("recipe.yaml").write_text(RECIPE)
+        Path("sweep.yaml").write_text("name: s\nstages: {one: {config: recipe.yaml}}\n")
+        for command in HONEST:
+            assert main(command.split()) == 0
     return folder
 
 
@@ -128,15 +204,17 @@ def check(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) ->
         status = end.code
         usage = True
     else:
-        usage = words[0] == "fit"
-    lines = capsys.readouterr().err.splitlines()
+        usage = words[0] in ("fit", "validate", "test")
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
     assert not any("Traceback" in line for line in lines)
     assert status == 1 or (status == 2 and usage), words
-    said = [
-        line for line in lines if line.startswith("tucodec")
-    ]  # the others are progress or usage
-    assert len(said) == 1, lines
-    assert len(said[0]) > len("tucodec: ") + 8
+    said = [line for line in lines if line.startswith("tucodec")]  # others are progress or usage
+    if words[0] == "doctor" and not said:  # its findings are its result
+        assert re.search(r"^fail +(script|signal|mirror)", captured.out, re.MULTILINE), captured.out
+    else:
+        assert len(said) == 1, lines
+        assert len(said[0]) > len("tucodec: ") + 8
     assert listing(folder) == before, words
 
 
@@ -151,41 +229,65 @@ def listing(folder: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("command", READING)
-@pytest.mark.parametrize("kind", PATHS)
-def test_unusable_inputs(
-    kind: str,
+@pytest.mark.parametrize(
+    ("command", "value"),
+    [
+        pytest.param(command, value, id=f"{kind}-{command}")
+        for command, (kind, value) in ROWS
+        if (command, kind) not in FINE
+    ],
+)
+def test_unusable(
     command: str,
+    value: str,
     files: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(files)
-    check([word.format(PATHS[kind]) for word in command.split()], files, capsys)
+    check([word.format(value) for word in command.split()], files, capsys)
 
 
-@pytest.mark.parametrize("command", WRITING)
-@pytest.mark.parametrize("kind", TARGETS)
-def test_unusable_outputs(
-    kind: str,
-    command: str,
-    files: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(files)
-    check([word.format(TARGETS[kind]) for word in command.split()], files, capsys)
+def options(
+    parser: argparse.ArgumentParser, *command: str
+) -> Iterator[tuple[str, argparse.Action]]:
+    """Every subcommand and each of its arguments."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from options(inner, *command, name)
+        else:
+            yield " ".join(command), action
 
 
-@pytest.mark.parametrize("command", NUMBERS)
-@pytest.mark.parametrize("number", ["nan", "inf", "-1"])
-def test_unusable_numbers(
-    number: str,
-    command: str,
-    files: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(files)
-    *words, last = command.split() if "{}" in command.split()[-1] else [*command.split(), ""]
-    check([word.format(number) for word in [*words, last] if word], files, capsys)
+def tried(command: str, rows: list[str]) -> set[str]:
+    """The arguments of a subcommand that some rows vary: an option's name, "" for what has none."""
+    found = set()
+    for row in rows:
+        if row.startswith(f"{command} "):
+            words = row.removeprefix(command).split()
+            at = next(i for i, word in enumerate(words) if "{}" in word)
+            found.add(next((word for word in words[at::-1] if word.startswith("-")), ""))
+    return found
+
+
+def test_every_option_has_a_row() -> None:
+    """A subcommand, a path or a number that is new to the parser and not to the tables fails here."""
+    lacking = set()
+    for command, action in options(build_parser()):
+        kind = getattr(action.type, "__name__", "")
+        if kind in ("location", "_path"):
+            rows = READING + WRITING
+        elif kind in ("convert", "int", "float", "part", "_scales"):
+            rows = NUMBERS
+        else:
+            assert kind == "", (command, action)
+            continue
+        if not tried(command, rows) & {
+            *action.option_strings,
+            *([] if action.option_strings else [""]),
+        }:
+            lacking.add((command, action.dest))
+    assert not lacking
+    for command in ("fit", "validate", "test"):  # Lightning has their options
+        assert tried(command, READING) == {"--config"}

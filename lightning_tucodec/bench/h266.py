@@ -14,6 +14,7 @@ from lightning_tucodec.codecs.h266.codec import (
     without_filter,
 )
 from lightning_tucodec.codecs.h266.postfilter import FilterModel
+from lightning_tucodec.codecs.library import load_filter
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.errors import ConfigError
@@ -80,6 +81,8 @@ def run(
     for name in filters:
         path = name.replace("{", "{{").replace("}", "}}")
         variants[f"post-filter {name}"] = f"{_TUNED},filter={path}"
+    for name in filters:  # before hours are spent on what comes first
+        load_filter(name).network  # noqa: B018
     paths = find_images(images)
     keep = rows_file.with_suffix(".files")
     names = [path.name for path in paths]

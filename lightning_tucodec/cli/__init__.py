@@ -104,8 +104,13 @@ def _run(words: Sequence[str]) -> int:
         # The reader of our output (head, less) has gone; that is not an error of ours.
         _drop_output()
         return 0
-    except (TucodecError, OSError) as error:
-        print(f"tucodec: {reason(error)}", file=sys.stderr)
+    except (TucodecError, OSError, MemoryError) as error:
+        text = (
+            "there is not enough memory for this"
+            if isinstance(error, MemoryError)
+            else reason(error)
+        )
+        print(f"tucodec: {text}", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:

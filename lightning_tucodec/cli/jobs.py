@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tucodec.errors import ConfigError, ImageInputError, OutputError, reason
+from lightning_tucodec.io.files import read_bytes
 
 Job = tuple[Path, Path]
 """A file and what is made of it."""
@@ -71,7 +72,7 @@ def read(path: Path) -> bytes:
         ImageInputError: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise ImageInputError(f"{path}: {error.strerror}") from None
 

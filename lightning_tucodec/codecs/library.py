@@ -20,9 +20,17 @@ SUFFIX = MODEL_SUFFIX
 @once
 def _load(path: Path, modified_ns: int, device: str) -> TucModel | FilterModel:
     file = ModelFile.load(path)
+    model: TucModel | FilterModel
     if file.config.get("kind") == FilterModel.KIND:
-        return FilterModel(file)
-    return TucModel(file, device)
+        model = FilterModel(file)
+        checked: Any = model
+    else:
+        model, checked = TucModel(file, device), file
+    try:
+        checked.checked  # noqa: B018
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+    return model
 
 
 @once

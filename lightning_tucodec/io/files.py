@@ -96,6 +96,28 @@ def check_name(name: object, what: str) -> str:
     )
 
 
+_MOST_BYTES = 1 << 32
+"""Larger files are no codings, curves or configurations, and would not fit into many a memory."""
+
+
+class TooLargeError(OSError):
+    """A file that would be read whole is too large for that."""
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of a file that is read whole.
+
+    Raises:
+        TooLargeError: it has more than 4 GiB.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > _MOST_BYTES:
+            raise TooLargeError(errno.ENOMEM, f"{size} bytes are too many to be read", str(path))
+        return stream.read()
+
+
 def read_text(path: str | Path) -> str:
     """A text file that a user wrote.
 
@@ -103,7 +125,7 @@ def read_text(path: str | Path) -> str:
         ConfigError: it cannot be read, or is not UTF-8.
     """
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from None

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from lightning_tucodec.errors import DatasetError
-from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.files import atomic_write, read_bytes
 
 T = TypeVar("T")
 
@@ -63,6 +63,8 @@ class Storage:
             DatasetError: a remote read kept failing.
         """
         if not self.remote:
+            if (start, end) == (0, None):
+                return read_bytes(self.path(name))
             with open(self.path(name), "rb") as stream:
                 stream.seek(start)
                 return stream.read() if end is None else stream.read(end - start)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.io.files import cut_path, expanded
+from lightning_tucodec.io.files import cut_path, expanded, read_bytes
 
 Floats = NDArray[np.float64]
 Quality = Literal["psnr", "ms_ssim_db"]
@@ -143,7 +143,7 @@ def read_curve(path: str | Path) -> Curve:
         ConfigError: the file is not such a curve.
     """
     try:
-        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(read_bytes(path))
         results, about = content["results"], content.get("description", "")
         if not is_line(content["name"]) or not (
             about == "" or is_line(" ".join(about.split()), 5000)
@@ -277,7 +277,7 @@ def read_results(path: str | Path) -> list[ImageCurves]:
         ConfigError: the file is not such a result, or an image lacks a point.
     """
     try:
-        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(read_bytes(path))
         rows = content["rows"]
         check_entries(rows, ("image", "codec"), ("bpp", "psnr", "ms_ssim"))
         if not rows:
@@ -321,7 +321,7 @@ def read_named(specification: str) -> Curve:
     file, name = cut_path(specification, "#", ".json")
     file = expanded(file)
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(file))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

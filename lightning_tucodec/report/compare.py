@@ -543,6 +543,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
     pictures = {quality: _picture(out, label) for quality, label in QUALITIES.items()}
     drawings = [path.with_suffix(kind) for path in pictures.values() for kind in (".png", ".svg")]
     check_targets([out, *drawings], arguments.sources + (arguments.images or []), arguments.force)
+    if arguments.kept and not Path(arguments.kept).is_dir():
+        raise ConfigError(f"--kept {arguments.kept}: no such folder")
     material = read_sources(arguments.sources)
     page, rows = build_page(
         material, arguments.anchor, arguments.title, arguments.samples, arguments.at or RATES

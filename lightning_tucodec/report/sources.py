@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.io.files import read_yaml
+from lightning_tucodec.io.files import read_bytes, read_yaml
 from lightning_tucodec.quality.curves import (
     Curve,
     ImageCurves,
@@ -181,7 +181,7 @@ def _add_path(material: Material, path: Path) -> None:
 
 def _add_file(material: Material, path: Path) -> None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict) or not {"rows", "results"} & set(content):

@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,23 @@ _MIRROR_SECONDS = {"finished": 900.0, "preempted": 60.0, "failed": 60.0}
 
 _WANDB_SECONDS = {"online": 20.0, "offline": 120.0, "disabled": 20.0}
 """How long W&B may take at the end; what it misses, `tucodec wandb-sync` sends."""
+
+
+_ADVICE = (
+    ".*LightningCLI's args parameter is intended.*",
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+    ".*Total length of `list` across ranks is zero.*",
+    ".*does not have many workers.*",
+    ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged is a mean already
+    # A login node or a notebook; `tucodec doctor` says what is wrong inside a job.
+    ".*The `srun` command is available on your system but is not used.*",
+    # It counts steps over all passes, whatever one pass holds.
+    ".*number of training batches .* is smaller than the logging interval.*",
+)
+
+
+TALKATIVE = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed")
+"""Loggers whose information is none to a user of this command."""
 
 
 @dataclass
@@ -524,25 +541,30 @@ def main(arguments: Sequence[str]) -> int:
     return _main(arguments, preemption)
 
 
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Nothing that is of no use to a user of this command: tips, devices found, deprecations inside.
+
+    A caller's filters of warnings and levels of logs are given back.
+    """
+    loggers = [logging.getLogger(name) for name in TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        for message in _ADVICE:
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
 def _main(arguments: Sequence[str], preemption: Preemption) -> int:
-    # Advice that says nothing to a user of this command: tips, devices found, deprecations inside.
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning_fabric.utilities.seed").setLevel(logging.WARNING)
-    for message in (
-        ".*LightningCLI's args parameter is intended.*",
-        ".*isinstance\\(treespec, LeafSpec\\).*",
-        ".*Total length of `list` across ranks is zero.*",
-        ".*does not have many workers.*",
-        ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged is a mean already
-        # A login node or a notebook; `tucodec doctor` says what is wrong inside a job.
-        ".*The `srun` command is available on your system but is not used.*",
-        # It counts steps over all passes, whatever one pass holds.
-        ".*number of training batches .* is smaller than the logging interval.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
     raising = {"exit_on_error": False}
     try:
-        with preemption if arguments[0] == "fit" else contextlib.nullcontext():
+        with _without_advice(), preemption if arguments[0] == "fit" else contextlib.nullcontext():
             cli = TucodecCLI(
                 TrainingModule,
                 pl.LightningDataModule,
@@ -555,10 +577,12 @@ def _main(arguments: Sequence[str], preemption: Preemption) -> int:
                 command=arguments[0],
                 preemption=preemption,
             )
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, MemoryError) as error:
         for word in arguments:  # the parser does not say which file
             if Path(name := word.partition("=")[2] if word.startswith("-") else word).is_file():
                 read_text(name)
+        if isinstance(error, MemoryError):
+            raise
         raise ConfigError(f"not UTF-8: {error.object[:60]!r}") from None
     except ArgumentError as error:
         text = redacted(_in_plain_words(" ".join(str(error).split())))

@@ -75,6 +75,12 @@ UNREADABLE: dict[str, Change] = {
     "name of two lines": top("name", "a\nb"),
     "name that is a number": top("name", 3),
 }
+INTEGERS: dict[str, Change] = {
+    "shift beyond floats": tensor("entropy.parameters.mu.shift", lambda v: v * 0 + 2**31 - 1),
+    "shift below floats": tensor("entropy.parameters.mu.shift", lambda v: v * 0 - 2**31),
+    "unequal shifts": tensor("entropy.parameters.upsilon.shift", lambda v: v + 1),
+    "sigmoid": tensor("entropy.sigmoid", lambda v: -v),
+}
 UNFIT: dict[str, Change] = {
     "wide": config("transform", "widths", [0, 30_000, 30_000, 30_000]),
     "wider than memory": config("transform", "widths", [0, 1 << 62, 1 << 62, 1 << 62]),
@@ -90,13 +96,10 @@ UNFIT: dict[str, Change] = {
     "shape of h_s": tensor("entropy.h_s.up1.weight", lambda v: v[:9]),
     "vector for a matrix": tensor("entropy.parameters.mu.weight", lambda v: v.flatten()),
     "shift of two": tensor("entropy.parameters.mu.shift", lambda v: v.repeat(2)),
-    "shift beyond floats": tensor("entropy.parameters.mu.shift", lambda v: v * 0 + 2**31 - 1),
-    "shift below floats": tensor("entropy.parameters.mu.shift", lambda v: v * 0 - 2**31),
-    "unequal shifts": tensor("entropy.parameters.upsilon.shift", lambda v: v + 1),
-    "sigmoid": tensor("entropy.sigmoid", lambda v: -v),
     "not a number": tensor("network.h_a.conv1.weight", lambda v: v * torch.nan),
     "unknown tensor": lambda _, tensors: tensors.__setitem__("network.x", torch.zeros(1)),
     "missing table": lambda _, tensors: tensors.pop("laplace.tail"),  # type: ignore[arg-type,return-value]
+    **INTEGERS,
 }
 
 
@@ -157,7 +160,14 @@ def test_bad_neighbours_stop_nothing(
     assert cli.main(["models"]) == 1
     out, err = capsys.readouterr()
     assert micro.id.hex() in out
-    assert len(err.splitlines()) == len(UNREADABLE) + 1
+    refused = {line.split(": ")[1] for line in err.splitlines()}
+    assert len(refused) == len(err.splitlines())
+    fit = len(UNREADABLE) + len(UNFIT) - len(INTEGERS)  # those show when the model codes
+    assert refused == {str(folder / "a.safetensors")} | {
+        str(folder / f"a{number}.safetensors") for number in range(fit)
+    }
+    with pytest.raises(ModelFileError, match=r"^\S*a14\.safetensors: model micro: its content"):
+        library.load(folder / f"a{len(UNREADABLE)}.safetensors")
     assert "micro" in cards.models()
 
 

@@ -1,10 +1,12 @@
 """`tucodec fit` from configuration to resumed run, in process and as a process that is stopped."""
 
 import json
+import logging
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,20 @@ def test_a_finished_run_does_nothing_more(
     before = (runs(tmp_path)[0] / "metrics.jsonl").read_text()
     assert main(words) == 0
     assert (runs(tmp_path)[0] / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_caller_keeps_its_filters_of_warnings_and_levels_of_logs(
+    command: str, tmp_path: Path, shard_folder: Path, micro: dict[str, Any]
+) -> None:
+    from lightning_tucodec.training import fit  # what its imports set stays
+
+    loggers = [logging.getLogger(name) for name in fit.TALKATIVE]
+    before = list(warnings.filters), [logger.level for logger in loggers]
+    values = config(tmp_path, shard_folder, micro)
+    status = main([command, "--config", write(tmp_path, values)])
+    assert status == (0 if command == "fit" else 1)  # it names no images
+    assert (list(warnings.filters), [logger.level for logger in loggers]) == before
 
 
 def test_a_damaged_checkpoint_falls_back_a_generation(

@@ -106,11 +106,11 @@ class FilterModel:
         return cls(ModelFile(name, config, tensors, card))
 
     @once_property
-    def network(self) -> PostFilter:
-        """The network in eval mode.
+    def checked(self) -> PostFilterConfig:
+        """The configuration, once every tensor has the shape that it asks for.
 
         Raises:
-            ModelFileError: the file's content is inconsistent.
+            ModelFileError: they do not agree.
         """
         try:
             config = {key: value for key, value in self.file.config.items() if key != "kind"}
@@ -121,6 +121,21 @@ class FilterModel:
             check_tensors(
                 {f"network.{k}": (v.shape, None) for k, v in expected.items()}, self.file.tensors
             )
+        except UNFIT as error:
+            raise ModelFileError(
+                f"model {self.name}: its content is inconsistent ({one_line(error)})"
+            ) from None
+        return shape
+
+    @once_property
+    def network(self) -> PostFilter:
+        """The network in eval mode.
+
+        Raises:
+            ModelFileError: the file's content is inconsistent.
+        """
+        shape = self.checked
+        try:
             with torch.random.fork_rng(devices=[]):  # the first values are drawn, and replaced
                 network = PostFilter(shape)
             network.load_state_dict(

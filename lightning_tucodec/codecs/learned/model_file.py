@@ -130,7 +130,7 @@ class ModelFile:
             raise ModelFileError(f"{path}: not an exported model ({one_line(error)})") from None
 
     @once_property
-    def _checked(self) -> CodecConfig:
+    def checked(self) -> CodecConfig:
         """The configuration, once every tensor has the shape that it asks for.
 
         The network is built without storage first, so that a small file cannot claim a large one.
@@ -170,7 +170,7 @@ class ModelFile:
         Raises:
             ModelFileError: the file's content is inconsistent.
         """
-        config = self._checked
+        config = self.checked
         with torch.random.fork_rng(devices=[]):  # the first values are drawn, and replaced
             network = TucodecVAE(config)
         weights = _part(self.tensors, "network")
@@ -184,7 +184,7 @@ class ModelFile:
         Raises:
             ModelFileError: the file's content is inconsistent.
         """
-        _ = self._checked
+        _ = self.checked
         laplace = {k: v.numpy() for k, v in _part(self.tensors, "laplace").items()}
         table = _part(self.tensors, "categorical")
         return EntropyModel(
