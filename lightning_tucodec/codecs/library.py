@@ -23,11 +23,10 @@ def _load(path: Path, modified_ns: int, device: str) -> TucModel | FilterModel:
     model: TucModel | FilterModel
     if file.config.get("kind") == FilterModel.KIND:
         model = FilterModel(file)
-        checked: Any = model
     else:
-        model, checked = TucModel(file, device), file
+        model = TucModel(file, device)
     try:
-        checked.checked  # noqa: B018
+        _ = model.checked if isinstance(model, FilterModel) else file.checked
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
     return model

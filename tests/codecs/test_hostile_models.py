@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 import lightning_tucodec as tuc
 from lightning_tucodec import cli
-from lightning_tucodec.codecs import cards
+from lightning_tucodec.codecs import cards, library
 from lightning_tucodec.codecs.cards import FORMAT
 from lightning_tucodec.codecs.classical.codecs import Jpeg
 from lightning_tucodec.codecs.learned.codec import TucModel
