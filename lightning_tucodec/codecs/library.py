@@ -20,11 +20,8 @@ SUFFIX = MODEL_SUFFIX
 @once
 def _load(path: Path, modified_ns: int, device: str) -> TucModel | FilterModel:
     file = ModelFile.load(path)
-    model: TucModel | FilterModel
-    if file.config.get("kind") == FilterModel.KIND:
-        model = FilterModel(file)
-    else:
-        model = TucModel(file, device)
+    is_filter = file.config.get("kind") == FilterModel.KIND
+    model = FilterModel(file) if is_filter else TucModel(file, device)
     try:
         _ = model.checked if isinstance(model, FilterModel) else file.checked
     except ModelFileError as error:
