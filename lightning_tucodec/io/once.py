@@ -1,7 +1,7 @@
 """Values that are built once, however many threads ask for them at the same time.
 
-`functools.cache` builds one a thread that comes before the first has ended, and so does `cached_property`
-from Python 3.12 on.
+`functools.cache`, and `cached_property` from Python 3.12 on, build a value for each thread that asks before
+the first has finished.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Files over SFTP, as `ssh` would reach them: keys, agent, `~/.ssh/config` and known hosts of the user.
 
-fsspec's own file system lacks what `storage` promises: it trusts every host key, writes in place, so that
-others see half of a file, and keeps a connection that has ended. Needs paramiko, the extra `sftp`.
+fsspec's own file system does not meet the guarantees of `storage`: it trusts every host key, writes in place,
+so that others see partial files, and keeps closed connections. Needs paramiko, the extra `sftp`.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""Discriminators: what tells a photograph from its reconstruction.
+"""Discriminators: they distinguish a photograph from its reconstruction.
 
 Both return a `Verdict`, from which the losses in `lightning_tucodec.nn.losses` are made. A discriminator is
-needed for training alone; nothing of it is exported.
+needed for training only and is not exported.
 """
 
 from collections.abc import Sequence

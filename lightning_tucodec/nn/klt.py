@@ -1,7 +1,7 @@
-"""A start for high rates: transforms that are the Karhunen–Loève transform of the training pixels.
+"""Initial weights for high rates: the Karhunen–Loève transform of the training pixels.
 
-From random weights a codec at 40 dB spends its first hours on becoming a near-orthonormal transform, which
-an eigenvalue decomposition finds at once (Karhunen–Loève: the best linear transform coding for Gaussian
+From random weights a codec at 40 dB needs hours to become a near-orthonormal transform, which an
+eigenvalue decomposition finds at once (Karhunen–Loève: the best linear transform coding for Gaussian
 sources; Goyal, "Theoretical foundations of transform coding", IEEE SPM 2001). The residual blocks start at
 zero and learn what a linear transform cannot do.
 """

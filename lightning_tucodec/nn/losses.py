@@ -6,7 +6,7 @@
 
 bpp always counts the pixels of the image as it was before any padding.
 
-Adversarial losses are functions of a discriminator's `Verdict` alone, so that any goes with either
+Adversarial losses are functions of a discriminator's `Verdict` alone, so each works with either
 discriminator: `PairGameLoss` (Rippel and Bourdev), `NonSaturatingLoss` (HiFiC) and `HingeLoss`.
 """
 

@@ -1,9 +1,9 @@
 """Transforms of planes too large to hold at once: tile by tile, equal to the whole up to rounding.
 
-A tile is read with a halo from its neighbours and cropped afterwards. How wide the halo must be is not
-written down for any network; `measure` finds it by experiment: it fills the plane beyond an edge with NaN,
-which every sum and every nonlinearity passes on, and sees how far inside the edge NaN arrives. What NaN
-does not reach depends on nothing beyond the edge. Two things are assumed of a network, and
+A tile is read with a halo from its neighbours and cropped afterwards. The width of the halo
+is not configured; `measure` finds it by experiment. It fills the plane beyond an edge with NaN, which every
+sum and every nonlinearity passes on, and checks how far inside the edge NaN arrives. Values that NaN does
+not reach do not depend on anything beyond the edge. Two properties of a network are assumed, and
 tests/nn/test_tiles.py compares tiles with the whole for every preset: its layers repeat with a period that
 divides ALIGNMENT positions (strides, windows of attention), and a layer's value at a position depends on
 the layer's input there, so that padding at a tile's edge lies where NaN would.

@@ -1,8 +1,8 @@
 """Perceptual measures that need no download: VMAF, XPSNR, FLIP, SSIMULACRA 2.
 
 VMAF and XPSNR are the filters of the ffmpeg in imageio-ffmpeg; FLIP and SSIMULACRA 2 come from PyPI
-(`pip install 'lightning-tucodec[perceptual]'`). LPIPS and DISTS are there for those who have torchvision's
-weights of AlexNet and VGG-16 in PyTorch's cache. All compare 8-bit RGB images, one number a pair.
+(`pip install 'lightning-tucodec[perceptual]'`). LPIPS and DISTS need torchvision's weights of
+AlexNet and VGG-16 in PyTorch's cache. All compare 8-bit RGB images, one number a pair.
 """
 
 import re

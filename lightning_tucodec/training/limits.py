@@ -1,4 +1,4 @@
-"""What numbers of a configuration can be; beyond it Lightning, PyTorch or the loop itself breaks."""
+"""Ranges of the numbers in a configuration; outside of them Lightning, PyTorch or the loop itself fails."""
 
 from collections.abc import Iterator
 from math import inf

@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the number of optimiser steps done, so that a resume changes none."""
+"""Learning rates as pure functions of the number of optimiser steps, so a resume does not change them."""
 
 import math
 

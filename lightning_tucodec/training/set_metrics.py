@@ -1,10 +1,10 @@
 """Rate and quality of a whole set, as CLIC defines them, gathered over batches and processes.
 
-Images may come in batches of any size, also differently many on each process; `compute` is the
-value of the set (`torchmetrics` adds the processes' sums up). PSNR is pooled over all values of all
+Batches may have any size, also different sizes on each process. `compute` gives the value of the
+set (`torchmetrics` adds the sums of the processes). PSNR is pooled over all values of all
 images, so that for images of one size it is at most the mean of their PSNRs; MS-SSIM is weighted by
-pixels; the rate is all bytes over all pixels. The means over images, which papers report, stand
-beside them and carry `mean` in their names.
+pixels; the rate is all bytes over all pixels. The means over images, which papers report, have
+`mean` in their names.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Codecs that are not learned, H.266 aside: each class is one, its fields the setting.
+"""Codecs that are not learned, except H.266. Each class is a codec, and its fields are the setting.
 
 JPEG, WebP, AVIF and JPEG 2000 through Pillow, whose files are self-contained; HEVC and AV1 as one
 intra picture (`VideoCodec`) and JPEG XL through the ffmpeg binary of imageio-ffmpeg. Every encoder

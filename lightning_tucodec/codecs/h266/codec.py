@@ -1,14 +1,14 @@
-"""TucodecPSNR: H.266 below, a learned post-filter above, in a `.tuc` file.
+"""TucodecPSNR: H.266 with a learned post-filter, in a `.tuc` file.
 
-The H.266 below is tuned for the squared error of RGB without touching the decoder: orthonormal
-colour (`codecs.colour`), chroma turned to its principal axes and a chroma QP offset, both searched for
+The H.266 encoder is tuned for the squared error of RGB without a change of the decoder: orthonormal
+colour (`codecs.colour`), chroma rotated to its principal axes and a chroma QP offset, both searched for
 each image, and libvvenc's deep tools (`Vvc.tools`). Strip 0 of the container:
 
     bytes   field
     1       QP in the low six bits, colour transform (its number in `colour.TRANSFORMS`) in the high two
-    1       how far the chroma is turned, signed, see `colour.turned`
+    1       angle of the chroma rotation, signed, see `colour.turned`
     3·m     where flag 1 is set: weights of the post-filter's corrections, see `nn.postfilter`
-    …       the picture, see `codecs.parameter_sets`
+    …       the picture, see `codecs.h266.parameter_sets`
 
 Flag 1 of the container is the gate: the post-filter of the model id is applied. Where it would hurt an
 image it is off, and the model id is zero.

@@ -1,9 +1,9 @@
-"""The parameter sets of our own H.266 pictures, said in three bytes instead of seventy.
+"""The parameter sets of our own H.266 pictures, in three bytes instead of seventy.
 
 libvvenc writes a sequence and a picture parameter set before the picture. For one picture of ours they
 depend on the size, which the container states anyway, on the level, the preset, its tools and the
-chroma QP offset. `strip` leaves them out where they are what `_sets` says, and `restore` puts them
-back, bit for bit. Parameter sets of any other kind (of another version of libvvenc, say) are left in.
+chroma QP offset. `strip` removes them where they equal those of `_sets`, and `restore` puts them
+back, bit for bit. Other parameter sets, such as those of another version of libvvenc, stay in the stream.
 
 Syntax: ITU-T H.266 (04/2022), 7.3.2.4 and 7.3.2.5; Exp-Golomb codes, 9.2; emulation prevention, 7.4.2.
 """

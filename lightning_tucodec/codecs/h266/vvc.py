@@ -1,7 +1,7 @@
 """H.266/VVC: libvvenc and the VVC decoder inside the ffmpeg binary of imageio-ffmpeg.
 
 libvvenc takes 4:2:0 in 10 bits only, so `codecs.colour.conversion_ceiling` bounds what it can reach
-on an image. Perceptual quantiser adaptation is off (`-qpa 0`), for PSNR's sake; access unit
+on an image. Perceptual quantiser adaptation is off (`-qpa 0`), in favour of PSNR; access unit
 delimiters, which a decoder of one picture does not need, are left out of the stream.
 """
 

@@ -1,1 +1,1 @@
-"""What works beside a training: the mirror and W&B."""
+"""Processes beside a training: the mirror and W&B."""

@@ -1,7 +1,7 @@
-"""Processes beside a run: whatever talks to other machines does so outside of the training process.
+"""Processes beside a run: all communication with other machines is outside of the training process.
 
-A server that hangs, a client that is killed or a library that blocks at exit then cannot cost a step. A
-companion ends when its standard input says so or is closed, since the run has ended or died.
+So a server that hangs, a client that is killed or a library that blocks at exit cannot delay a step. A
+companion ends when its standard input says so, or when it is closed because the run has ended or died.
 """
 
 import contextlib

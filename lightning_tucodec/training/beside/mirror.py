@@ -1,14 +1,14 @@
 """A copy of a run folder at any fsspec URL, kept up to date while the run trains.
 
     <url>/<run folder's name>/
-        mirror.json                     what is whole, with size and SHA-256; checkpoints newest first
+        mirror.json                     complete files, with size and SHA-256; checkpoints newest first
         checkpoints/step-….ckpt         two generations, named by step and content
         metrics.jsonl manifest.json config.yaml images/
 
-`mirror.json` is written last, so what it names is complete, and what a lost connection leaves half-done is
-never looked at; a checkpoint is never written over another. It may name nothing but these files, whoever
-wrote it. The copying is done by a process of its own: it costs a training step nothing, and a server that
-hangs holds up nobody. It ends when its parent closes its standard input or dies.
+`mirror.json` is written last, so the files that it names are complete, and files left incomplete by a lost
+connection are never read. A checkpoint is never written over another. `mirror.json` may name only these
+files, whoever wrote it. A process of its own copies the files, so that a training step does not wait for a
+server that hangs. It ends when its parent closes its standard input or dies.
 
     TUCODEC_MIRROR=URL python -m lightning_tucodec.training.beside.mirror RUN_FOLDER
 """

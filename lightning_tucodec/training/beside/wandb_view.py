@@ -1,9 +1,8 @@
 """W&B as a view of `metrics.jsonl`: one replay, for a run that trains and for one that is over.
 
-Line i of the file is W&B's step i, and the server says how far it got, so that a replay after an outage, a
-kill or a change of cluster sends what is missing and nothing twice. Charts have our own counters as their
-axes. Offline there is no server to ask: each attempt writes one complete offline run in the place of the
-earlier one, so there are no fragments to put in order.
+Line i of the file is W&B's step i, and the server reports the last step that it has. So a replay after an
+outage, a kill or a change of cluster sends missing lines only, and none twice. Charts use our own counters as
+axes. Offline there is no server: each attempt writes one complete offline run that replaces the earlier one.
 
 | at every validation | what |
 |---|---|

@@ -1,1 +1,1 @@
-"""What a training reads: the plan of samples, shards, pre-coded patches."""
+"""The input of a training: the plan of samples, shards, pre-coded patches."""

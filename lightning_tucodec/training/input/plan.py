@@ -1,4 +1,4 @@
-"""The data plan: which sample stands at which place of an endless training run.
+"""The data plan: the sample at each position of an endless training run.
 
 A pure function of (seed, number of samples, global position). Nothing is stored per sample, so that
 a run can start anywhere at once, on any number of ranks and workers.

@@ -1,1 +1,1 @@
-"""What a run is and what it leaves: its identity, folder, checkpoints, counters."""
+"""A run: its identity, folder, checkpoints and counters."""

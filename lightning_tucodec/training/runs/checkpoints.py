@@ -1,13 +1,13 @@
-"""Checkpoints: written aside in the background, published when their step is complete, read back whole.
+"""Checkpoints: written in the background, renamed when their step is complete, checked when read.
 
-A save has three parts. At the end of a batch all tensors are copied; training waits for nothing else. A
+A save has three parts. At the end of a batch all tensors are copied; training waits only for this copy. A
 thread writes the copy to `saving.ckpt` and flushes it to disk. When the step's metric lines and validation
-are written as well, the thread renames: last becomes previous, saving becomes last. So a checkpoint that
-can be found always belongs to complete metrics, and a kill at any moment leaves a generation that can.
+are written as well, the thread renames: last becomes previous, saving becomes last. So every
+checkpoint on disk has complete metrics, and a kill at any moment leaves at least one.
 
-A signal during a validation waits neither for its end nor for that of the image at hand. Then the state after
-the batch is saved with the number of metric lines written so far, and whoever goes on from it begins with
-the validation.
+After a signal during a validation, the run does not wait for the end of the validation or of the current
+image. It saves the state after the batch with the number of metric lines written so far. A run that resumes
+from it begins with the validation.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
-"""What decides a run's result, and the twelve digits that name it.
+"""Everything that decides a run's result, and the twelve digits that name it.
 
-An option that has a value in `_TRAINER` or came later (`_LATER`) goes by that value, so that neither a new
-release of Lightning nor a new option of ours renames a run that does not use it. What an option does by
-default can change; then its value differs from the one written here, and the run is another one.
+Trainer options in `_TRAINER` always count, with the value given there where they are not set. Model and data
+options in `_LATER`, which were added later, count only where they differ from the value there. So neither a
+new release of Lightning nor a new option of ours renames a run that does not use it. If the default of an
+option changes, its value differs from the one here, and the run is another one.
 """
 
 import glob

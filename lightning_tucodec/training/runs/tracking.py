@@ -1,4 +1,4 @@
-"""Where metrics go: an append-only JSONL file is the truth; W&B (`wandb_view`) is a view of it.
+"""Where metrics go: an append-only JSONL file is the reference; W&B (`wandb_view`) is a view of it.
 
 A line is `{"opt_step": …, "images_seen": …, "time": …, "train/loss": …}`.
 """
