@@ -1,8 +1,8 @@
 """The compiled loops of the entropy coder: integers throughout, some of them carried in float64.
 
-They are all in this one file because numba's disk cache watches only the file that defines a
-function. A kernel that inlines a helper from another file would still run the helper's old code
-after an update. The typed interfaces are in `rans`, `laplace` and
+All of them stand in this one file because numba's disk cache watches only the file that a
+function is defined in: a kernel that inlined a helper from elsewhere would go on running the
+helper's old code after an update. The typed interfaces are in `rans`, `laplace` and
 `categorical`, that of `decode_strip` in `fixed_point` and `wavefront`; the functions here trust
 their arguments, except that no stream, however hostile, makes one read or write outside an array.
 
