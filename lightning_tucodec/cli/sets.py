@@ -75,7 +75,7 @@ def _add_allocate(subparsers: Subparsers) -> None:
     add("--part", type=part, metavar="I/N",
         help="only code share I (from 1) of N, without choosing")  # fmt: skip
     add("--slurm", type=count, metavar="N", help="code in a Slurm array of N jobs and choose in a "
-        "last one; slurm/site.sh says what the cluster wants")  # fmt: skip
+        "last one; slurm/site.sh describes the cluster")  # fmt: skip
     add("--dry-run", action="store_true", help="with --slurm: print the sbatch commands")
     add_json(parser)
 

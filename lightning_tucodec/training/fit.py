@@ -1,6 +1,6 @@
 """`tucodec fit | validate | test`: LightningCLI with run folders, resume and preemption.
 
-The recipe chooses the model (`training.module` says what it must offer) and the data by `class_path`;
+The recipe chooses the model (`training.module` states the protocol) and the data by `class_path`;
 without one they are `VAE` and `PatchDataModule`.
 """
 
