@@ -128,7 +128,7 @@ def precode(
     if storage.remote:
         raise ConfigError(f"{out}: pre-coded shards are built in a local folder")
     sources = [Source(location) for location in locations]
-    entries = list_entries(sources)
+    entries = list_entries(sources, str(out))
     name = fingerprint(sources, entries, json.dumps(asdict(options), sort_keys=True))
     done = _claim(storage, name)
     if done is not None:

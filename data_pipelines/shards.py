@@ -194,7 +194,7 @@ class _Build:
         self.out = out
         self.storage = Storage(out)
         self.sources = [Source(location) for location in locations]
-        self.entries = list_entries(self.sources)
+        self.entries = list_entries(self.sources, str(out))
         self.licences = list(licences) * (len(locations) if len(licences) == 1 else 1)
         settings = json.dumps(asdict(options), sort_keys=True)
         self.fingerprint = fingerprint(self.sources, self.entries, settings)

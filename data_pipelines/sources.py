@@ -121,13 +121,31 @@ class Source:
         return sorted(found, key=lambda entry: entry.name)
 
 
-def list_entries(sources: Sequence[Source]) -> list[Entry]:
+def list_entries(sources: Sequence[Source], out: str) -> list[Entry]:
     """The images of all sources, source by source.
 
+    Args:
+        sources: of the command line.
+        out: where the shards go. Below a source it is no part of it, so that a build that was killed
+            finds the same images again.
+
     Raises:
-        DatasetError: there is none.
+        DatasetError: there is no image, or a source is itself `out`.
     """
     found = [entry for number, source in enumerate(sources) for entry in source.entries(number)]
+    if not is_remote(out):
+        place = Path(expanded(out.removeprefix("file://"))).resolve()
+        for number, source in enumerate(sources):
+            if source.storage.remote or not place.is_relative_to(source.location):
+                continue
+            inside = place.relative_to(source.location).as_posix()
+            if inside == ".":
+                raise DatasetError(f"--out {out}: is the folder of the photographs; name another")
+            found = [
+                entry
+                for entry in found
+                if entry.source != number or not entry.name.startswith(f"{inside}/")
+            ]
     if not any(is_image_name(entry.name) for entry in found):
         archives = [entry.name for entry in found if _is_archive(entry.name)]
         hint = f"; name {archives[0]} as a source, unpacked if it is packed" if archives else ""

@@ -26,13 +26,17 @@ def reason(error: Exception) -> str:
     return redacted(str(error) or type(error).__name__)
 
 
+def printable(text: str) -> str:
+    """A text on one line: what a terminal would not print, as in a file's name, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class TucodecError(Exception):
     """Base of every error caused by the input, the command or the environment."""
 
     def __str__(self) -> str:
         """One line without credentials; what a terminal would not print, as in a file's name, is escaped."""
-        text = redacted(super().__str__())
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return printable(redacted(super().__str__()))
 
 
 class ImageInputError(TucodecError):

@@ -232,3 +232,10 @@ def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str])
         assert "Traceback" not in error
     with pytest.raises(ImageInputError, match=r"bad\.png"):
         evaluate([bad], [codec("jpeg:q=1")], folder / "rows.jsonl")
+
+
+def test_an_image_named_twice_counts_once(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    named = [tmp_path / "b.png", tmp_path, str(tmp_path / "." / "a.png")]
+    assert [path.name for path in find_images(named)] == ["b.png", "a.png"]

@@ -122,6 +122,22 @@ def lie_about_quality(folder: Path) -> None:
     edit(folder, lambda m: m["totals"].update(psnr=m["totals"]["psnr"] + 0.01))
 
 
+def lie_about_the_bound(folder: Path) -> None:
+    edit(folder, lambda m: m["totals"].update(bound=10**14, gap=0.0))
+
+
+def lie_about_the_gap(folder: Path) -> None:
+    edit(folder, lambda m: m["totals"].update(gap=-5.0))
+
+
+def lie_about_what_was_minimised(folder: Path) -> None:
+    edit(folder, lambda m: m.update(minimised="bytes" if m["minimised"] != "bytes" else "sse"))
+
+
+def lie_about_the_method(folder: Path) -> None:
+    edit(folder, lambda m: m["totals"].update(method="magic"))
+
+
 def lie_about_an_image(folder: Path) -> None:
     edit(folder, lambda m: m["images"][2].update(sse=1))
 
@@ -168,6 +184,10 @@ def stop_at_a_pipe(folder: Path) -> None:
     os.mkfifo(folder / "decode")
 
 
+def hide_a_folder(folder: Path) -> None:
+    (folder / "streams/.hidden").mkdir()
+
+
 def hide_a_file_deep(folder: Path) -> None:
     (folder / "models/streams").mkdir()
     (folder / "models/streams/0.bin").write_bytes(b"bits from elsewhere")
@@ -194,6 +214,11 @@ def a_bomb(folder: Path) -> None:
         (one_byte_over, "the claimed limit on bytes is missed"),
         (lie_about_quality, "in total psnr is"),
         (lie_about_an_image, "streams/2.bin (2.png): sse is"),
+        (lie_about_the_bound, "is reached, which the bound 100000000000000 excludes"),
+        (lie_about_the_gap, "above the bound, not -5.0"),
+        (lie_about_what_was_minimised, "the bound"),
+        (hide_a_folder, "a folder 'streams/.hidden': not in the manifest"),
+        (lie_about_the_method, "the choice was made by 'magic', which is no method of `allocate`"),
         (append_a_byte, "in total bytes is"),
         (cut_off_a_byte, "streams/0.bin (0.png): is damaged or another file"),
         (hide_a_model, "models/more.safetensors: not in the manifest"),
@@ -603,6 +628,17 @@ def test_manifests_that_are_none(
     (tmp_path / "manifest.json").write_text(text)
     assert cli.main(["clic", "decode", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
     assert "not the manifest of a submission" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", [".", "streams", "decoded"])
+def test_nothing_is_decoded_into_a_submission(
+    out: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(copy.rglob("*"))
+    assert cli.main(["clic", "decode", str(copy), "-o", str(copy / out), "--force"]) == 1
+    assert "lies in the submission" in capsys.readouterr().err
+    assert sorted(copy.rglob("*")) == before
+    assert cli.main(["clic", "decode", str(copy), "-o", str(copy / "manifest.json")]) == 1
 
 
 def several_times(manifest: dict[str, Any]) -> None:

@@ -50,6 +50,8 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 def location(text: str) -> str:
     """A type of options: a path or URL, with `~` and `$NAME` as a shell would have replaced them."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
     return expanded(text)
 
 
@@ -106,7 +108,7 @@ count = whole(1)
 
 def part(text: str) -> tuple[int, int]:
     """A type of options: `I/N`, share I (from 1) of N."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n, such as 1/8")
     return int(match[1]), int(match[2])

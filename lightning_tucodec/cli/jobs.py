@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning_tucodec.errors import ConfigError, ImageInputError, OutputError, reason
+from lightning_tucodec.coding.container import MAGIC
+from lightning_tucodec.errors import ConfigError, ImageInputError, OutputError, printable, reason
 from lightning_tucodec.io.files import read_bytes
 
 Job = tuple[Path, Path]
@@ -66,13 +67,13 @@ def targets(sources: list[Path], out: str, suffix: str) -> list[tuple[Path, Path
 
 
 def read(path: Path) -> bytes:
-    """The bytes of a file.
+    """The bytes of a `.tuc` file; of another one, however long, only its beginning.
 
     Raises:
         ImageInputError: it cannot be read.
     """
     try:
-        return read_bytes(path)
+        return read_bytes(path, MAGIC)
     except OSError as error:
         raise ImageInputError(f"{path}: {error.strerror}") from None
 
@@ -109,4 +110,4 @@ def _line(row: dict[str, Any]) -> str:
     words = [f"{row['file']} -> {row['output']}", f"{row['width']}x{row['height']}"]
     if "bytes" in row:
         words.append(f"{row['bytes']} bytes, {row['bpp']:.4f} bpp")
-    return "  ".join([*words, f"{row['seconds']:.2f} s", row["model"]])
+    return printable("  ".join([*words, f"{row['seconds']:.2f} s", row["model"]]))

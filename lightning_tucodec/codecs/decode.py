@@ -1,6 +1,5 @@
 """Any `.tuc` file to an image."""
 
-from pathlib import Path
 from typing import Any
 
 from lightning_tucodec.codecs.h266.codec import decode_container
@@ -9,11 +8,18 @@ from lightning_tucodec.coding.container import CodecKind, unpack
 
 
 def decompress(data: bytes) -> Any:
-    """The image (PIL.Image) of a `.tuc` file, whatever known model wrote it."""
+    """The image (PIL.Image) of a `.tuc` file, whatever known model wrote it.
+
+    Raises:
+        TypeError: no bytes.
+        CorruptStreamError, UnsupportedVersionError: damaged, or of a later version.
+        UnknownModelError: none of the known models wrote it.
+    """
     from PIL import Image
 
-    if isinstance(data, str | Path):
+    if not isinstance(data, bytes | bytearray | memoryview):
         raise TypeError("decompress takes the bytes of a file: Path(name).read_bytes()")
+    data = bytes(data)
     container = unpack(data)
     if container.kind == CodecKind.VVC:
         return Image.fromarray(decode_container(container))

@@ -104,8 +104,12 @@ class TooLargeError(OSError):
     """A file that would be read whole is too large for that."""
 
 
-def read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path, head: bytes = b"") -> bytes:
     """The bytes of a file that is read whole.
+
+    Args:
+        path: the file.
+        head: what it begins with; of another one, which may have no end, only so many bytes are read.
 
     Raises:
         TooLargeError: it has more than 4 GiB.
@@ -115,7 +119,8 @@ def read_bytes(path: str | Path) -> bytes:
         size = os.fstat(stream.fileno()).st_size
         if size > _MOST_BYTES:
             raise TooLargeError(errno.ENOMEM, f"{size} bytes are too many to be read", str(path))
-        return stream.read()
+        start = stream.read(len(head))
+        return start + stream.read() if start == head else start
 
 
 def read_text(path: str | Path) -> str:

@@ -124,6 +124,17 @@ class Table:
             return math.floor(mse * 3 * pixels)
 
 
+METHODS = (
+    "unconstrained", "greedy on convex hulls", "dynamic programme", "HiGHS branch and cut",
+)  # fmt: skip
+"""How an allocation can have been found."""
+
+
+def relative_gap(objective: int, bound: int) -> float:
+    """How far the optimum can be below `objective`; 0 means proven optimal."""
+    return (objective - bound) / max(1, objective)
+
+
 @dataclass(frozen=True)
 class Allocation:
     """A choice for every image, its totals and its bound.
@@ -150,8 +161,8 @@ class Allocation:
 
     @property
     def gap(self) -> float:
-        """How far the optimum can be below, relative; 0 means proven optimal."""
-        return (self.objective - self.bound) / max(1, self.objective)
+        """How far the optimum can be below, see `relative_gap`."""
+        return relative_gap(self.objective, self.bound)
 
 
 @dataclass(frozen=True)
@@ -491,8 +502,8 @@ def _check_reachable(
         help_ = f"add a candidate finer than {favourite}; {worst} loses most"
     else:
         have, want = least / SECONDS_UNITS, limit / SECONDS_UNITS
-        reached = f"the fastest choice decodes in {have:.2f} s"
-        wanted = f"{want:.2f} s are allowed, {have - want:.2f} s fewer"
+        reached = f"the fastest choice decodes in {have:.4g} s"
+        wanted = f"{want:.4g} s are allowed, {have - want:.4g} s fewer"
         help_ = f"add a candidate faster than {favourite}; {worst} takes longest"
     raise ConfigError(f"cannot be met: {reached}, but {wanted}; {help_}")
 

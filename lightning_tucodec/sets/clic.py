@@ -28,7 +28,7 @@ from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.io import ffmpeg, processes
 from lightning_tucodec.io.files import temporary_folder
 from lightning_tucodec.io.images import read_image
-from lightning_tucodec.sets.allocation import Quantity, Table
+from lightning_tucodec.sets.allocation import METHODS, Quantity, Table, relative_gap
 from lightning_tucodec.sets.evaluate import Row, allocation_table, compare, find_images, finite
 from lightning_tucodec.sets.manifest import (
     MANIFEST,
@@ -160,7 +160,27 @@ def verify(
         allowed = PIXELS if key in ("psnr", "ms_ssim") else 1e-9
         if not math.isclose(totals[key], math.inf if told is None else told, rel_tol=allowed):
             wrong.append(f"in total {key} is {totals[key]}, not {told}")
-    return totals, wrong
+    return totals, [*wrong, *_impossible(manifest, table)]
+
+
+def _impossible(manifest: dict[str, Any], table: Table) -> list[str]:
+    """What a manifest says of its choice that the measured set refutes.
+
+    That no choice is better, `verify` cannot know without the candidates; it prints it as a claim.
+    """
+    quantity, told = manifest["minimised"], manifest["totals"]
+    bound, gap, method = told["bound"], told["gap"], told["method"]
+    wrong = []
+    if method not in METHODS:
+        wrong.append(f"the choice was made by {method!r}, which is no method of `allocate`")
+    if bound is not None:
+        reached = int(table.amounts(quantity).sum())
+        if not 0 <= bound <= reached * (1 + PIXELS):
+            wrong.append(f"{quantity}: {reached} is reached, which the bound {bound} excludes")
+        elif gap is None or abs(relative_gap(reached, bound) - gap) > 2 * PIXELS:
+            above = relative_gap(reached, bound)
+            wrong.append(f"{quantity}: {reached} is {above:.3g} above the bound, not {gap}")
+    return wrong
 
 
 def is_validation_set(images: int, pixels: int) -> bool:
@@ -329,7 +349,8 @@ def run_verify(arguments: argparse.Namespace) -> int:
     asked = _asked(arguments)
     folder = Path(arguments.submission)
     totals, wrong = verify(folder, arguments.originals, asked, arguments.max_bpp)
-    claimed = Limits(**read_manifest(folder)["limits"]).given()
+    manifest = read_manifest(folder)
+    claimed = Limits(**manifest["limits"]).given()
     if arguments.json:
         print(json.dumps(finite({**totals, "claimed": claimed, "wrong": wrong})))
     elif totals:
@@ -337,6 +358,12 @@ def run_verify(arguments: argparse.Namespace) -> int:
         if claimed and not (asked.given() or arguments.max_bpp is not None):
             limits = ", ".join(f"{key} {value:.10g}" for key, value in claimed.items())
             print(f"limits claimed by the submission, not asked for by --max-bpp, …: {limits}")
+        told = manifest["totals"]
+        if told["gap"] is not None:
+            print(
+                f"claimed, as the candidates are not here: {manifest['minimised']} at most {told['gap']:.2g} "
+                f"above the optimum ({told['method']})"
+            )
     return _complain(arguments.submission, wrong)
 
 

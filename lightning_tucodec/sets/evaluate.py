@@ -83,7 +83,7 @@ _SIMILARITY = ("ms_ssim", "ms_ssim_db")
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Image files: those named, and those directly in the folders named, sorted within each.
+    """Image files: those named, and those directly in the folders named, sorted within each; each once.
 
     Raises:
         ConfigError: a path does not exist, or there is no image.
@@ -98,7 +98,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             raise ConfigError(f"{path}: no such file or folder")
     if not found:
         raise ConfigError("no image was found; name image files or folders that hold some")
-    return found
+    return list({os.path.abspath(path): path for path in reversed(found)}.values())[::-1]
 
 
 def measure(

@@ -356,6 +356,8 @@ def wrong_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
         if name not in listed and os.path.basename(name) not in LITTER
     )
     shown = [name if name.isprintable() else repr(name) for name in more]
+    folders = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
+    shown += [f"a folder {name!a}" for name in sorted(folders - {"streams", "models"})]
     return wrong + [f"{name}: not in the manifest" for name in shown]
 
 
@@ -380,5 +382,4 @@ def foreign(folder: Path) -> str | None:
             told_file(folder, entry["file"], entry)
         except ConfigError as error:
             return f"{entry['file']}: {error}"
-    folders = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_dir()}
-    return next((f"a folder {name}" for name in sorted(folders - {"streams", "models"})), None)
+    return None

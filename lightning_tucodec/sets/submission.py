@@ -388,6 +388,12 @@ def run_decode(arguments: argparse.Namespace) -> int:
     """`tucodec clic decode`: status 1 when a stream could not be decoded, a line each on stderr."""
     folder, out, status = Path(arguments.submission), Path(arguments.out), 0
     entries = read_manifest(folder)["images"]
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(
+            f"-o {out}: lies in the submission, which holds only its own files; name another"
+        )
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"-o {out}: is a file; name a folder")
     check_targets([out / png_name(entry) for entry in entries], force=arguments.force)
     for row in tqdm(decode(folder, out), "decode", len(entries), disable=None):
         if arguments.json:

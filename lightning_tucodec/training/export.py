@@ -19,6 +19,7 @@ from lightning_tucodec.io.files import check_targets, read_yaml
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
 from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
 from lightning_tucodec.training.runs.folder import RunFolder, load_checkpoint, network_weights
+from lightning_tucodec.training.runs.identity import initial_weights
 from lightning_tucodec.training.runs.tracking import read_metrics
 
 
@@ -73,6 +74,7 @@ def _average(states: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> di
 
 def _trained(run: Path) -> tuple[TucodecVAE | PostFilter, dict[str, Any]]:
     """The network of a run's newest checkpoint, of a checkpoint or of an exported model, and its card."""
+    run = initial_weights(str(run)) if not run.is_dir() else run
     if run.suffix == SUFFIX:
         file = ModelFile.load(run)
         is_filter = file.config.get("kind") == FilterModel.KIND

@@ -3,6 +3,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -271,3 +272,15 @@ def test_activations_that_are_not_finite_are_named() -> None:
         next(model.network.g_a.parameters()).fill_(torch.nan)
     with pytest.raises(tuc.ModelFileError, match="not finite"):
         model.compress(photo("coffee.png", 32, 32))
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "x.tuc", np.zeros(4, np.uint8)])
+def test_what_is_no_bytes_is_a_type_error(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="takes the bytes of a file"):
+        tuc.decompress(wrong)
+
+
+@pytest.mark.parametrize("effort", ["3", None, 1.5])
+def test_effort_is_a_whole_number(model: TucModel, effort: Any) -> None:
+    with pytest.raises(TypeError, match="effort is a whole number"):
+        model.compress(photo("chelsea.png", 20, 20), effort=effort)

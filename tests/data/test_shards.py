@@ -130,6 +130,17 @@ def test_no_image_of_a_source_is_left_out(
     assert {one["image"] for one in samples(tmp_path / "single")} == {"photo000.png"}
 
 
+def test_shards_below_the_photographs_are_none_of_them(photos: Path, tmp_path: Path) -> None:
+    source = tmp_path / "set"
+    shutil.copytree(photos, source)
+    with pytest.raises(DatasetError, match="is the folder of the photographs"):
+        build([str(source)], str(source), OPTIONS)
+    first = build([str(source)], str(source / "shards"), OPTIONS)
+    again = build([str(source)], str(source / "shards"), OPTIONS)
+    assert again.contents == first.contents
+    assert first.contents is not None and first.contents["rejected"].get("unreadable", 0) == 0
+
+
 def test_what_cannot_be_read_is_listed(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,8 @@ class Refinement(Options):
     seconds: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.effort, int):
+            raise TypeError(f"effort is a whole number, got {self.effort!r}")
         self.check_range("effort", 0, len(EFFORT_STEPS) - 1)
         for key in ("lmbda", "seconds"):
             if getattr(self, key) is not None:
