@@ -578,13 +578,9 @@ def named_stream(data: bytes, name: str) -> io.BytesIO:
 
 
 def json_line(value: Any) -> bytes:
-    """One line of JSON in UTF-8."""
-    return (
-        json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(
-            "utf-8", "surrogateescape"
-        )
-        + b"\n"
-    )
+    r"""One line of JSON in UTF-8; a byte of a name that is not UTF-8 becomes JSON's escape `\udcXX`."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _notes_name(chunk: int) -> str:

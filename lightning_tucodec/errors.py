@@ -8,6 +8,8 @@ import re
 
 _SECRET = re.compile(
     r"(?<=://)[^/\s'\"]+(?=@)"  # user and password of a URL
+    r"|(?<=[a-z]:/)[^/\s'\"]+:[^/\s'\"]+(?=@)"  # the same of one that was taken for a path
+    r"|(?<=['\"])[^/\s'\":@]+:[^/\s'\"@]+(?=@)"  # and of one whose beginning a library has cut off
     r"|(?<=[?&;])([\w-]*(?:sig|signature|token|key|secret|password|credential)=)[^&\s'\"]+",
     re.IGNORECASE,
 )

@@ -182,6 +182,10 @@ stay_down() { # stay_down STATUS WHY
     say "job $job $2"
     exit "$1"
 }
+# scancel also sends TERM; Slurm itself says that the job is not to come back.
+if [[ $(scontrol show job "$job" 2>/dev/null) == *JobState=CANCELLED* ]]; then
+    stay_down 1 "was cancelled, and stays down; submitted again it goes on"
+fi
 if [[ $reason == "was killed" ]] && (($(killed_early) >= 2)); then
     stay_down 1 "was killed before training began, twice in a row: out of memory? see the log; when the cause is gone, submit it again"
 fi

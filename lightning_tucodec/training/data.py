@@ -23,8 +23,9 @@ from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError
 from lightning_tucodec.io.hashing import derive, hash_positions
 from lightning_tucodec.io.images import image_files, read_image
 from lightning_tucodec.io.processes import when_parent_ends
+from lightning_tucodec.io.storage import Storage
 from lightning_tucodec.training.input.plan import DataPlan
-from lightning_tucodec.training.input.shards import ShardReader
+from lightning_tucodec.training.input.shards import ShardIndex, ShardReader
 from lightning_tucodec.training.runs.identity import DEFAULT_DATA, arguments
 
 Batch = dict[str, torch.Tensor]
@@ -354,6 +355,21 @@ def check_validation(config: dict[str, Any]) -> int | None:
     module, _, name = path.rpartition(".")
     kind: type[PatchDataModule] = getattr(import_module(module), name)
     return kind.check_validation(location)
+
+
+def check_crop_size(config: dict[str, Any]) -> None:
+    """Refuse crops that do not fit into the shards' patches, before a run has a folder.
+
+    Raises:
+        ConfigError: what the crop can be.
+        DatasetError: the shards' index cannot be read.
+    """
+    if config["data"].get("class_path", DEFAULT_DATA) != DEFAULT_DATA:
+        return
+    data = arguments(config, "data")
+    crop, patch = data.get("crop"), ShardIndex.read(Storage(data["shards"])).patch
+    if isinstance(crop, int) and crop > patch:
+        raise ConfigError(f"crop {crop}: must lie between 1 and the patches' side {patch}")
 
 
 def check_images(folder: str) -> int:

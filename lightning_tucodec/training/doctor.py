@@ -69,7 +69,7 @@ def check_machine() -> Check:
 
 def check_data(config: dict[str, Any]) -> Check:
     """Shards, their index, validation images."""
-    from lightning_tucodec.training.data import check_validation
+    from lightning_tucodec.training.data import check_crop_size, check_validation
     from lightning_tucodec.training.input.shards import ShardIndex
     from lightning_tucodec.training.runs.identity import arguments
 
@@ -91,6 +91,9 @@ def check_data(config: dict[str, Any]) -> Check:
                 samples = int(index.starts[-1])
                 text = f"{storage.location}: {samples} samples in {len(index.names)} shards"
                 yield Finding("shards", "ok", text)
+                check_crop_size(config)
+        except ConfigError as error:
+            yield Finding("shards", "fail", str(error), "--data.crop, or build with larger --patch")
         except (TucodecError, OSError) as error:
             yield Finding("shards", "fail", str(error), "tucodec shards build, or --data.shards")
     images = data.get("val_images")

@@ -38,7 +38,7 @@ from lightning_tucodec.quality.curves import read_named
 from lightning_tucodec.training.beside.companions import UNMIRRORED, Companion
 from lightning_tucodec.training.beside.mirror import check_writable, pull
 from lightning_tucodec.training.beside.wandb_view import check_names, mode
-from lightning_tucodec.training.data import check_validation
+from lightning_tucodec.training.data import check_crop_size, check_validation
 from lightning_tucodec.training.limits import check_numbers
 from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.options import check_options
@@ -295,6 +295,7 @@ class TucodecCLI(LightningCLI):
         if attempt_key() is None:  # the ranks that Lightning starts inherit it
             os.environ["TUCODEC_ATTEMPT"] = uuid.uuid4().hex
             self.cleanup.callback(os.environ.pop, "TUCODEC_ATTEMPT", None)
+        check_crop_size(config)
         check_validation(config)
         self.cleanup.enter_context(folder.locked())
         manifest.check(identity(config))

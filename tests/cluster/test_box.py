@@ -223,6 +223,25 @@ def test_a_job_that_is_killed_without_progress_stays_down_and_says_why(
     assert all("another process ended first" in attempt["error"] for attempt in attempts), attempts
 
 
+def test_scancel_ends_a_job_which_a_retry_brings_back(box: Box, box_recipe: Path) -> None:
+    subject = Subject(box, "cancelled", box_recipe, sets=["model.lmbda=203"])
+    wait_for("the start", lambda: subject.events("start"))
+    subject.freeze_at(2)
+    box.call("scancel", subject.job)
+    for rank in subject.ranks():
+        os.kill(rank, signal.SIGCONT)
+    wait_for("the end", lambda: subject.events("end"))
+    wait_for("its job to leave the queue", lambda: not box.queue(subject.plan), 0.5)
+    (end,) = subject.events("end")
+    assert "was cancelled" in end["reason"]
+    (row,) = rows(box, subject.plan).values()
+    assert (row["state"], row["restarts"]) == ("failed", 0)
+    box.tucodec("sweep", "retry", subject.plan.folder)
+    wait_for("the second end", lambda: len(subject.events("end")) == 2)
+    (row,) = rows(box, subject.plan).values()
+    assert row["state"] == "complete"
+
+
 def test_a_job_that_is_killed_before_training_begins_stays_down(box: Box, box_recipe: Path) -> None:
     program = box.work / "too-big"
     program.write_text("#!/bin/bash\nkill -KILL $$\n")

@@ -195,3 +195,30 @@ def test_credentials_of_urls_are_written_nowhere(
     assert "shards: local://" in capsys.readouterr().err
     assert main([*words, "--data.shards", values["data"]["shards"]]) == 0
     assert f"run {folder}: goes on at step 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "--run.init_from", "sftp://user:S3cr3t@127.0.0.1:1/x.ckpt"],
+        ["fit", "--run.init_from", "https://user:S3cr3t@127.0.0.1:1/x.ckpt"],
+        ["fit", "--run.mirror", "s3://AKIA:S3cr3t@bucket/x"],
+        ["export", "sftp://user:S3cr3t@127.0.0.1:1/run", "-o", "x.safetensors"],
+    ],
+)
+def test_no_message_shows_a_password(
+    words: list[str],
+    tmp_path: Path,
+    shard_folder: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if words[0] == "fit":
+        values = config(tmp_path, shard_folder, MICRO, steps=2)
+        words = [*words, "--config", write(tmp_path, values)]
+    assert main(words) == 1
+    told = "".join(capfd.readouterr())
+    assert "***" in told
+    assert "S3cr3t" not in told
+    assert not (tmp_path / "runs").exists()

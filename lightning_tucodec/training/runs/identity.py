@@ -244,8 +244,11 @@ def initial_weights(source: str) -> Path:
 
     Raises:
         UnknownModelError: a name that no model has.
+        ConfigError: a URL.
     """
     path = Path(source)
+    if "://" in source:
+        raise ConfigError(f"{source}: weights are read from files here, not from URLs")
     if path.is_dir():
         found = [path / "checkpoints" / name for name in CHECKPOINTS]
         return next((file for file in found if file.exists()), found[0])
