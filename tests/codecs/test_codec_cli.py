@@ -358,3 +358,12 @@ def test_a_pipe_among_images_holds_nothing_up(
     assert main(["compress", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
     assert "a.png: a pipe, socket or device, not a file" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.tuc"]
+
+
+def test_what_has_no_end_is_no_tuc(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ["info", "/dev/zero"],
+        ["decompress", "/dev/zero", "-o", str(tmp_path / "a.png")],
+    ):
+        assert main(words) == 1
+        assert "/dev/zero: " in capsys.readouterr().err
