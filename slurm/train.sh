@@ -177,13 +177,22 @@ else
     ((status == 0)) || say "job $job ended with status $status"
     exit "$status"
 fi
+seconds() { # seconds [DAYS-]HOURS:MINUTES:SECONDS
+    [[ $1 =~ ^(([0-9]+)-)?([0-9]+):([0-9]+):([0-9]+)$ ]] || { echo 99999999 && return; } # UNLIMITED
+    echo $((86400 * 10#${BASH_REMATCH[2]:-0} + 3600 * 10#${BASH_REMATCH[3]} + 60 * 10#${BASH_REMATCH[4]} + 10#${BASH_REMATCH[5]}))
+}
+cancelled() { # Whether scancel ends this job: Slurm does, neither at the time limit nor to start it again.
+    local shown
+    shown=$(scontrol show job "$job" 2>/dev/null) || return 1
+    [[ $shown == *JobState=C[AO]* && $shown == *" Restarts=$restarts "* ]] || return 1 # CANCELLED, COMPLETING
+    [[ $shown =~ RunTime=([^ ]+)\ TimeLimit=([^ ]+) ]] && (($(seconds "${BASH_REMATCH[1]}") < $(seconds "${BASH_REMATCH[2]}")))
+}
 stay_down() { # stay_down STATUS WHY
     note end "$status" "$2"
     say "job $job $2"
     exit "$1"
 }
-# scancel also sends TERM; Slurm itself says that the job is not to come back.
-if [[ $(scontrol show job "$job" 2>/dev/null) == *JobState=CANCELLED* ]]; then
+if cancelled; then
     stay_down 1 "was cancelled, and stays down; submitted again it goes on"
 fi
 if [[ $reason == "was killed" ]] && (($(killed_early) >= 2)); then
