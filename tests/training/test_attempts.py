@@ -118,6 +118,21 @@ def test_a_job_that_is_killed_twice_without_progress_stays_down(
     assert len(manifest.read()["attempts"]) == len(starts) - refused
 
 
+def test_a_job_that_is_always_stopped_before_its_validation_ends_stays_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Manifest(RunFolder(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for restart in range(10):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        manifest.begin(CONFIG, 5, 1, 100)
+        manifest.end(5, "preempted (SIGUSR1)", 75, None)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "10")
+    with pytest.raises(ConfigError, match=r"10 starts .* told to stop at step 5 .*SITE_TIME"):
+        manifest.begin(CONFIG, 5, 1, 100)
+    manifest.begin(CONFIG, 6, 1, 120)
+
+
 def test_an_attempt_that_was_overtaken_saves_nothing(tmp_path: Path) -> None:
     """However late the word of the other start comes: what is there is not replaced."""
     folder = RunFolder(tmp_path)

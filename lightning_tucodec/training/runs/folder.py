@@ -46,7 +46,9 @@ _PACKAGES = (
 )  # fmt: skip
 _DIFF_LIMIT = 1 << 20  # characters of a diff that are kept
 _OWN_START = 120.0  # seconds to wait for whoever still holds the folder
-_MAX_WITHOUT_PROGRESS = 2
+_MAX_WITHOUT_PROGRESS = 2  # starts that were killed or failed
+_MAX_STOPPED = 10  # starts that were told to stop
+_STOPPED = ("preempted", "killed", "failed")
 ECHO = "another process ended first"
 """How an attempt's error begins that is not the cause."""
 _ANNOUNCE = 1800.0  # seconds to wait for rank 0, which may be fetching a checkpoint from far away
@@ -263,7 +265,8 @@ class Manifest:
             from_images: images that this state has seen; a GAN's discriminator learns between two steps.
 
         Raises:
-            ConfigError: this job was restarted repeatedly at this step and killed before it could save.
+            ConfigError: this job was restarted repeatedly at this step, and killed or stopped before it got
+                further.
         """
         own = identity(config)
         content = self.read() or {"created": _now()}
@@ -281,6 +284,12 @@ class Manifest:
                 f"{self.path.parent}: {_MAX_WITHOUT_PROGRESS} starts of this job in a row were killed or "
                 f"failed at step {from_step} before they could save: out of memory? see the log; when the "
                 "cause is gone, submit it again"
+            )
+        if _restarts_without_progress(attempts, from_step, from_images, _STOPPED) >= _MAX_STOPPED:
+            raise ConfigError(
+                f"{self.path.parent}: {_MAX_STOPPED} starts of this job in a row were told to stop at "
+                f"step {from_step} before a step or its validation was done: its jobs are too short "
+                "(SITE_TIME, SITE_SIGNAL_SECONDS); submitted again it goes on"
             )
         attempts.append(
             {
@@ -393,8 +402,13 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name}: {old} -> {new}"]
 
 
-def _restarts_without_progress(attempts: Sequence[dict[str, Any]], step: int, images: int) -> int:
-    """How many starts of this job of Slurm, the latest ones in a row, ended badly without getting further."""
+def _restarts_without_progress(
+    attempts: Sequence[dict[str, Any]],
+    step: int,
+    images: int,
+    exits: tuple[str, ...] = ("killed", "failed"),
+) -> int:
+    """How many starts of this job of Slurm, the latest ones in a row, ended so without getting further."""
     job, restart = (os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "RESTART_COUNT"))
     count = 0
     for attempt in reversed(attempts):
@@ -405,7 +419,7 @@ def _restarts_without_progress(attempts: Sequence[dict[str, Any]], step: int, im
             job is None
             or (slurm.get("job_id"), int(slurm.get("restart_count", 0))) != (job, before)
             or (attempt["from_step"], attempt.get("from_images", images)) != (step, images)
-            or attempt["exit"] not in ("killed", "failed")
+            or not str(attempt["exit"]).startswith(exits)
         ):
             break
         count += 1
