@@ -11,26 +11,15 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from lightning_tucodec.cli import (
-    bench,
-    compare,
-    compress,
-    decompress,
-    demo,
-    doctor,
-    evaluate,
-    sets,
-    shards,
-    sweep,
-    train,
-)
 from lightning_tucodec.errors import TucodecError, reason
 
 _FAMILIES = (
-    *(train, compress, decompress, evaluate, compare, sets),
-    *(shards, sweep, doctor, bench, demo),
+    *("train", "compress", "decompress", "evaluate", "compare", "sets"),
+    *("shards", "sweep", "doctor", "bench", "demo"),
 )
+"""Modules of this package, imported by `main`: Ctrl-C while that lasts finds it in charge."""
 
 EXTRAS = {
     "bjontegaard": "report", "compressai": "train", "flip_evaluator": "perceptual",
@@ -48,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tucodec", description="Learned image compression.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for family in _FAMILIES:
-        family.register(subparsers)
+        import_module(f"{__name__}.{family}").register(subparsers)
     return parser
 
 
@@ -61,10 +50,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    try:
+        _usable_streams()
+        return _interruptible(list(sys.argv[1:] if argv is None else argv), argv is None)
+    except KeyboardInterrupt:  # before the signals were ours
+        print("tucodec: interrupted", file=sys.stderr)
+        return 130
+
+
+def _interruptible(words: list[str], own: bool) -> int:
+    """The exit status of a command; one that is interrupted leaves nothing behind.
+
+    Args:
+        words: the command.
+        own: whether the process is ours: then its end need not wait for what libraries clean up.
+    """
     from lightning_tucodec.io import processes
 
-    words = list(sys.argv[1:] if argv is None else argv)
-    _usable_streams()
     # A training saves itself when it is told to end: its signals are `training.preemption`'s.
     saves_itself = bool(words) and words[0] == "fit"
     with contextlib.nullcontext() if saves_itself else processes.interruptible():
@@ -74,17 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = getattr(interrupt, "status", 130)
             processes.announce()
             processes.stop(status)
-            if (
-                argv is None
-            ):  # the process is ours: its end need not wait for what libraries clean up
+            if own:
                 processes.end(status)
             return status
 
 
 def _run(words: Sequence[str]) -> int:
     """The exit status of a command, whose errors are told."""
+    from lightning_tucodec.cli.train import LIGHTNING
+
     try:
-        if words and words[0] in train.LIGHTNING:
+        if words and words[0] in LIGHTNING:
             from lightning_tucodec.training.fit import main as lightning_main
 
             status = lightning_main(words)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.coding.container import MODEL_ID_BYTES
 from lightning_tucodec.errors import ModelFileError
-from lightning_tucodec.io.files import expanded
+from lightning_tucodec.io.files import expanded, home
 
 FORMAT = 1
 """Version of the layout described above."""
@@ -127,12 +127,16 @@ def read_card(path: Path) -> Card:
         raise ModelFileError(f"{path}: not an exported model ({one_line(error)})") from None
 
 
-def model_folder() -> Path:
-    """The user's own models: $TUCODEC_MODELS, or `tucodec/models` below $XDG_DATA_HOME."""
+def model_folder() -> Path | None:
+    """The user's own models: $TUCODEC_MODELS, or `tucodec/models` below $XDG_DATA_HOME.
+
+    None where neither is set and the user has no home folder.
+    """
     if named := os.environ.get("TUCODEC_MODELS"):
         return Path(expanded(named))
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "tucodec" / "models"
+    own = home()
+    data = os.environ.get("XDG_DATA_HOME") or (own and own / ".local" / "share")
+    return Path(data) / "tucodec" / "models" if data else None
 
 
 def model_files() -> list[Path]:
@@ -140,7 +144,7 @@ def model_files() -> list[Path]:
     return [
         path
         for folder in (model_folder(), SHIPPED)
-        if folder.is_dir()
+        if folder is not None and folder.is_dir()
         for path in sorted(folder.glob(f"*{MODEL_SUFFIX}"))
         if path.is_file()
     ]

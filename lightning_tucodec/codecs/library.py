@@ -135,8 +135,9 @@ def _load_by_id(identity: bytes, device: str) -> TucModel | FilterModel:
 
 
 def _unknown(identity: bytes) -> UnknownModelError:
+    folder = model_folder() or "a folder named by TUCODEC_MODELS"
     return UnknownModelError(
-        f"the file needs model {identity.hex()}, which is neither shipped nor in {model_folder()}; "
+        f"the file needs model {identity.hex()}, which is neither shipped nor in {folder}; "
         "name its file with --model, or copy it there"
     )
 

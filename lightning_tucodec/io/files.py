@@ -48,13 +48,22 @@ def expanded(location: str) -> str:
     Unknown names stay, and so do those in the name of a file that exists.
 
     Raises:
-        ConfigError: no file can have that name, whatever the file system.
+        ConfigError: no file can have that name, whatever the file system, or nobody knows the home folder.
     """
     if "\0" in location:
         raise ConfigError(f"{location}: a name of a file holds no null byte")
-    return os.path.expanduser(
-        location if os.path.isfile(location) else os.path.expandvars(location)
-    )
+    if os.path.isfile(location):
+        return os.path.expanduser(location)
+    location = os.path.expanduser(os.path.expandvars(location))
+    if location.partition("/")[0] == "~":  # else a folder of that name would be made
+        raise ConfigError(f"{location}: this user has no home folder; set HOME")
+    return location
+
+
+def home() -> Path | None:
+    """The user's home folder. Some users have none, as in a container that is run as any number."""
+    folder = os.path.expanduser("~")
+    return None if folder == "~" else Path(folder)
 
 
 def cut_path(text: str, separator: str, suffix: str = "") -> tuple[str, str]:

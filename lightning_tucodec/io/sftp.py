@@ -152,7 +152,7 @@ def _active(client: paramiko.SSHClient) -> bool:
 
 def _settings(host: str, given: dict[str, Any]) -> dict[str, Any]:
     """How to reach a host: the URL's user, port and password before those of `~/.ssh/config`."""
-    file = Path("~/.ssh/config").expanduser()
+    file = Path(os.path.expanduser("~/.ssh/config"))  # which stays if the user has no home folder
     found: dict[str, Any] = {}
     if file.is_file():
         try:

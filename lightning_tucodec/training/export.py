@@ -136,13 +136,16 @@ def run_export(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if out.suffix != SUFFIX:
         raise ConfigError(f"{out}: a model file's name ends in {SUFFIX}")
+    name = arguments.name or out.stem
+    if any("\ud800" <= letter <= "\udfff" for letter in f"{out}{name}"):
+        raise ConfigError(f"{out}: the name of a model and the path of its file must be UTF-8")
     card = [arguments.card] if arguments.card else []
     check_targets([out], [*arguments.runs, *card], arguments.force)
     extra: dict[str, Any] = {}
     if arguments.card:
         extra = read_yaml(arguments.card)
     runs = [Path(run) for run in arguments.runs]
-    model = export(runs, arguments.name or out.stem, extra, arguments.average)
+    model = export(runs, name, extra, arguments.average)
     model.save(out)
     print(f"{out}  {model.name}  id {model.id.hex()}  {out.stat().st_size} bytes")
     if model.card.get("opt_step") == 0:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lightning_tucodec.errors import ConfigError, DatasetError
+from lightning_tucodec.io.files import home
 from lightning_tucodec.io.storage import ShardCache, Storage, sha256_file
 
 _OPEN_MAPS = 128  # each holds a file descriptor, and opening one costs less than decoding a patch
@@ -250,5 +251,13 @@ class ShardReader:
 
 
 def default_cache() -> Path:
-    """`$XDG_CACHE_HOME/tucodec/shards`, or the same below `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tucodec" / "shards"
+    """`$XDG_CACHE_HOME/tucodec/shards`, or the same below `~/.cache`.
+
+    Raises:
+        ConfigError: the user has no home folder.
+    """
+    own = home()
+    cache = os.environ.get("XDG_CACHE_HOME") or (own and own / ".cache")
+    if not cache:
+        raise ConfigError("this user has no home folder to cache remote shards in; set cache_dir")
+    return Path(cache) / "tucodec" / "shards"

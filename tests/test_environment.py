@@ -1,0 +1,128 @@
+"""Environments that lack something: a home folder, open streams, an encoding, a reader of the output."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lightning_tucodec.cli import main
+from tests.support import photo
+
+TUCODEC = [sys.executable, "-m", "lightning_tucodec.cli"]
+NOBODY = [
+    *("env", "-u", "HOME", "-u", "XDG_DATA_HOME", "-u", "XDG_CACHE_HOME", "setpriv"),
+    *("--reuid=4711", "--regid=4711", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+]
+"""A user without an entry, a home or a place to write, who can read everything."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with photo.png, and `out` for everybody."""
+    Image.fromarray(photo("coffee.png", 40, 32)).save(tmp_path / "photo.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out").chmod(0o777)
+    return tmp_path
+
+
+def shell(
+    line: str, folder: Path, before: list[str] | None = None, **more: str
+) -> "subprocess.CompletedProcess[str]":
+    """A line of bash in which `tucodec` is the command."""
+    script = f'tucodec() {{ "${{COMMAND[@]}}" "$@"; }}; COMMAND=("$@"); {line}'
+    words = ["bash", "-c", script, "bash", *(before or []), *TUCODEC]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        words, cwd=folder, env=environment | more, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "result"),
+    [
+        ("tucodec compress photo.png -o out/a.tuc --model tiny-mse-1", "out/a.tuc"),
+        ("tucodec evaluate photo.png --codec jpeg:q=30 -o out/r.json --workers 1", "out/r.json"),
+        (
+            "tucodec allocate photo.png --candidate jpeg:q=30 -o out/s --max-bpp 9 --workers 1",
+            "out/s/manifest.json",
+        ),
+        ("tucodec models > out/models", "out/models"),
+    ],
+)
+def test_a_user_without_entry_home_or_cache(line: str, result: str, folder: Path) -> None:
+    if os.getuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("becoming another user needs root and setpriv")
+    if subprocess.run([*NOBODY, "true"], capture_output=True).returncode:
+        pytest.skip("setpriv may not pass the right to read on")
+    for parent in [folder, *folder.parents][:3]:  # pytest's own folders
+        parent.chmod(0o755)
+    done = shell(line, folder, NOBODY)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert (folder / result).stat().st_size > 0
+
+
+def test_closed_streams(folder: Path) -> None:
+    """The work is done as with open ones, and no result is mistaken for an output."""
+    code = "photo.png --model tiny-mse-1 -o out"
+    lines = [
+        f"tucodec compress {code}/stderr.tuc 2>&-",
+        f"tucodec compress {code}/all.tuc <&- >&- 2>&-",
+        "tucodec info out/stderr.tuc >&-",
+    ]
+    done = shell(" && ".join(lines), folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (folder / "out/all.tuc").read_bytes() == (folder / "out/stderr.tuc").read_bytes()
+    failed = shell("tucodec info none.tuc 2>&- <&-", folder)
+    assert (failed.returncode, failed.stdout) == (1, "")
+
+
+def test_a_plain_encoding_and_a_reader_that_has_gone(folder: Path) -> None:
+    lines = ["tucodec evaluate --help", "tucodec info ünbekannt.tuc", "tucodec models | head -1"]
+    done = shell(
+        "; ".join(f"{line}; echo ${{PIPESTATUS[0]}}" for line in lines), folder,
+        LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0",
+    )  # fmt: skip
+    printed = done.stdout.splitlines()
+    assert [line for line in printed if line.isdigit()] == ["0", "1", "0"]
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("tucodec: ")
+
+
+@pytest.mark.parametrize("command", ["fit", "models"])
+def test_an_interrupt_while_it_imports(command: str, folder: Path) -> None:
+    """Everything that takes time is imported where Ctrl-C is answered; shown by a slow numpy and torch."""
+    slow = "import pathlib, time\npathlib.Path('at it').touch()\ntime.sleep(60)\n"
+    for name in ("numpy", "torch"):
+        (folder / f"{name}.py").write_text(slow)
+    path = os.pathsep.join([str(folder), *sys.path])
+    words = [*TUCODEC, command]
+    with subprocess.Popen(
+        words, cwd=folder, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until = time.monotonic() + 60
+        while not (folder / "at it").exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "tucodec: interrupted\n")
+
+
+def test_no_folder_named_tilde(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nobody knows the home folder, `~/x` is refused, and models are named all the same."""
+    monkeypatch.chdir(folder)
+    for name in ("XDG_DATA_HOME", "TUCODEC_MODELS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert main(["info", "~/a.tuc"]) == 1
+    assert capsys.readouterr().err == "tucodec: ~/a.tuc: this user has no home folder; set HOME\n"
+    assert main(["models"]) == 0
+    assert "tiny-mse-1" in capsys.readouterr().out
