@@ -27,10 +27,10 @@ from data_pipelines.tasks import run_tasks
 from lightning_tucodec.codecs.h266.vvc import Vvc
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.errors import ConfigError, DatasetError
-from lightning_tucodec.io.files import atomic_write
 from lightning_tucodec.io.hashing import derive, permute
 from lightning_tucodec.io.images import read_image
 from lightning_tucodec.io.storage import Storage
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.training.input.precoded import FORMAT, Precoded
 
 _STATE = ".build"

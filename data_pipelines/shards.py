@@ -40,10 +40,11 @@ from data_pipelines.patches import (
 from data_pipelines.sources import Entry, Source, fingerprint, list_entries
 from data_pipelines.tasks import run_tasks
 from lightning_tucodec.errors import ConfigError, DatasetError, ImageInputError
-from lightning_tucodec.io.files import TooLargeError, atomic_write, temporary_folder
+from lightning_tucodec.io.files import TooLargeError
 from lightning_tucodec.io.hashing import derive, permute
 from lightning_tucodec.io.images import read_image
 from lightning_tucodec.io.storage import Storage, sha256_file
+from lightning_tucodec.io.temporary import atomic_write, temporary_folder
 
 INDEX = "index.json"
 REJECTED = "rejected.jsonl"

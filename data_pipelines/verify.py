@@ -14,9 +14,9 @@ import numpy as np
 from data_pipelines.patches import EXTENSION, contrast, decode_patch, luma, pixel_hash
 from data_pipelines.tasks import progress
 from lightning_tucodec.errors import DatasetError, TucodecError
-from lightning_tucodec.io.files import atomic_write
 from lightning_tucodec.io.hashing import permute
 from lightning_tucodec.io.storage import Storage
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.training.input.precoded import FORMAT, Precoded
 from lightning_tucodec.training.input.shards import ShardIndex, ShardReader
 

@@ -21,8 +21,8 @@ from lightning_tucodec.codecs import library, registry
 from lightning_tucodec.codecs.base import DEFAULT_MODEL, ImageCodec
 from lightning_tucodec.errors import ExternalToolError, OutputError
 from lightning_tucodec.io import processes
-from lightning_tucodec.io.files import atomic_write
 from lightning_tucodec.io.images import read_image
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.quality.curves import Curve
 from lightning_tucodec.quality.metrics import bits_per_pixel, psnr_from_sse, sse
 from lightning_tucodec.report.figures import Panel, comparison_figure, rd_figure

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from lightning_tucodec.io import files
-from lightning_tucodec.io.files import FORMER, atomic_write, temporary_folder
+from lightning_tucodec.io import temporary
+from lightning_tucodec.io.temporary import FORMER, atomic_write, temporary_folder
 
 WRITES = """
 import sys, time
-from lightning_tucodec.io.files import atomic_write, temporary_folder
+from lightning_tucodec.io.temporary import atomic_write, temporary_folder
 with atomic_write("out/photo.png") as stream, temporary_folder("out/set") as folder:
     stream.write(b"half")
     (folder / "former").mkdir()
@@ -32,7 +32,7 @@ def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "subprocess.Popen
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
-    monkeypatch.setattr(files, "_swept", set())
+    monkeypatch.setattr(temporary, "_swept", set())
     return process
 
 
@@ -60,7 +60,7 @@ def test_a_killed_process_leaves_nothing(
         (out / name).write_bytes(b"somebody's")
     ended(writer)
     assert begun <= {path.name for path in out.iterdir()}
-    monkeypatch.setattr(files, "_swept", set())
+    monkeypatch.setattr(temporary, "_swept", set())
     with atomic_write(out / "second") as stream:
         stream.write(b"x")
     assert {path.name for path in out.iterdir()} == {*foreign, "first", "second", "set"}
@@ -74,7 +74,7 @@ def test_leavings_of_another_machine_are_removed_when_they_are_old(
     """Its locks may not be seen here."""
     out = tmp_path / "out"
     ended(writer)
-    here = files._short(os.uname().nodename)
+    here = temporary._short(os.uname().nodename)
     for path in list(out.iterdir()):
         path.rename(out / path.name.replace(here, "0" * 8))
     left = {path.name for path in out.iterdir()}
@@ -83,7 +83,7 @@ def test_leavings_of_another_machine_are_removed_when_they_are_old(
     assert {path.name for path in out.iterdir()} == left | {"first"}
     for path in out.iterdir():
         os.utime(path, (1, 1))
-    monkeypatch.setattr(files, "_swept", set())
+    monkeypatch.setattr(temporary, "_swept", set())
     with atomic_write(out / "second") as stream:
         stream.write(b"x")
     assert {path.name for path in out.iterdir()} == {"first", "second", "set"}

@@ -22,8 +22,8 @@ from lightning_tucodec.bench.timing import in_turns, machine, rows_of
 from lightning_tucodec.codecs.library import find
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.io import processes
-from lightning_tucodec.io.files import temporary_folder
 from lightning_tucodec.io.images import read_image, write_png
+from lightning_tucodec.io.temporary import temporary_folder
 from lightning_tucodec.nn.codec import PRESETS
 
 SIZE = (512, 768)

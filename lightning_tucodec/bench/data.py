@@ -26,7 +26,7 @@ from data_pipelines.patches import decode_patch, encode_patch
 from data_pipelines.shards import BuildOptions, build
 from lightning_tucodec.bench.timing import asked, in_turns, machine, rows_of
 from lightning_tucodec.io import processes
-from lightning_tucodec.io.files import temporary_folder
+from lightning_tucodec.io.temporary import temporary_folder
 from lightning_tucodec.training.input.shards import ShardReader
 
 PATCH = 256

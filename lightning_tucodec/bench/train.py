@@ -23,7 +23,7 @@ from lightning_tucodec.bench.data import photographs
 from lightning_tucodec.bench.timing import asked, machine, rows_of
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io import processes
-from lightning_tucodec.io.files import temporary_folder
+from lightning_tucodec.io.temporary import temporary_folder
 from lightning_tucodec.training.vae import VAE
 
 BARE, FIT, SAVING = "bare loop", "fit", "fit, saving all the time"

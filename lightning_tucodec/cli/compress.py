@@ -23,7 +23,8 @@ from lightning_tucodec.errors import (
     ConfigError,
     ImageInputError,
 )
-from lightning_tucodec.io.files import atomic_write, target_check
+from lightning_tucodec.io.files import target_check
+from lightning_tucodec.io.temporary import atomic_write
 
 if TYPE_CHECKING:
     import numpy as np

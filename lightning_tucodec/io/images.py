@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from lightning_tucodec.errors import ImageInputError
-from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.temporary import atomic_write
 
 # fmt: off
 READABLE_SUFFIXES = frozenset({

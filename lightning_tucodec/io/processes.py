@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from lightning_tucodec.io.files import forget_temporary, remove_temporary
+from lightning_tucodec.io.temporary import forget_temporary, remove_temporary
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What ends a command: Ctrl-C, `kill` or Slurm, and a terminal that is closed."""

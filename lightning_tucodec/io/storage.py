@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from lightning_tucodec.errors import DatasetError
-from lightning_tucodec.io.files import atomic_write, read_bytes
+from lightning_tucodec.io.files import read_bytes
+from lightning_tucodec.io.temporary import atomic_write
 
 T = TypeVar("T")
 

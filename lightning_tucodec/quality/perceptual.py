@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from lightning_tucodec.errors import ConfigError, ExternalToolError
 from lightning_tucodec.io import ffmpeg
-from lightning_tucodec.io.files import temporary_folder
 from lightning_tucodec.io.images import write_png
+from lightning_tucodec.io.temporary import temporary_folder
 
 if TYPE_CHECKING:
     import torch

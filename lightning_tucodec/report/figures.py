@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.quality.curves import Curve, Quality
 
 AXES: dict[Quality, str] = {"psnr": "PSNR (RGB), dB", "ms_ssim_db": "MS-SSIM, dB"}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.report.figures import Style
 from lightning_tucodec.sets.evaluate import finite
 

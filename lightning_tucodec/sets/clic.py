@@ -26,8 +26,8 @@ from lightning_tucodec.codecs.classical.codecs import PillowCodec
 from lightning_tucodec.codecs.registry import CLASSES, split
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.io import ffmpeg, processes
-from lightning_tucodec.io.files import temporary_folder
 from lightning_tucodec.io.images import read_image
+from lightning_tucodec.io.temporary import temporary_folder
 from lightning_tucodec.sets.allocation import METHODS, Quantity, Table, relative_gap
 from lightning_tucodec.sets.evaluate import Row, allocation_table, compare, find_images, finite
 from lightning_tucodec.sets.manifest import (

@@ -32,7 +32,7 @@ from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.classical.video import VideoCodec
 from lightning_tucodec.codecs.colour import conversion_ceiling
 from lightning_tucodec.errors import ConfigError, ExternalToolError, OutputError, TucodecError
-from lightning_tucodec.io.files import atomic_write, begins_with, check_targets
+from lightning_tucodec.io.files import begins_with, check_targets
 from lightning_tucodec.io.images import image_files, read_image
 from lightning_tucodec.io.once import once
 from lightning_tucodec.io.processes import (
@@ -42,6 +42,7 @@ from lightning_tucodec.io.processes import (
     interrupt_children,
     worker_threads,
 )
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.quality.perceptual import DEFINITIONS as PERCEPTUAL
 from lightning_tucodec.quality.perceptual import MEASURES, check_names
 

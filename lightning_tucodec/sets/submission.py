@@ -26,14 +26,9 @@ from tqdm import tqdm
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.registry import codec, codecs, expand, files, model_of, split
 from lightning_tucodec.errors import ConfigError, ExternalToolError, OutputError, TucodecError
-from lightning_tucodec.io.files import (
-    FORMER,
-    atomic_write,
-    check_targets,
-    launchers,
-    temporary_folder,
-)
+from lightning_tucodec.io.files import check_targets, launchers
 from lightning_tucodec.io.images import write_png
+from lightning_tucodec.io.temporary import FORMER, atomic_write, temporary_folder
 from lightning_tucodec.sets.evaluate import (
     Part,
     Row,

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from lightning_tucodec.errors import ConfigError, TucodecError
-from lightning_tucodec.io.files import atomic_write, read_json_lines, read_yaml
+from lightning_tucodec.io.files import read_json_lines, read_yaml
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.sweeps.spec import Config, Task, read_sweep
 from lightning_tucodec.training.runs.folder import RunFolder
 

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from lightning_tucodec.errors import ConfigError, TucodecError
-from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.training.schedules import warmup_cosine
 
 

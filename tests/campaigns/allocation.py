@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.sets.allocation import solve_limits, solve_one_limit
 
 RESULTS = Path(__file__).parents[2] / "docs" / "campaigns.json"

@@ -33,7 +33,8 @@ import torch
 import yaml
 from PIL import Image
 
-from lightning_tucodec.io.files import atomic_write, read_json_lines
+from lightning_tucodec.io.files import read_json_lines
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.sweeps.plan import Plan
 from lightning_tucodec.sweeps.queue import Job, queued
 from tests.support import MICRO, PHOTOS, photo

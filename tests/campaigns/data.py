@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.shards import BuildOptions, build
-from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.temporary import atomic_write
 
 RESULTS = Path(__file__).parents[2] / "docs" / "campaigns.json"
 KILLS_PER_CASE = 4

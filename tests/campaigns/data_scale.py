@@ -23,7 +23,7 @@ from PIL import Image
 from data_pipelines.shards import BuildOptions, build
 from data_pipelines.tasks import progress
 from data_pipelines.verify import verify
-from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.temporary import atomic_write
 from tests.campaigns.data import RESULTS
 
 SIDE = 576

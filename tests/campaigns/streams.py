@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from lightning_tucodec.coding.container import CodecKind, Container, pack, unpack
 from lightning_tucodec.errors import TucodecError
-from lightning_tucodec.io.files import atomic_write
+from lightning_tucodec.io.temporary import atomic_write
 
 RESULTS = Path(__file__).parents[2] / "docs" / "campaigns.json"
 LIMIT_SECONDS = 1.0

@@ -22,8 +22,8 @@ from data_pipelines.shards import build
 from data_pipelines.verify import verify
 from lightning_tucodec.errors import ConfigError, DatasetError
 from lightning_tucodec.io import storage as storage_module
-from lightning_tucodec.io.files import atomic_write
 from lightning_tucodec.io.storage import ShardCache, Storage
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.input.shards import ShardReader
 

@@ -34,8 +34,8 @@ from lightning_tucodec.coding.fixed_point import (
 from lightning_tucodec.coding.laplace import LaplaceTables, build_tables
 from lightning_tucodec.coding.wavefront import Z_LIMIT, EntropyModel
 from lightning_tucodec.errors import ModelFileError
-from lightning_tucodec.io.files import atomic_write
 from lightning_tucodec.io.once import once_property
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.nn.codec import CodecConfig, TucodecVAE, config_from_dict, config_to_dict
 
 _TABLES = ("laplace.edges", "laplace.inverse_scale", "laplace.tail", "categorical.cumulative")

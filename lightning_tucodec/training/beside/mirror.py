@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tucodec.errors import DatasetError, TucodecError, redacted
-from lightning_tucodec.io.files import atomic_write
 from lightning_tucodec.io.storage import Storage, sha256_file
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.training.beside.companions import wait
 from lightning_tucodec.training.runs.folder import CHECKPOINTS, MANIFEST, Manifest, RunFolder
 

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 import yaml
 
 from lightning_tucodec.errors import ConfigError, redacted
-from lightning_tucodec.io.files import atomic_write, check_name, read_json_lines
+from lightning_tucodec.io.files import check_name, read_json_lines
 from lightning_tucodec.io.once import once
+from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.quality.curves import decibels
 from lightning_tucodec.training.runs.identity import (
     CHECKPOINTS,
