@@ -14,8 +14,6 @@ from lightning_tucodec.errors import ModelFileError, UnknownModelError
 from lightning_tucodec.io.files import expanded
 from lightning_tucodec.io.once import once
 
-SUFFIX = MODEL_SUFFIX
-
 
 @once
 def _load(path: Path, modified_ns: int, device: str) -> TucModel | FilterModel:
@@ -81,10 +79,10 @@ def find(name: str | Path) -> Path:
         UnknownModelError: no model has this name.
     """
     text = str(name)
-    if text.endswith(SUFFIX) or os.sep in text:
+    if text.endswith(MODEL_SUFFIX) or os.sep in text:
         return Path(expanded(text))
     for path in model_files():
-        if path.name == text + SUFFIX:
+        if path.name == text + MODEL_SUFFIX:
             return path
     if members := family(text):
         raise UnknownModelError(f"{text} stands for several models; name one: {', '.join(members)}")

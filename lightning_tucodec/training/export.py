@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.codecs.h266.postfilter import FilterModel
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
-from lightning_tucodec.codecs.library import SUFFIX
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.files import check_targets, read_yaml
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
@@ -75,7 +75,7 @@ def _average(states: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> di
 def _trained(run: Path) -> tuple[TucodecVAE | PostFilter, dict[str, Any]]:
     """The network of a run's newest checkpoint, of a checkpoint or of an exported model, and its card."""
     run = initial_weights(str(run)) if not run.is_dir() else run
-    if run.suffix == SUFFIX:
+    if run.suffix == MODEL_SUFFIX:
         file = ModelFile.load(run)
         is_filter = file.config.get("kind") == FilterModel.KIND
         return FilterModel(file).network if is_filter else file.network(), dict(file.card)
@@ -134,8 +134,8 @@ def _card(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 def run_export(arguments: argparse.Namespace) -> int:
     """Write the model file."""
     out = Path(arguments.out)
-    if out.suffix != SUFFIX:
-        raise ConfigError(f"{out}: a model file's name ends in {SUFFIX}")
+    if out.suffix != MODEL_SUFFIX:
+        raise ConfigError(f"{out}: a model file's name ends in {MODEL_SUFFIX}")
     name = arguments.name or out.stem
     if any("\ud800" <= letter <= "\udfff" for letter in f"{out}{name}"):
         raise ConfigError(f"{out}: the name of a model and the path of its file must be UTF-8")

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tucodec.codecs.library import SUFFIX, load_filter
+from lightning_tucodec.codecs.base import MODEL_SUFFIX
+from lightning_tucodec.codecs.library import load_filter
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.nn.postfilter import (
     SIZES,
@@ -110,7 +111,7 @@ class PostFilterModule(ScheduledModule):
         """
         try:
             path = initial_weights(source)
-            if path.suffix == SUFFIX:
+            if path.suffix == MODEL_SUFFIX:
                 weights = load_filter(path).network.state_dict()
             else:
                 weights = network_weights(load_checkpoint(path))

@@ -13,9 +13,9 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
-from lightning_tucodec.codecs.library import SUFFIX
 from lightning_tucodec.errors import ConfigError, ModelFileError
 from lightning_tucodec.io.images import write_png
 from lightning_tucodec.nn.codec import (
@@ -326,7 +326,7 @@ class CodecModule(ScheduledModule):
         """
         self.klt_start = False  # these weights are the start
         path = initial_weights(source)
-        if path.suffix == SUFFIX:
+        if path.suffix == MODEL_SUFFIX:
             weights = ModelFile.load(path).network().state_dict()
         else:
             weights = network_weights(load_checkpoint(path))
