@@ -367,9 +367,20 @@ def check_crop_size(config: dict[str, Any]) -> None:
     if config["data"].get("class_path", DEFAULT_DATA) != DEFAULT_DATA:
         return
     data = arguments(config, "data")
-    crop, patch = data.get("crop"), ShardIndex.read(Storage(data["shards"])).patch
-    if isinstance(crop, int) and crop > patch:
+    _crop_within(data.get("crop"), ShardIndex.read(Storage(data["shards"])).patch)
+
+
+def _crop_within(crop: int | None, patch: int) -> int:
+    """The side of crops, out of patches of a side; None is the whole patch.
+
+    Raises:
+        ConfigError: what the crop can be.
+    """
+    if crop is None:
+        return patch
+    if not 1 <= crop <= patch:
         raise ConfigError(f"crop {crop}: must lie between 1 and the patches' side {patch}")
+    return crop
 
 
 def check_images(folder: str) -> int:
@@ -468,10 +479,7 @@ class PatchDataModule(pl.LightningDataModule):
             return self._loader
         reader = ShardReader(self.shards, self.cache_dir, int(self.cache_gb * 1e9))
         rank, world_size = self._place()
-        patch = reader.index.patch
-        crop = patch if self.crop is None else self.crop
-        if not 1 <= crop <= patch:
-            raise ConfigError(f"crop {crop}: must lie between 1 and the patches' side {patch}")
+        crop = _crop_within(self.crop, reader.index.patch)
         if self.batch_size < world_size:
             raise ConfigError(
                 f"batch_size {self.batch_size} is the global batch; it leaves some of the "
