@@ -23,7 +23,6 @@ PAUSE_SECONDS = 0.1
 """First pause between two attempts; each further one is twice as long."""
 
 _PIECE = 1 << 22
-_ABANDONED_SECONDS = 3600
 
 
 def is_remote(location: str | Path) -> bool:
@@ -233,11 +232,8 @@ class ShardCache:
                 status = path.stat()
             except FileNotFoundError:  # another process made room
                 continue
-            if not path.name.startswith("."):
+            if not path.name.startswith("."):  # locks, and downloads, which io.temporary sweeps
                 copies.append((status.st_mtime_ns, status.st_size, path))
-            # A download under way, unless its process was killed.
-            elif path.suffix == ".tmp" and time.time() - status.st_mtime > _ABANDONED_SECONDS:
-                path.unlink(missing_ok=True)
         total = sum(entry[1] for entry in copies) + size
         for _, length, path in sorted(copies):
             if total <= self.limit:
