@@ -361,11 +361,13 @@ class VAE(CodecModule):
             "train/loss": terms.loss,
             "train/bpp": terms.bpp_y + terms.bpp_z,
             "train/bpp_z": terms.bpp_z,
-            "train/psnr": -10 * terms.mse.log10(),
+            "train/psnr": terms.mse,
         }
         means = torch.stack([value.detach() for value in values.values()])
         if self.logging_is_due:  # not by sync_dist: Lightning wants it the same in every step
             means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        # In dB only now: the mean of the ranks' decibels would depend on their number.
+        means[-1] = -10 * means[-1].log10()
         self.log_dict(dict(zip(values, means, strict=True)))
         self.log("bpp", (terms.bpp_y + terms.bpp_z).detach(), prog_bar=True, logger=False)
         self.log("dB", -10 * terms.mse.detach().log10(), prog_bar=True, logger=False)

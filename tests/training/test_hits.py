@@ -162,12 +162,13 @@ def test_world_size_two_one_two(
         statuses = [wait(child) for child in children]
         assert statuses == ([0] * world if stop is None else [-9] * world)
     (folder,) = runs(tmp_path / "run")
-    losses = [
-        [row["train/loss"] for row in read_metrics(f / "metrics.jsonl") if "train/loss" in row]
-        for f in (straight, folder)
-    ]
-    assert len(losses[0]) == len(losses[1]) == STEPS
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name in ("train/loss", "train/bpp", "train/psnr"):
+        values = [
+            [row[name] for row in read_metrics(f / "metrics.jsonl") if name in row]
+            for f in (straight, folder)
+        ]
+        assert len(values[0]) == len(values[1]) == STEPS
+        assert values[1] == pytest.approx(values[0], rel=1e-4), name
     first, second = state(straight), state(folder)
     assert first["tucodec"] == second["tucodec"]
     position = "combined_loader"
