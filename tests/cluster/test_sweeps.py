@@ -1,5 +1,6 @@
 """Sweeps without a cluster: files to plans, plans to the commands of sbatch, files to the status table."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -686,8 +687,15 @@ def test_a_mirror_that_fails_holds_up_no_other_task(
     made = plan(tmp_path, stages)
     begun = ["fit", "--config", str(made.folder / "configs" / "first-0.yaml")]
     assert wait(start([*begun, "--run.checkpoint_minutes", "0"], kill_at_step(2))) == -9
-    shutil.rmtree(mirror, ignore_errors=True)
-    mirror.write_text("in the way")
+
+    def obstruct() -> bool:
+        """The process that copies may outlive the killed run for a moment, and make the folder anew."""
+        shutil.rmtree(mirror, ignore_errors=True)
+        with contextlib.suppress(IsADirectoryError):
+            mirror.write_text("in the way")
+        return mirror.is_file()
+
+    wait_for("the mirror to be a file", obstruct)
     assert main(words) == 3
     captured = capfd.readouterr()
     assert "the end of this run, step 3, is not in its mirror" in captured.err
