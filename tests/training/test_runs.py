@@ -393,6 +393,26 @@ def test_two_states_of_one_step_are_two_files_of_a_mirror(words: list[str], tmp_
     assert mirror.pull(elsewhere, url, (0, 8)) is None
 
 
+def test_a_mirror_that_is_removed_is_made_whole_again(words: list[str], tmp_path: Path) -> None:
+    url = str(tmp_path / "mirror")
+    assert main(words) == 0
+    (folder,) = run_folders(tmp_path)
+    copier = mirror.Mirror(RunFolder(folder), url)
+    assert copier.push()
+    there = tmp_path / "mirror" / folder.name
+    before = {p.relative_to(there): p.read_bytes() for p in there.rglob("*") if p.is_file()}
+    shutil.rmtree(there)
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"opt_step": 99}\n')
+    assert copier.push()
+    after = {p.relative_to(there): p.read_bytes() for p in there.rglob("*") if p.is_file()}
+    changed = {Path("metrics.jsonl"), Path("mirror.json")}
+    assert before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} == changed
+    elsewhere = RunFolder(tmp_path / "elsewhere" / folder.name)
+    assert mirror.pull(elsewhere, url, None) is not None
+
+
 def test_a_mirror_of_an_earlier_version_is_read_and_goes_on(
     words: list[str], tmp_path: Path
 ) -> None:

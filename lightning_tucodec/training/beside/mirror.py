@@ -137,6 +137,7 @@ class Mirror:
         self.index = read_index(folder, url) or {"checkpoints": [], "files": {}}
         self._seen: dict[str, tuple[int, int]] = {}
         self._caught_up = False
+        self._published = False
 
     def push(self) -> bool:
         """Copy once; returns whether anything had changed.
@@ -145,14 +146,24 @@ class Mirror:
         """
         if self._behind():
             return False
+        changed = self._push_all()
+        if changed:
+            if self._published and self.storage.size(INDEX) is None:
+                # Somebody has removed the copy; what was copied before is not there any more.
+                self._seen.clear()
+                self.index = {"checkpoints": [], "files": {}}
+                self._push_all()
+            self.storage.write(INDEX, json.dumps(self.index, indent=1).encode())
+            self._published = True
+            self._prune()
+        return changed
+
+    def _push_all(self) -> bool:
         changed = self._push_checkpoint()
         names = list(_SMALL)
         names += [f"images/{p.name}" for p in sorted(self.folder.images.glob("step-*"))]
         for name in filter(_mirrored, names):
             changed |= self._push_file(name)
-        if changed:
-            self.storage.write(INDEX, json.dumps(self.index, indent=1).encode())
-            self._prune()
         return changed
 
     def _behind(self) -> bool:
