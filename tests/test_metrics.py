@@ -1,13 +1,11 @@
 import io
 import math
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,7 +24,6 @@ from lightning_tucodec.quality.metrics import (
     psnr_from_sse,
     sse,
 )
-from lightning_tucodec.training.set_metrics import MeanPSNR, PooledPSNR, SetMSSSIM, SetRate
 
 
 def photo(height: int, width: int, quality: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,62 +180,3 @@ def test_sse_refuses_other_types_and_shapes() -> None:
         sse(x, x.astype(float))
     with pytest.raises(ValueError, match="shapes"):
         sse(x, x[:1])
-
-
-def images() -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Three batches of different sizes with bytes."""
-    batches = []
-    for size, quality, coded in (((176, 180), 10, 900), ((200, 161), 50, 2500), ((11, 12), 90, 40)):
-        x, y = photo(*size, quality)
-        batches.append((x, y, coded))
-    return batches
-
-
-def expected() -> list[float]:
-    """Pooled PSNR, mean PSNR, weighted and plain MS-SSIM, bpp, from per-image values."""
-    error, values, psnrs, similarity, pixels, coded = 0, 0, [], [], [], 0
-    for x, y, size in images():
-        a, b = ((image[0] * 255).round().byte().numpy() for image in (x, y))
-        error, values = error + sse(a, b), values + a.size
-        psnrs.append(psnr_from_sse(sse(a, b), a.size))
-        similarity.append(float(ms_ssim(x, y)))
-        pixels.append(a.size // 3)
-        coded += size
-    return [
-        psnr_from_sse(error, values),
-        float(np.mean(psnrs)),
-        float(np.average(similarity, weights=pixels)),
-        float(np.mean(similarity)),
-        bits_per_pixel(coded, sum(pixels)),
-    ]
-
-
-def measure(batches: list[tuple[torch.Tensor, torch.Tensor, int]]) -> list[float]:
-    quality = [PooledPSNR(), MeanPSNR(), SetMSSSIM(), SetMSSSIM(weighted=False)]
-    rate = SetRate()
-    for x, y, size in batches:
-        for metric in quality:
-            metric.update(y, x)
-        rate.update(torch.tensor(8.0 * size), x[:, 0].numel())
-    return [float(metric.compute()) for metric in [*quality, rate]]
-
-
-def test_set_metrics_in_one_process() -> None:
-    assert measure(images()) == pytest.approx(expected(), abs=1e-6)
-
-
-def _rank(rank: int, rendezvous: str, results: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
-    )
-    # Two images on one process, one on the other.
-    values = measure(images()[rank::2])
-    torch.save(values, f"{results}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_set_metrics_under_ddp(tmp_path: os.PathLike[str]) -> None:
-    torch.multiprocessing.spawn(_rank, (f"{tmp_path}/rendezvous", str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        assert torch.load(f"{tmp_path}/{rank}.pt") == pytest.approx(expected(), abs=1e-6)

@@ -27,7 +27,7 @@ EXTRAS = {
     "jsonargparse": "train", "lightning_fabric": "train", "matplotlib": "report", "paramiko": "sftp",
     "plotly": "report", "pytorch_lightning": "train",
     "s3fs": "s3", "scipy": "report", "skimage": "demo", "sklearn": "demo", "ssimulacra2": "perceptual",
-    "torchmetrics": "train", "torchvision": "perceptual", "wandb": "wandb", "webdataset": "data",
+    "torchmetrics": "perceptual", "torchvision": "perceptual", "wandb": "wandb", "webdataset": "data",
 }  # fmt: skip
 """The extra of this package that brings a module which a plain installation lacks."""
 

@@ -1,7 +1,6 @@
 """Quality and rate of coded images, one value an image.
 
-Set-level values, as CLIC defines them, are `lightning_tucodec.training.set_metrics`; both are built
-from the functions here. The functions on tensors (`ms_ssim`, `psnr`) are differentiable and serve
+The functions on tensors (`ms_ssim`, `psnr`) are differentiable and serve
 as training losses; those on uint8 arrays (`sse`, `psnr_from_sse`) are exact integers until the
 logarithm.
 """

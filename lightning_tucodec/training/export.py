@@ -18,9 +18,13 @@ from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.files import check_targets, read_yaml
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
 from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
-from lightning_tucodec.training.runs.folder import RunFolder, load_checkpoint, network_weights
-from lightning_tucodec.training.runs.identity import initial_weights
+from lightning_tucodec.training.runs.folder import RunFolder
 from lightning_tucodec.training.runs.tracking import read_metrics
+from lightning_tucodec.training.runs.weights import (
+    initial_weights,
+    load_checkpoint,
+    network_weights,
+)
 
 
 def export(

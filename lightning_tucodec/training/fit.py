@@ -48,7 +48,6 @@ from lightning_tucodec.training.runs.folder import (
     Manifest,
     RunFolder,
     attempt_key,
-    load_checkpoint,
     started_by_srun,
 )
 from lightning_tucodec.training.runs.identity import (
@@ -68,6 +67,7 @@ from lightning_tucodec.training.runs.preemption import (
     in_step,
 )
 from lightning_tucodec.training.runs.tracking import Counters, JsonlLogger
+from lightning_tucodec.training.runs.weights import load_checkpoint
 
 _MIRROR_SECONDS = {"finished": 900.0, "preempted": 60.0, "failed": 60.0}
 """How long the last copy to the mirror may take; before a requeue there is little time."""

@@ -26,8 +26,11 @@ from lightning_tucodec.training.input.precoded import (
 )
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.optimizers import follow, muon_adam
-from lightning_tucodec.training.runs.folder import load_checkpoint, network_weights
-from lightning_tucodec.training.runs.identity import initial_weights
+from lightning_tucodec.training.runs.weights import (
+    initial_weights,
+    load_checkpoint,
+    network_weights,
+)
 
 _FLOOR = 2e-5
 """Added to squared errors in the loss; 47 dB, beyond which nothing needs to be gained."""

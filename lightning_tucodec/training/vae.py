@@ -32,8 +32,11 @@ from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.optimizers import muon_adam
-from lightning_tucodec.training.runs.folder import load_checkpoint, network_weights
-from lightning_tucodec.training.runs.identity import initial_weights
+from lightning_tucodec.training.runs.weights import (
+    initial_weights,
+    load_checkpoint,
+    network_weights,
+)
 
 KLT_CROPS = 256
 """Training crops that `klt_start` looks at."""

@@ -19,6 +19,7 @@ from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.postfilter import PostFilterModule
 from lightning_tucodec.training.runs.checkpoints import BackgroundWriter
 from lightning_tucodec.training.runs.folder import read_metrics
+from lightning_tucodec.training.runs.weights import weights_sha256
 from lightning_tucodec.training.vae import VAE
 from tests.support import MICRO
 from tests.training.test_fit import config, runs, same, state, without_time, write
@@ -111,6 +112,9 @@ def check(straight: Path, other: Path) -> None:
     first, second = with_draws(state(straight)), with_draws(state(other))
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "tucodec", "run"):
         assert same(first[part], second[part]), part
+    # What starts from either of them is one run.
+    starts = {weights_sha256(folder / "checkpoints" / "last.ckpt") for folder in (straight, other)}
+    assert len(starts) == 1
     rows = [without_time(read_metrics(f / "metrics.jsonl")) for f in (straight, other)]
     assert rows[0] == rows[1]
     kept = [{p.name: p.read_bytes() for p in f.glob("images/*")} for f in (straight, other)]

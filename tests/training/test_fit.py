@@ -19,9 +19,10 @@ from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.model_file import ModelFile
 from lightning_tucodec.errors import ModelFileError
-from lightning_tucodec.training.runs.folder import RunFolder, load_checkpoint, network_weights
+from lightning_tucodec.training.runs.folder import RunFolder
 from lightning_tucodec.training.runs.identity import run_id
 from lightning_tucodec.training.runs.tracking import read_metrics
+from lightning_tucodec.training.runs.weights import load_checkpoint, network_weights
 from lightning_tucodec.training.vae import VAE
 from tests.support import photo
 

@@ -19,9 +19,9 @@ from lightning_tucodec.codecs.library import load_filter
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.input.shards import ShardReader
 from lightning_tucodec.training.postfilter import PostFilterModule
-from lightning_tucodec.training.runs.folder import network_weights
 from lightning_tucodec.training.runs.identity import run_id
 from lightning_tucodec.training.runs.tracking import read_metrics
+from lightning_tucodec.training.runs.weights import network_weights
 from tests.training.test_validation import assert_measured_once, fit_on
 
 RECIPE = Path(__file__).parents[2] / "experiments" / "tucodecpsnr_postfilter.yaml"

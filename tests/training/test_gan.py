@@ -23,8 +23,8 @@ from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.game import Turn
 from lightning_tucodec.training.gan import GameError, GANCodec
 from lightning_tucodec.training.noise import SampleNoise
-from lightning_tucodec.training.runs.folder import network_weights
 from lightning_tucodec.training.runs.tracking import JsonlLogger, read_metrics
+from lightning_tucodec.training.runs.weights import network_weights
 from tests.support import MICRO
 from tests.training.test_fit import config, runs, same, state, without_time, write
 

@@ -21,7 +21,8 @@ from hits import (
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.training.runs.checkpoints import restore_rng, rng_state
-from lightning_tucodec.training.runs.folder import RunFolder, load_checkpoint, read_metrics
+from lightning_tucodec.training.runs.folder import RunFolder, read_metrics
+from lightning_tucodec.training.runs.weights import load_checkpoint
 from lightning_tucodec.training.vae import VAE
 from tests.support import MICRO
 from tests.training.test_fit import config, runs, same, state, without_time, write

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from lightning_tucodec.cli import main
@@ -91,6 +92,55 @@ def test_a_run_goes_on_when_its_start_is_gone(
     values["run"]["name"] = "fresh"
     assert main(["fit", "--config", write(tmp_path, values)]) == 1
     assert capsys.readouterr().err == f"tucodec: {sources[1]}: No such file or directory\n"
+
+
+def test_the_weights_of_a_checkpoint_name_what_starts_from_it(
+    tmp_path: Path, resolved: dict[str, dict[str, Any]]
+) -> None:
+    """Not the bytes of the file, which differ after a resume; those of an exported model do."""
+    values = copy.deepcopy(resolved["tiny_mse"])
+    weights = {
+        "network.a": torch.arange(6.0).reshape(2, 3),
+        "network.b": torch.ones((), dtype=torch.bfloat16),
+        "network.c": torch.zeros(0, 4, dtype=torch.int64),
+    }
+
+    def named(state_dict: dict[str, torch.Tensor], step: str, loops: int) -> tuple[str, bytes]:
+        path = tmp_path / "start.ckpt"
+        content = {
+            "tucodec": {"opt_step": 1, "images_seen": 4},
+            "state_dict": state_dict,
+            "optimizer_states": [{"step": 1}, {step: 1}],  # one text, or two that are equal
+            "loops": loops,
+        }
+        torch.save(content, path)
+        values["run"]["init_from"] = str(path)
+        return run_id(values), path.read_bytes()
+
+    first, straight = named(weights, "step", 7)
+    again, resumed = named(dict(reversed(weights.items())), "".join(["st", "ep"]), 8)
+    transposed = {**weights, "network.a": weights["network.a"].t().contiguous().t()}
+    assert straight != resumed
+    assert first == again == named(transposed, "step", 7)[0] != NAMES["tiny_mse"]
+    a = weights["network.a"]
+    others = [
+        {**weights, "network.a": a + torch.tensor([0, 0, 1e-6])},
+        {**weights, "network.a": a.reshape(3, 2)},
+        {**weights, "network.a": a.view(torch.int32)},
+        {**weights, "network.d": a},
+        {("network.e" if name == "network.a" else name): value for name, value in weights.items()},
+    ]
+    assert len({first, *(named(other, "step", 7)[0] for other in others)}) == 6
+
+    values["run"]["init_from"] = str(tmp_path / "model.safetensors")
+    files = set()
+    for content in (straight, resumed):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        files.add(run_id(values))
+    assert len(files) == 2
+    values["run"]["init_from"] = "/dev/zero"
+    with pytest.raises(TucodecError, match="/dev/zero: not a file"):
+        run_id(values)
 
 
 def test_a_teacher_that_is_gone_is_remembered(

@@ -28,7 +28,8 @@ from lightning_tucodec.errors import DatasetError, TucodecError, redacted
 from lightning_tucodec.io.storage import Storage, sha256_file
 from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.training.beside.companions import wait
-from lightning_tucodec.training.runs.folder import CHECKPOINTS, MANIFEST, Manifest, RunFolder
+from lightning_tucodec.training.runs.folder import MANIFEST, Manifest, RunFolder
+from lightning_tucodec.training.runs.weights import CHECKPOINTS
 
 INDEX = "mirror.json"
 POLL_SECONDS = 2.0

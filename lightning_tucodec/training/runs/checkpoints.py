@@ -29,14 +29,9 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.training.module import NonFiniteLossError
-from lightning_tucodec.training.runs.folder import (
-    CHECKPOINTS,
-    Manifest,
-    RunFolder,
-    load_checkpoint,
-    read_metrics,
-)
+from lightning_tucodec.training.runs.folder import Manifest, RunFolder, read_metrics
 from lightning_tucodec.training.runs.preemption import ImageAbandoned, Preemption, ValidationStopped
+from lightning_tucodec.training.runs.weights import CHECKPOINTS, load_checkpoint
 
 
 class SaveError(TucodecError):

@@ -1,8 +1,7 @@
 """A run: its folder, its manifest and how it resumes.
 
 A run's folder is `<runs_dir>/<name>-<run_id>`, run_id a hash of everything that decides the result. The same
-config finds the same folder and resumes there, without a further option. This module imports PyTorch only
-when a checkpoint is read, so that commands that only list runs are fast.
+config finds the same folder and resumes there, without a further option.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import yaml
 
@@ -29,16 +28,13 @@ from lightning_tucodec.io.once import once
 from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.quality.curves import decibels
 from lightning_tucodec.training.runs.identity import (
-    CHECKPOINTS,
     digest,
     identity,
     plain,
     run_id,
     without_credentials,
 )
-
-if TYPE_CHECKING:
-    import torch
+from lightning_tucodec.training.runs.weights import CHECKPOINTS, load_checkpoint
 
 MANIFEST = "manifest.json"
 _PACKAGES = (
@@ -53,40 +49,6 @@ _STOPPED = ("preempted", "killed", "failed")
 ECHO = "another process ended first"
 """How an attempt's error begins that is not the cause."""
 _ANNOUNCE = 1800.0  # seconds to wait for rank 0, which may be fetching a checkpoint from far away
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Content of a checkpoint, on the CPU, plain types and tensors only.
-
-    Raises:
-        ConfigError: it is missing, damaged, or holds something else.
-    """
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["tucodec"]["opt_step"], content["state_dict"]
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    # torch.load has no error of its own: zip, pickle and type errors all mean the same here.
-    except Exception as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ConfigError(f"{path}: damaged, or not a checkpoint ({reason[0][:200]})") from None
-    return dict(content)
-
-
-def network_weights(checkpoint: dict[str, Any]) -> "dict[str, torch.Tensor]":
-    """State of the codec or post-filter inside a checkpoint of `fit`, by the network's own names.
-
-    If the checkpoint has an average of the weights, the average is returned.
-    """
-    averaged = any(name.startswith("averaged.") for name in checkpoint["state_dict"])
-    prefix = "averaged." if averaged else "network."
-    return {
-        name.removeprefix(prefix): value
-        for name, value in checkpoint["state_dict"].items()
-        if name.startswith(prefix)
-    }
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ option changes, its value differs from the one here, and the run is another one.
 import glob
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,7 @@ import yaml
 from lightning_tucodec.errors import ConfigError, TucodecError, redacted
 from lightning_tucodec.io.files import expanded
 from lightning_tucodec.io.storage import Storage
-
-CHECKPOINTS = ("last.ckpt", "previous.ckpt")
-"""Two generations: a save renames last to previous before the new file takes its name."""
+from lightning_tucodec.training.runs.weights import initial_weights, weights_sha256
 
 DEFAULT_MODEL = "lightning_tucodec.training.vae.VAE"
 DEFAULT_DATA = "lightning_tucodec.training.data.PatchDataModule"
@@ -97,7 +94,7 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a resolved config that decides the result.
 
     Paths, devices, nodes, workers and logging are left out; in their place stand the SHA-256 of the
-    shard index, of the initial weights and of a teacher. The default classes go unnamed.
+    shard index, of the initial weights and of a teacher (`weights_sha256`). The default classes go unnamed.
 
     A run that has begun needs its initial weights no more: where they are gone, their hash is taken from
     the manifest of the run that began with them.
@@ -113,11 +110,11 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     gone: dict[str, TucodecError] = {}
     for name, source in _sources(config).items():
         try:
-            hashes[name] = _sha256(str(initial_weights(source))) if source else None
+            hashes[name] = weights_sha256(initial_weights(source)) if source else None
         except TucodecError as error:
             gone[name] = error
     data = arguments(config, "data")
-    index = _sha256(data["shards"], "index.json") if "shards" in data else None
+    index = _index_sha256(data["shards"]) if "shards" in data else None
     if gone:
         hashes |= _remembered(config, hashes, index, gone)
     return _identity(config, hashes, index)
@@ -230,30 +227,10 @@ def digest(value: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _sha256(location: str, name: str = "") -> str:
-    """SHA-256 of a file, or of `name` in a folder or URL."""
-    storage = Storage(location)
+def _index_sha256(shards: str) -> str:
+    """SHA-256 of the index of shards in a folder or at a URL."""
+    storage = Storage(shards)
     try:
-        return hashlib.sha256(storage.read(name)).hexdigest()
+        return hashlib.sha256(storage.read("index.json")).hexdigest()
     except OSError as error:
-        raise ConfigError(f"{storage.path(name)}: {error.strerror or error}") from None
-
-
-def initial_weights(source: str) -> Path:
-    """The file that `run.init_from` means: a checkpoint, a run folder, an exported model, a model's name.
-
-    Raises:
-        UnknownModelError: a name that no model has.
-        ConfigError: a URL.
-    """
-    path = Path(source)
-    if "://" in source:
-        raise ConfigError(f"{source}: weights are read from files here, not from URLs")
-    if path.is_dir():
-        found = [path / "checkpoints" / name for name in CHECKPOINTS]
-        return next((file for file in found if file.exists()), found[0])
-    if path.exists() or path.suffix or os.sep in source:
-        return path
-    from lightning_tucodec.codecs.library import find
-
-    return find(source)
+        raise ConfigError(f"{storage.path('index.json')}: {error.strerror or error}") from None
