@@ -17,7 +17,7 @@ from lightning_tucodec.errors import TucodecError, reason
 
 _FAMILIES = (
     *("train", "compress", "decompress", "evaluate", "compare", "sets"),
-    *("shards", "sweep", "doctor", "bench", "demo"),
+    *("shards", "sweep", "doctor", "bench", "demo", "warmup"),
 )
 """Modules of this package, imported by `main`: Ctrl-C while that lasts finds it in charge."""
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from lightning_tucodec.cli.arguments import (
     whole,
 )
 from lightning_tucodec.codecs.base import DEFAULT_MODEL
+from lightning_tucodec.coding.compiling import clock
 from lightning_tucodec.errors import (
     ConfigError,
     ImageInputError,
@@ -127,11 +127,11 @@ def run(arguments: argparse.Namespace) -> int:
         return pixels
 
     def network(images: "Sequence[NDArray[np.uint8]]") -> "list[tuple[Latents, float]]":
-        started = time.perf_counter()
+        started = clock()
         latents = model.analyse_batch(images)
         if isinstance(encoder, RefinedModel):
             latents = [encoder.improve(*pair) for pair in zip(images, latents, strict=True)]
-        seconds = (time.perf_counter() - started) / len(images)
+        seconds = (clock() - started) / len(images)
         return [(one, seconds) for one in latents]
 
     def finish(
@@ -140,9 +140,9 @@ def run(arguments: argparse.Namespace) -> int:
         source, target = job
         latents, seconds = result
         height, width = pixels.shape[:2]
-        started = time.perf_counter()
+        started = clock()
         data = model.write(latents, width, height)
-        seconds += time.perf_counter() - started
+        seconds += clock() - started
         row: dict[str, Any] = {
             "file": str(source),
             "output": str(target),
@@ -235,13 +235,13 @@ def _compress_chosen(arguments: argparse.Namespace, target: "Target | None") -> 
 
     def finish(job: jobs.Job, pixels: "NDArray[np.uint8]", _: None) -> dict[str, Any]:
         source, out = job
-        started = time.perf_counter()
+        started = clock()
         if target is None:
             coding = targets.code(settings[0], pixels)
         else:
             choose = targets.search if isinstance(settings[0], H266) else targets.best
             coding = choose(settings, pixels, target)
-        seconds = time.perf_counter() - started
+        seconds = clock() - started
         if source in recons:
             write_png(recons[source], coding.shown)
         with atomic_write(out) as stream:

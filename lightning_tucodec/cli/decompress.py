@@ -3,13 +3,13 @@
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_tucodec.cli import jobs
 from lightning_tucodec.cli.arguments import Subparsers, add_force, add_json, command, location
+from lightning_tucodec.coding.compiling import clock
 from lightning_tucodec.errors import TucodecError, UnknownModelError
 from lightning_tucodec.io.files import target_check
 
@@ -89,26 +89,26 @@ def run_decompress(arguments: argparse.Namespace) -> int:
     def prepare(job: jobs.Job) -> _Symbols | _Picture:
         check(job[1])
         container = unpack(jobs.read(job[0]), salvage=arguments.salvage)
-        started = time.perf_counter()
+        started = clock()
         if container.kind == CodecKind.VVC:
             shown = decode_container(container, chosen if isinstance(chosen, FilterModel) else None)
             name = jobs.H266_MODELS[bool(any(container.model_id))]
-            return _Picture(name, container, shown, [], time.perf_counter() - started)
+            return _Picture(name, container, shown, [], clock() - started)
         model = chosen or load_by_id(container.model_id, device)
         if isinstance(model, FilterModel):
             raise UnknownModelError(f"{model.name} is a post-filter, which did not write this file")
-        started = time.perf_counter()
+        started = clock()
         y, damaged = model.read(container, arguments.salvage)
-        return _Symbols(model.name, model, container, y, damaged, time.perf_counter() - started)
+        return _Symbols(model.name, model, container, y, damaged, clock() - started)
 
     def network(batch: Sequence[_Symbols | _Picture]) -> "list[tuple[NDArray[np.uint8], float]]":
         if isinstance(batch[0], _Picture):
             return [(one.pixels, 0.0) for one in batch if isinstance(one, _Picture)]
-        started = time.perf_counter()
+        started = clock()
         images = batch[0].model.synthesise_batch(
             [one.y for one in batch if isinstance(one, _Symbols)]
         )
-        seconds = (time.perf_counter() - started) / len(batch)
+        seconds = (clock() - started) / len(batch)
         return [(pixels, seconds) for pixels in images]
 
     def finish(

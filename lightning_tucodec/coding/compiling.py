@@ -1,12 +1,21 @@
-"""Compiled loops: `numba.njit` at their first call, cached on disk where there is a place for it."""
+"""Compiled loops: `numba.njit` at their first call, cached on disk where there is a place for it.
+
+The first use on a machine compiles for about half a minute. It is announced by one line of this
+module's logger, and `clock` leaves it out.
+"""
 
 import functools
+import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 _pending: list[Callable[..., Any]] = []
 _compiling = threading.Lock()
+_spent = 0.0  # seconds
+
+_log = logging.getLogger(__name__)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -25,10 +34,24 @@ def compiled(function: Callable[..., Any]) -> Any:
     return first_call
 
 
+def clock() -> float:
+    """`time.perf_counter`, in seconds, as if compiling took no time.
+
+    Only one thread compiles at a time, and the others wait for it.
+    """
+    return time.perf_counter() - _spent
+
+
+def seconds_spent() -> float:
+    """Seconds that this process has compiled so far."""
+    return _spent
+
+
 def _compile_all() -> None:
     from numba import njit
 
     with _compiling:
+        _watch_compiler()
         for function in _pending:
             try:
                 kernel = njit(cache=True, nogil=True, error_model="numpy")(function)
@@ -36,3 +59,32 @@ def _compile_all() -> None:
                 kernel = njit(nogil=True, error_model="numpy")(function)
             function.__globals__[function.__name__] = kernel
         _pending.clear()
+
+
+@functools.cache
+def _watch_compiler() -> None:
+    """Announce compiling and count its seconds; what the cache on disk has is not compiled."""
+    from numba.core import event
+
+    class Watch(event.Listener):
+        def __init__(self) -> None:
+            self.depth = 0  # a function compiles those that it calls
+            self.started = 0.0
+
+        def on_start(self, event: Any) -> None:
+            self.depth += 1
+            if self.depth == 1:
+                self.started = time.perf_counter()
+                if not _spent:
+                    _log.warning(
+                        "tucodec: compiling for this machine, once, about half a minute"
+                        " (`tucodec warmup` does it ahead of time)"
+                    )
+
+        def on_end(self, event: Any) -> None:
+            global _spent
+            self.depth -= 1
+            if not self.depth:
+                _spent += time.perf_counter() - self.started
+
+    event.register("numba:compile", Watch())

@@ -16,7 +16,6 @@ import os
 import re
 import resource
 import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.classical.video import VideoCodec
 from lightning_tucodec.codecs.colour import conversion_ceiling
+from lightning_tucodec.coding.compiling import clock
 from lightning_tucodec.errors import ConfigError, ExternalToolError, OutputError, TucodecError
 from lightning_tucodec.io.files import begins_with, check_targets
 from lightning_tucodec.io.images import image_files, read_image
@@ -122,9 +122,9 @@ def measure(
     Raises:
         TucodecError: the codec cannot code or decode this image, or returns another size.
     """
-    started = time.perf_counter()
+    started = clock()
     data = codec.encode(image)
-    coded = time.perf_counter()
+    coded = clock()
     row = {**measure_back(codec, image, data, metrics), "encode_seconds": coded - started}
     if keep is not None:
         with atomic_write(_kept(keep, row)) as stream:
@@ -145,9 +145,9 @@ def measure_back(
     Raises:
         TucodecError: the codec cannot decode the file, or to another size.
     """
-    started = time.perf_counter()
+    started = clock()
     back = codec.decode(data)
-    seconds = time.perf_counter() - started
+    seconds = clock() - started
     return {
         **compare(image, back, len(data)),
         **{name: MEASURES[name](image, back) for name in metrics},

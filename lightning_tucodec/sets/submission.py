@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.registry import codec, codecs, expand, files, model_of, split
+from lightning_tucodec.coding.compiling import clock
 from lightning_tucodec.errors import ConfigError, ExternalToolError, OutputError, TucodecError
 from lightning_tucodec.io.files import check_targets, launchers
 from lightning_tucodec.io.images import write_png
@@ -249,9 +249,9 @@ def decode(folder: Path, out: Path) -> Iterator[dict[str, Any]]:
             data = told_file(folder, entry["file"], entry)
             if name not in decoders:
                 decoders[name] = _decoder(folder, name, manifest)
-            started = time.perf_counter()
+            started = clock()
             image = decoders[name].decode(data)
-            seconds = time.perf_counter() - started
+            seconds = clock() - started
             height, width = image.shape[:2]
             if (width, height) != (entry["width"], entry["height"]):
                 raise ConfigError(f"decodes to {width}×{height} pixels")
