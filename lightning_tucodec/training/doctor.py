@@ -169,7 +169,7 @@ def check_storage(config: dict[str, Any], nodes: int) -> Check:
     else:
         yield Finding("shared storage", "ok", f"{kind or 'unknown file system'}, {nodes} node(s)")
     if mirror := config["run"].get("mirror"):
-        from lightning_tucodec.training.beside.mirror import check_writable
+        from lightning_tucodec.training.beside.pull import check_writable
 
         try:
             check_writable(mirror)

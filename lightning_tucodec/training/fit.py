@@ -36,7 +36,7 @@ from lightning_tucodec.io.processes import when_parent_ends
 from lightning_tucodec.nn.losses import check_crop
 from lightning_tucodec.quality.curves import read_named
 from lightning_tucodec.training.beside.companions import UNMIRRORED, Companion
-from lightning_tucodec.training.beside.mirror import check_writable, pull
+from lightning_tucodec.training.beside.pull import check_writable, pull
 from lightning_tucodec.training.beside.wandb_view import check_names, mode
 from lightning_tucodec.training.data import check_crop_size, check_validation
 from lightning_tucodec.training.limits import check_numbers

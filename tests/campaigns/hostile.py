@@ -393,7 +393,7 @@ def build_mirror(folder: Path) -> None:
 
 
 def seal_mirror(folder: Path, name: str) -> None:
-    """Make the index's size and hash of a changed file right."""
+    """Make the index's size and hash of a changed file right, and its name where that holds the hash."""
     path = folder / "mirror" / "run" / "mirror.json"
     if path == folder / name:
         return
@@ -401,13 +401,17 @@ def seal_mirror(folder: Path, name: str) -> None:
     data = (folder / name).read_bytes()
     for entry in [*index["checkpoints"], *index["files"].values()]:
         if name == f"mirror/run/{entry['name']}":
-            entry.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+            digest = hashlib.sha256(data).hexdigest()
+            named = entry["name"].replace(entry["sha256"][:16], digest[:16])
+            (path.parent / entry["name"]).rename(path.parent / named)
+            entry.update(name=named, size=len(data), sha256=digest)
     path.write_text(json.dumps(index))
 
 
 def use_mirror(folder: Path, out: Path, seldom: bool) -> None:
     """Bring a run's state here, and go on with the mirror."""
-    from lightning_tucodec.training.beside.mirror import Mirror, pull
+    from lightning_tucodec.training.beside.mirror import Mirror
+    from lightning_tucodec.training.beside.pull import pull
     from lightning_tucodec.training.runs.folder import RunFolder
 
     run = RunFolder(out / "run")
@@ -506,7 +510,7 @@ KINDS = {
     "mirror": Kind(
         build_mirror,
         {"mirror/run/mirror.json": [edit_json, edit_json, damage],
-         "mirror/run/manifest.json": [edit_json, damage], "mirror/run/checkpoints/*": [damage]},
+         "mirror/run/manifest-*.json": [edit_json, damage], "mirror/run/checkpoints/*": [damage]},
         use_mirror, seal_mirror,
     ),
     "results": Kind(

@@ -18,7 +18,8 @@ from lightning_tucodec.cli import main
 from lightning_tucodec.errors import DatasetError
 from lightning_tucodec.io import sftp, storage
 from lightning_tucodec.io.storage import Storage
-from lightning_tucodec.training.beside.mirror import Mirror, pull, read_index
+from lightning_tucodec.training.beside.mirror import Mirror, read_index
+from lightning_tucodec.training.beside.pull import pull
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.input.shards import ShardReader
 from lightning_tucodec.training.runs.folder import RunFolder
@@ -200,6 +201,6 @@ def test_a_run_goes_on_from_its_mirror(root: Path, server: Server, tmp_path: Pat
         first, second = (folder.path / name for folder in folders)
         assert first.read_bytes() == second.read_bytes()
     names = sorted(path.name for path in (root / "runs").rglob("*") if path.is_file())
-    assert [name[:13] for name in names] == [
-        *("metrics.jsonl", "mirror.json", "step-00000002", "step-00000003")
+    assert [name.rpartition("-")[0] or name for name in names] == [
+        *("metrics", "metrics", "mirror.json", "step-00000002", "step-00000003")
     ]

@@ -16,14 +16,14 @@ from hits import kill_at_step, start, wait
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.cards import SHIPPED
-from lightning_tucodec.training.beside import companions, mirror
+from lightning_tucodec.training.beside import companions
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.runs import folder, identity
 from lightning_tucodec.training.runs.checkpoints import BackgroundWriter
 from lightning_tucodec.training.runs.folder import Manifest, RunFolder, read_metrics
 from lightning_tucodec.training.runs.identity import run_id
 from tests.support import MICRO
-from tests.training.test_fit import config, same, state, without_time, write
+from tests.training.test_fit import config, same, state, write
 from tests.training.test_fit import runs as run_folders
 
 
@@ -104,6 +104,34 @@ def test_a_folder_in_use_is_refused(
     assert f"process {os.getpid()} on {socket.gethostname()} trains this run" in (
         capsys.readouterr().err
     )
+
+
+def test_a_lock_whose_file_went_with_its_folder_is_none(tmp_path: Path) -> None:
+    """Whoever waits while a run is refused gets a lock in a folder of its own."""
+    folder = RunFolder(tmp_path / "runs" / "a")
+    with contextlib.ExitStack() as first:
+        first.enter_context(folder.locked())
+        waiting = start_waiting(folder)
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == b"waits\n"
+        time.sleep(0.5)
+        assert waiting.poll() is None
+    assert waiting.communicate(timeout=60) == (b"", None)
+    assert waiting.returncode == 0
+    assert not folder.path.exists()
+
+
+def start_waiting(folder: RunFolder) -> "subprocess.Popen[bytes]":
+    """Another process that takes the lock, and checks that a third one would find it."""
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from lightning_tucodec.training.runs.folder import RunFolder\n"
+        "folder = RunFolder(Path(sys.argv[1]))\n"
+        "print('waits', flush=True)\n"
+        "with folder.locked():\n"
+        "    assert f'process {os.getpid()} ' in (folder.path / '.lock').read_text()\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE)
 
 
 def test_where_a_run_is_tracked_does_not_name_it(tmp_path: Path, shard_folder: Path) -> None:
@@ -207,235 +235,6 @@ def test_an_exported_model_is_a_warm_start(
     capsys.readouterr()
     assert main(["fit", "--config", write(tmp_path, values)]) == 1
     assert "damaged.ckpt: damaged, or not a checkpoint" in capsys.readouterr().err.splitlines()[-1]
-
-
-# --- mirror ----------------------------------------------------------------------------------
-
-
-def test_two_clusters_with_a_bucket_between_them(
-    tmp_path: Path, shard_folder: Path, bucket: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Other roots; the second goes on where the mirror stands, and ends as the straight run does."""
-    paths = {}
-    for name in ("straight", "first", "second"):
-        (tmp_path / name).mkdir()
-        values = config(tmp_path / name, shard_folder, MICRO, steps=6)
-        values["run"]["checkpoint_minutes"] = 0.0
-        paths[name] = write(tmp_path / name, values)
-    assert main(["fit", "--config", paths["straight"]]) == 0
-    (straight,) = run_folders(tmp_path / "straight")
-
-    assert wait(start(["fit", "--config", paths["first"]], kill_at_step(3))) == -9
-    (first,) = run_folders(tmp_path / "first")
-    copier = mirror.Mirror(RunFolder(first), bucket)
-    assert copier.push()
-    assert not copier.push()  # nothing has changed
-    reached = state(first)["tucodec"]["opt_step"]
-
-    capsys.readouterr()
-    assert main(["fit", "--config", paths["second"], "--mirror", bucket]) == 0
-    assert f"step {reached} comes from {bucket}" in capsys.readouterr().err
-    (second,) = run_folders(tmp_path / "second")
-    assert second.name == first.name == straight.name
-    for part in ("state_dict", "optimizer_states", "tucodec", "run"):
-        assert same(state(straight)[part], state(second)[part]), part
-    expected = without_time(read_metrics(straight / "metrics.jsonl"))
-    assert without_time(read_metrics(second / "metrics.jsonl")) == expected
-    # The process beside the second run has brought its end to the mirror.
-    index = mirror.read_index(RunFolder(second), bucket)
-    assert index["checkpoints"][0]["step"] == 6
-    attempts = Manifest(RunFolder(second)).read()["attempts"]
-    assert [a["exit"] for a in attempts] == ["killed", "finished"]
-    # Back on the first cluster there is nothing left to do, and the history is whole.
-    assert main(["fit", "--config", paths["first"], "--mirror", bucket]) == 0
-    assert state(first)["tucodec"]["opt_step"] == 6
-    assert without_time(read_metrics(first / "metrics.jsonl")) == expected
-
-
-def test_a_damaged_mirror_gives_its_older_generation(words: list[str], tmp_path: Path) -> None:
-    url = str(tmp_path / "mirror")
-    assert wait(start(words, kill_at_step(2))) == -9
-    (folder,) = run_folders(tmp_path)
-    mirror.Mirror(RunFolder(folder), url).push()
-    older = state(folder)["tucodec"]["opt_step"]
-    assert main(words) == 0
-    mirror.Mirror(RunFolder(folder), url).push()
-    checkpoints = tmp_path / "mirror" / folder.name / "checkpoints"
-    (newest,) = checkpoints.glob("step-00000004-*.ckpt")
-    newest.write_bytes(b"x" * newest.stat().st_size)
-    elsewhere = RunFolder(tmp_path / "elsewhere" / folder.name)
-    assert mirror.pull(elsewhere, url, None) == older
-    assert state(elsewhere.path)["tucodec"]["opt_step"] == older
-    images = state(elsewhere.path)["tucodec"]["images_seen"]
-    assert mirror.pull(elsewhere, url, (older, images)) is None
-
-
-def test_a_mirror_that_is_further_is_left_alone(words: list[str], tmp_path: Path) -> None:
-    url = str(tmp_path / "mirror")
-    assert main(words) == 0
-    (folder,) = run_folders(tmp_path)
-    mirror.Mirror(RunFolder(folder), url).push()
-    behind = RunFolder(tmp_path / "behind" / folder.name)
-    behind.checkpoints.mkdir(parents=True)
-    content = {"tucodec": {"opt_step": 2}, "state_dict": {}}
-    torch.save(content, behind.checkpoints / "last.ckpt")
-    assert not mirror.Mirror(behind, url).push()
-    assert mirror.read_index(behind, url)["checkpoints"][0]["step"] == 4
-
-
-def test_a_state_before_the_first_step_comes_from_the_mirror(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As a GAN has it whose discriminator has played alone."""
-    url = str(tmp_path / "mirror")
-    assert main(words) == 0
-    (folder,) = run_folders(tmp_path)
-    last = folder / "checkpoints" / "last.ckpt"
-    content = torch.load(last, weights_only=True)
-    content["tucodec"].update(opt_step=0, images_seen=0)
-    torch.save(content, last)
-    mirror.Mirror(RunFolder(folder), url).push()
-    shutil.rmtree(folder)
-    capsys.readouterr()
-    assert main([*words, "--mirror", url]) == 0
-    assert "step 0 comes from" in capsys.readouterr().err
-
-
-@pytest.fixture(params=["no such protocol", "a file is in the way"])
-def bad_mirror(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """One that cannot even be read, and one that is only found out by writing."""
-    if request.param == "no such protocol":
-        return "nosuchprotocol://x"
-    (tmp_path / "file").write_text("in the way")
-    return f"{tmp_path}/file"
-
-
-def test_a_mirror_that_cannot_be_written_stops_only_a_run_that_has_nothing(
-    words: list[str], tmp_path: Path, bad_mirror: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Before the first step, leaving nothing; later it is said at the start, at the end and by the status."""
-    bad = ["--mirror", bad_mirror]
-    assert main([*words, *bad]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("tucodec: ")
-    assert bad_mirror in line
-    assert not (tmp_path / "runs").exists()
-
-    assert wait(start(words, kill_at_step(2))) == -9
-    assert main([*words, *bad]) == companions.UNMIRRORED
-    lines = [line for line in capsys.readouterr().err.splitlines() if "tucodec: " in line]
-    assert len(lines) == 2
-    assert "goes on with what is here" in lines[0]
-    assert "the end of this run, step 4, is not in its mirror" in lines[1]
-    (folder,) = run_folders(tmp_path)
-    attempt = Manifest(RunFolder(folder)).read()["attempts"][-1]
-    assert (attempt["exit"], attempt["status"]) == (
-        "finished",
-        0,
-    )  # the training itself is complete
-    # The same command brings it there once the mirror works.
-    good = str(tmp_path / "works")
-    assert main([*words, "--mirror", good]) == 0
-    assert mirror.read_index(RunFolder(folder), good)["checkpoints"][0]["step"] == 4
-
-
-def test_a_lock_whose_file_went_with_its_folder_is_none(tmp_path: Path) -> None:
-    """Whoever waits while a run is refused gets a lock in a folder of its own."""
-    folder = RunFolder(tmp_path / "runs" / "a")
-    with contextlib.ExitStack() as first:
-        first.enter_context(folder.locked())
-        waiting = start_waiting(folder)
-        assert waiting.stdout is not None
-        assert waiting.stdout.readline() == b"waits\n"
-        time.sleep(0.5)
-        assert waiting.poll() is None
-    assert waiting.communicate(timeout=60) == (b"", None)
-    assert waiting.returncode == 0
-    assert not folder.path.exists()
-
-
-def start_waiting(folder: RunFolder) -> "subprocess.Popen[bytes]":
-    """Another process that takes the lock, and checks that a third one would find it."""
-    code = (
-        "import os, sys; from pathlib import Path\n"
-        "from lightning_tucodec.training.runs.folder import RunFolder\n"
-        "folder = RunFolder(Path(sys.argv[1]))\n"
-        "print('waits', flush=True)\n"
-        "with folder.locked():\n"
-        "    assert f'process {os.getpid()} ' in (folder.path / '.lock').read_text()\n"
-    )
-    return subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE)
-
-
-def test_two_states_of_one_step_are_two_files_of_a_mirror(words: list[str], tmp_path: Path) -> None:
-    """As a GAN has them while its discriminator plays alone; the one with more images is further."""
-    url = str(tmp_path / "mirror")
-    assert main(words) == 0
-    (folder,) = run_folders(tmp_path)
-    last = folder / "checkpoints" / "last.ckpt"
-    content = torch.load(last, weights_only=True)
-    copier = mirror.Mirror(RunFolder(folder), url)
-    for images in (4, 8):
-        content["tucodec"].update(opt_step=0, images_seen=images)
-        torch.save(content, last)
-        assert copier.push()
-    entries = mirror.read_index(RunFolder(folder), url)["checkpoints"]
-    assert [(e["step"], e["images"]) for e in entries] == [(0, 8), (0, 4)]
-    kept = {f"checkpoints/{p.name}" for p in (tmp_path / "mirror").glob("*/checkpoints/*")}
-    assert kept == {e["name"] for e in entries}
-    newest = tmp_path / "mirror" / folder.name / entries[0]["name"]
-    elsewhere = RunFolder(tmp_path / "elsewhere" / folder.name)
-    assert mirror.pull(elsewhere, url, (0, 4)) == 0
-    assert state(elsewhere.path)["tucodec"]["images_seen"] == 8
-    newest.write_bytes(b"")
-    assert mirror.pull(elsewhere, url, None) == 0
-    assert state(elsewhere.path)["tucodec"]["images_seen"] == 4
-    assert mirror.pull(elsewhere, url, (0, 8)) is None
-
-
-def test_a_mirror_that_is_removed_is_made_whole_again(words: list[str], tmp_path: Path) -> None:
-    url = str(tmp_path / "mirror")
-    assert main(words) == 0
-    (folder,) = run_folders(tmp_path)
-    copier = mirror.Mirror(RunFolder(folder), url)
-    assert copier.push()
-    there = tmp_path / "mirror" / folder.name
-    before = {p.relative_to(there): p.read_bytes() for p in there.rglob("*") if p.is_file()}
-    shutil.rmtree(there)
-    with (folder / "metrics.jsonl").open("a") as stream:
-        stream.write('{"opt_step": 99}\n')
-    assert copier.push()
-    after = {p.relative_to(there): p.read_bytes() for p in there.rglob("*") if p.is_file()}
-    changed = {Path("metrics.jsonl"), Path("mirror.json")}
-    assert before.keys() == after.keys()
-    assert {name for name in before if before[name] != after[name]} == changed
-    elsewhere = RunFolder(tmp_path / "elsewhere" / folder.name)
-    assert mirror.pull(elsewhere, url, None) is not None
-
-
-def test_a_mirror_of_an_earlier_version_is_read_and_goes_on(
-    words: list[str], tmp_path: Path
-) -> None:
-    """It named checkpoints by their step alone."""
-    url = tmp_path / "mirror"
-    assert wait(start(words, kill_at_step(2))) == -9
-    (folder,) = run_folders(tmp_path)
-    mirror.Mirror(RunFolder(folder), str(url)).push()
-    index = url / folder.name / mirror.INDEX
-    content = json.loads(index.read_text())
-    for entry in content["checkpoints"]:
-        del entry["images"]
-        name = f"checkpoints/step-{entry['step']:08d}.ckpt"
-        (index.parent / entry["name"]).rename(index.parent / name)
-        entry["name"] = name
-    index.write_text(json.dumps(content))
-    reached = state(folder)["tucodec"]["opt_step"]
-    shutil.rmtree(folder)
-    assert main([*words, "--mirror", str(url)]) == 0
-    attempt = Manifest(RunFolder(folder)).read()["attempts"][-1]
-    assert attempt["from_step"] == reached
-    steps = [e["step"] for e in mirror.read_index(RunFolder(folder), str(url))["checkpoints"]]
-    assert steps[0] == 4
 
 
 # --- processes beside a run -------------------------------------------------------------------

@@ -13,6 +13,7 @@ import yaml
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import DatasetError
 from lightning_tucodec.training.beside import companions, mirror
+from lightning_tucodec.training.beside.pull import pull
 from lightning_tucodec.training.runs.folder import Manifest, RunFolder, read_metrics
 from tests.support import MICRO
 from tests.training.test_fit import config, runs, write
@@ -79,7 +80,7 @@ def test_a_mirror_names_its_own_files_only(
     folder = RunFolder(tmp_path / "c" / "d" / run.name)
     before = _files(tmp_path)
     with pytest.raises(DatasetError, match=r"mirror\.json: damaged .* remove the mirror"):
-        mirror.pull(folder, str(url), None)
+        pull(folder, str(url), None)
     with pytest.raises(DatasetError, match="damaged"):
         mirror.Mirror(RunFolder(run), str(url))
     assert _files(tmp_path) == before
@@ -89,7 +90,7 @@ def test_a_mirror_names_its_own_files_only(
 def test_what_a_mirror_may_hold_comes_back(mirrored: tuple[Path, Path], tmp_path: Path) -> None:
     run, source = mirrored
     folder = RunFolder(tmp_path / run.name)
-    assert mirror.pull(folder, str(source.parent), None) == 2
+    assert pull(folder, str(source.parent), None) == 2
     kept = {path.relative_to(run).as_posix() for path in _files(run)}
     came = {path.relative_to(folder.path).as_posix() for path in _files(folder.path)}
     assert kept - came == {".lock", "images/step-00000002.tmp", "checkpoints/previous.ckpt"} & kept

@@ -3,12 +3,16 @@
     <url>/<run folder's name>/
         mirror.json                     complete files, with size and SHA-256; checkpoints newest first
         checkpoints/step-….ckpt         two generations, named by step and content
-        metrics.jsonl manifest.json config.yaml images/
+        metrics-….jsonl manifest-….json config-….yaml       named by content
+        images/
 
 `mirror.json` is written last, so the files that it names are complete, and files left incomplete by a lost
-connection are never read. A checkpoint is never written over another. `mirror.json` may name only these
-files, whoever wrote it. A process of its own copies the files, so that a training step does not wait for a
-server that hangs. It ends when its parent closes its standard input or dies.
+connection are never read. Only a picture may be written over another: what `mirror.json` names stays as it is
+until the next one names something else, wherever the copying is interrupted. So bytes without the stated hash
+are damaged, and are never taken (`pull`). `mirror.json` may name only these files, whoever wrote it.
+
+A process of its own copies the files, so that a training step does not wait for a server that hangs. It ends
+when its parent closes its standard input or dies.
 
     TUCODEC_MIRROR=URL python -m lightning_tucodec.training.beside.mirror RUN_FOLDER
 """
@@ -24,19 +28,21 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lightning_tucodec.errors import DatasetError, TucodecError, redacted
-from lightning_tucodec.io.storage import Storage, sha256_file
-from lightning_tucodec.io.temporary import atomic_write
+from lightning_tucodec.errors import DatasetError, redacted
+from lightning_tucodec.io.storage import Storage
 from lightning_tucodec.training.beside.companions import wait
-from lightning_tucodec.training.runs.folder import MANIFEST, Manifest, RunFolder
+from lightning_tucodec.training.runs.folder import MANIFEST, RunFolder
 from lightning_tucodec.training.runs.weights import CHECKPOINTS
 
 INDEX = "mirror.json"
 POLL_SECONDS = 2.0
 """Pause between two looks at the run folder."""
 
-_SMALL = ("metrics.jsonl", MANIFEST, "config.yaml")
+SMALL = ("metrics.jsonl", MANIFEST, "config.yaml")
+"""Files that change while a run trains."""
+
 _PICTURE = re.compile(r"images/step-\d{8}[^/\0]*\.(png|json)")
+_CHANGING = re.compile(r"(metrics|manifest|config)(-[0-9a-f]{16})?\.(jsonl|json|yaml)")
 _GENERATIONS = 2
 
 
@@ -44,27 +50,8 @@ Progress = tuple[int, int]
 """Steps and images of a state; a GAN's discriminator learns between two steps of its codec."""
 
 
-def check_writable(url: str) -> None:
-    """Write, read and remove a small file at a mirror's parent.
-
-    Raises:
-        DatasetError: that does not work.
-    """
-    storage = Storage(url)
-    probe = f".tucodec-probe-{os.getpid()}"
-    try:
-        storage.write(probe, b"tucodec")
-        same = storage.read(probe) == b"tucodec"
-        storage.remove(probe)
-    except OSError as error:
-        raise DatasetError(f"mirror {url}: {error.strerror or error}") from None
-    except TucodecError as error:
-        raise DatasetError(f"mirror {url}: {error}") from None
-    if not same:
-        raise DatasetError(f"mirror {url}: what was read is not what was written")
-
-
-def _mirror_of(folder: RunFolder, url: str) -> Storage:
+def mirror_of(folder: RunFolder, url: str) -> Storage:
+    """The folder of a run's copy."""
     return Storage(f"{url.rstrip('/')}/{folder.path.name}")
 
 
@@ -74,7 +61,7 @@ def read_index(folder: RunFolder, url: str) -> dict[str, Any]:
     Raises:
         DatasetError: the storage cannot be reached, or the index is damaged or names what no mirror holds.
     """
-    storage = _mirror_of(folder, url)
+    storage = mirror_of(folder, url)
     try:
         index: dict[str, Any] = json.loads(storage.read(INDEX))
         problem = _problem(index)
@@ -89,13 +76,13 @@ def read_index(folder: RunFolder, url: str) -> dict[str, Any]:
 
 def _mirrored(name: str) -> bool:
     """Whether a file of a run folder, besides its checkpoints, belongs to the mirror."""
-    return name in _SMALL or _PICTURE.fullmatch(name) is not None
+    return name in SMALL or _PICTURE.fullmatch(name) is not None
 
 
 def _problem(index: dict[str, Any]) -> str | None:
     """What cannot be; names become paths."""
     for name, entry in index["files"].items():
-        if not _mirrored(name) or entry["name"] != name:
+        if not _mirrored(name) or entry["name"] not in (_stored(name, entry["sha256"]), name):
             return f"{entry['name']!r} as {name!r}"
     for entry in index["checkpoints"]:
         if entry["name"] not in (_checkpoint(entry["step"], entry["sha256"]), _old(entry["step"])):
@@ -114,14 +101,25 @@ def _checkpoint(step: int, sha256: str) -> str:
     return f"checkpoints/step-{step:08d}-{sha256[:16]}.ckpt"
 
 
+def _stored(name: str, sha256: str) -> str:
+    """Name in a mirror of a file that changes while a run trains; earlier versions kept its own."""
+    stem, _, suffix = name.partition(".")
+    return f"{stem}-{sha256[:16]}.{suffix}" if name in SMALL else name
+
+
 def _old(step: int) -> str:
     """Name in mirrors of earlier versions."""
     return f"checkpoints/step-{step:08d}.ckpt"
 
 
-def _progress(entry: dict[str, Any]) -> Progress:
+def progress(entry: dict[str, Any]) -> Progress:
     """Of a checkpoint in an index; earlier versions did not write down the images."""
     return entry["step"], entry.get("images", 0)
+
+
+def _names(index: dict[str, Any]) -> set[str]:
+    """Of all files that an index names."""
+    return {entry["name"] for entry in (*index["checkpoints"], *index["files"].values())}
 
 
 class Mirror:
@@ -134,11 +132,12 @@ class Mirror:
 
     def __init__(self, folder: RunFolder, url: str) -> None:
         self.folder = folder
-        self.storage = _mirror_of(folder, url)
+        self.storage = mirror_of(folder, url)
         self.index = read_index(folder, url) or {"checkpoints": [], "files": {}}
         self._seen: dict[str, tuple[int, int]] = {}
         self._caught_up = False
         self._published = False
+        self._former = _names(self.index)
 
     def push(self) -> bool:
         """Copy once; returns whether anything had changed.
@@ -161,7 +160,7 @@ class Mirror:
 
     def _push_all(self) -> bool:
         changed = self._push_checkpoint()
-        names = list(_SMALL)
+        names = list(SMALL)
         names += [f"images/{p.name}" for p in sorted(self.folder.images.glob("step-*"))]
         for name in filter(_mirrored, names):
             changed |= self._push_file(name)
@@ -169,7 +168,7 @@ class Mirror:
 
     def _behind(self) -> bool:
         """Whether the mirror holds more than this run has reached so far; then it stays as it is."""
-        there = [_progress(entry) for entry in self.index["checkpoints"]]
+        there = [progress(entry) for entry in self.index["checkpoints"]]
         if not there or self._caught_up:
             return False
         try:
@@ -189,8 +188,9 @@ class Mirror:
         own = _progress_of(data)
         if own is None:
             return False
-        entry = self._put(_checkpoint(own[0], hashlib.sha256(data).hexdigest()), data)
-        older = [e for e in self.index["checkpoints"] if _progress(e) < own]
+        digest = hashlib.sha256(data).hexdigest()
+        entry = self._put(_checkpoint(own[0], digest), data, digest)
+        older = [e for e in self.index["checkpoints"] if progress(e) < own]
         newest = {"step": own[0], "images": own[1], **entry}
         self.index["checkpoints"] = [newest, *older][:_GENERATIONS]
         self._seen[str(path)] = stamp
@@ -201,13 +201,15 @@ class Mirror:
         stamp = self._changed(path)
         if stamp is None:
             return False
-        self.index["files"][name] = self._put(name, path.read_bytes())
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        self.index["files"][name] = self._put(_stored(name, digest), data, digest)
         self._seen[str(path)] = stamp
         return True
 
-    def _put(self, name: str, data: bytes) -> dict[str, Any]:
+    def _put(self, name: str, data: bytes, sha256: str) -> dict[str, Any]:
         self.storage.write(name, data)
-        return {"name": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return {"name": name, "size": len(data), "sha256": sha256}
 
     def _changed(self, path: Path) -> tuple[int, int] | None:
         """Time and inode of a file that is new since it was copied; None otherwise."""
@@ -219,10 +221,15 @@ class Mirror:
         return None if self._seen.get(str(path)) == stamp else stamp
 
     def _prune(self) -> None:
-        kept = {entry["name"] for entry in self.index["checkpoints"]}
+        """Remove what is no longer named; small files one push later, since somebody may be reading them."""
+        named = _names(self.index)
         for name, _ in self.storage.files():
-            if name.startswith("checkpoints/") and name not in kept:
+            old = name.startswith("checkpoints/") or (
+                _CHANGING.fullmatch(name) and name not in self._former
+            )
+            if old and name not in named:
                 self.storage.remove(name)
+        self._former = named
 
 
 class _Nothing:
@@ -257,61 +264,6 @@ def _progress_of(data: bytes) -> Progress | None:
         zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError, EOFError,
     ):  # fmt: skip
         return None
-
-
-def pull(folder: RunFolder, url: str, own: Progress | None) -> int | None:
-    """Bring a run's state here if the mirror is further than `own`, or holds any where that is None.
-
-    The newest checkpoint whose bytes have the stated hash is taken, with metrics, manifest and pictures.
-    Local checkpoints stay as the older generation.
-
-    Returns:
-        The step, or None when the mirror has nothing newer.
-
-    Raises:
-        DatasetError: the storage cannot be reached.
-    """
-    storage = _mirror_of(folder, url)
-    index = read_index(folder, url)
-    last, previous = (folder.checkpoints / name for name in CHECKPOINTS)
-    for entry in index.get("checkpoints", []):
-        if own is not None and _progress(entry) <= own:
-            break
-        incoming = folder.checkpoints / "incoming.ckpt"
-        try:
-            _get(storage, entry, incoming)
-        except (TucodecError, OSError) as error:
-            print(f"tucodec: {error}; trying an older one", file=sys.stderr, flush=True)
-            incoming.unlink(missing_ok=True)
-            continue
-        for name, file in index["files"].items():
-            target = folder.path / name
-            data = storage.read(file["name"])
-            if name == MANIFEST:
-                Manifest(folder).merge(data)
-            elif not target.exists() or name in _SMALL:
-                with atomic_write(target) as stream:
-                    stream.write(data)
-        if last.exists():
-            last.replace(previous)
-        incoming.replace(last)
-        return int(entry["step"])
-    return None
-
-
-def _get(storage: Storage, entry: dict[str, Any], target: Path) -> None:
-    """Fetch a file and compare size and hash.
-
-    Raises:
-        DatasetError: they differ.
-    """
-    if storage.remote:
-        storage.download(entry["name"], target, entry["size"], entry["sha256"])
-        return
-    with atomic_write(target) as stream:
-        stream.write(storage.read(entry["name"]))
-    if sha256_file(target) != entry["sha256"]:
-        raise DatasetError(f"{storage.path(entry['name'])}: its bytes are not what was stored")
 
 
 def follow(folder: RunFolder, url: str) -> bool:
