@@ -24,7 +24,8 @@ from lightning_tucodec.io import processes
 from lightning_tucodec.io.images import read_image
 from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.quality.curves import Curve
-from lightning_tucodec.quality.metrics import bits_per_pixel, psnr_from_sse, sse
+from lightning_tucodec.quality.decibels import psnr_from_sse
+from lightning_tucodec.quality.metrics import bits_per_pixel, sse
 from lightning_tucodec.report.figures import Panel, comparison_figure, rd_figure
 
 TRAINING_PHOTOS = (

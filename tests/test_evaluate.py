@@ -16,7 +16,8 @@ from lightning_tucodec import cli
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.errors import ConfigError, ImageInputError
-from lightning_tucodec.quality.metrics import psnr_from_sse, sse
+from lightning_tucodec.quality.decibels import psnr_from_sse
+from lightning_tucodec.quality.metrics import sse
 from lightning_tucodec.sets.allocation import allocate
 from lightning_tucodec.sets.evaluate import (
     allocation_table,

@@ -14,14 +14,13 @@ from scipy.signal import fftconvolve
 from skimage.data import astronaut
 
 from lightning_tucodec.quality import metrics
+from lightning_tucodec.quality.decibels import ms_ssim_db, psnr_from_sse
 from lightning_tucodec.quality.metrics import (
     MS_SSIM_WEIGHTS,
     bits_per_pixel,
     ms_ssim,
-    ms_ssim_db,
     ms_ssim_scales,
     psnr,
-    psnr_from_sse,
     sse,
 )
 
@@ -159,6 +158,9 @@ def test_psnr_by_hand() -> None:
     assert psnr_from_sse(65025 * 12, 12) == 0.0
     assert psnr_from_sse(0, 12) == math.inf
     assert ms_ssim_db(0.9) == pytest.approx(10.0)
+    shown = ms_ssim_db([1.0, 1 + 1e-9, math.nan, -math.inf], most=120)
+    np.testing.assert_array_equal(shown, [120, 120, math.nan, math.nan])
+    assert ms_ssim_db(1.0) == math.inf
     assert bits_per_pixel(100, 800) == 1.0
 
 

@@ -177,7 +177,8 @@ def conversion_ceiling(image: NDArray[np.uint8], chroma: str = "420") -> float:
 
     No codec behind this conversion can exceed it on this image.
     """
-    from lightning_tucodec.quality.metrics import psnr_from_sse, sse
+    from lightning_tucodec.quality.decibels import psnr_from_sse
+    from lightning_tucodec.quality.metrics import sse
 
     height, width = image.shape[:2]
     back = planes_to_rgb(rgb_to_planes(pad(image, 2, 4), chroma))[:height, :width]

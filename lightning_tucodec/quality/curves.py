@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.files import cut_path, expanded, read_bytes
+from lightning_tucodec.quality.decibels import ms_ssim_db
 
 Floats = NDArray[np.float64]
 Quality = Literal["psnr", "ms_ssim_db"]
@@ -27,10 +28,8 @@ QUALITIES: dict[Quality, str] = {"psnr": "PSNR", "ms_ssim_db": "MS-SSIM"}
 
 
 def decibels(ms_ssim: ArrayLike) -> Floats:
-    """MS-SSIM on a logarithmic scale, −10·log10(1 − MS-SSIM); 120 dB at most, NaN for what is not finite."""
-    values = np.asarray(ms_ssim, np.float64)
-    values = np.where(np.isfinite(values), values, np.nan)
-    return -10 * np.log10(np.maximum(1 - values, 1e-12))
+    """MS-SSIM in dB as curves hold it: 120 dB at most, as a point is to be finite."""
+    return ms_ssim_db(ms_ssim, 120.0)
 
 
 def _usable(bpp: Floats, values: Floats) -> NDArray[np.bool_]:

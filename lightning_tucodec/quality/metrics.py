@@ -1,8 +1,7 @@
 """Quality and rate of coded images, one value an image.
 
-The functions on tensors (`ms_ssim`, `psnr`) are differentiable and serve
-as training losses; those on uint8 arrays (`sse`, `psnr_from_sse`) are exact integers until the
-logarithm.
+The functions on tensors (`ms_ssim`, `psnr`) are differentiable and serve as training losses; that on
+uint8 arrays (`sse`) is an exact integer.
 """
 
 import math
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_tucodec.quality.decibels import psnr_from_sse
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponents of the five scales, finest first (Wang, Simoncelli and Bovik, 2003)."""
@@ -38,21 +39,6 @@ def sse(x: np.ndarray, y: np.ndarray) -> int:
         raise ValueError(f"shapes differ: {x.shape} and {y.shape}")
     difference = np.subtract(x, y, dtype=np.int16).ravel()
     return int(np.einsum("i,i->", difference, difference, dtype=np.int64))
-
-
-def psnr_from_sse(total: int | float, values: int, peak: float = 255.0) -> float:
-    """PSNR in dB of a summed squared error over `values` values; infinite for no error.
-
-    With the sums of a whole set this is CLIC's pooled PSNR.
-
-    Args:
-        total: summed squared error.
-        values: number of summed values (3 · height · width for an RGB image).
-        peak: the largest value of the scale the error was measured on.
-    """
-    if values <= 0:
-        raise ValueError("PSNR of nothing")
-    return math.inf if total == 0 else 10.0 * math.log10(peak * peak * values / total)
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -147,11 +133,6 @@ def quality(image: np.ndarray, shown: np.ndarray) -> dict[str, float | None]:
     error = sse(image, shown)
     psnr = psnr_from_sse(error, image.size) if error else None
     return {"psnr": psnr, "ms_ssim": pixels_ms_ssim(image, shown)}
-
-
-def ms_ssim_db(value: float) -> float:
-    """MS-SSIM on a logarithmic scale, −10·log10(1 − MS-SSIM); infinite for 1."""
-    return math.inf if value >= 1.0 else -10.0 * math.log10(1.0 - value)
 
 
 def bits_per_pixel(size: int, pixels: int) -> float:

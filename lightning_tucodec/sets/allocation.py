@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from lightning_tucodec.coding.compiling import compiled
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.quality.decibels import psnr_from_sse
 
 Quantity = Literal["bytes", "sse", "ms_ssim", "seconds"]
 """What can be minimised or limited: `ms_ssim` stands for the loss pixels·(1 − MS-SSIM)."""
@@ -251,7 +252,7 @@ def allocate(
         choice=solution.choice,
         bytes=size,
         bpp=8 * size / pixels,
-        psnr=math.inf if error == 0 else 10 * math.log10(255**2 * 3 * pixels / error),
+        psnr=psnr_from_sse(error, 3 * pixels),
         ms_ssim=float(np.average(table.ms_ssim[rows, solution.choice], weights=table.pixels)),
         objective=solution.cost,
         bound=solution.bound,
@@ -491,7 +492,7 @@ def _check_reachable(
         wanted = f"{limit} are allowed ({8 * limit / pixels:.4f} bpp), {least - limit} fewer"
         help_ = f"add a candidate coarser than {favourite}"
     elif quantity == "sse":
-        have, want = (10 * math.log10(255**2 * 3 * pixels / max(1, e)) for e in (least, limit))
+        have, want = (psnr_from_sse(max(1, e), 3 * pixels) for e in (least, limit))
         reached = f"the best choice reaches {have:.3f} dB pooled PSNR"
         wanted = f"{want:.3f} dB are asked for, {want - have:.3f} dB more"
         help_ = f"add a candidate finer than {favourite}; {worst} has the largest error"

@@ -28,6 +28,7 @@ from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.io import ffmpeg, processes
 from lightning_tucodec.io.images import read_image
 from lightning_tucodec.io.temporary import temporary_folder
+from lightning_tucodec.quality.decibels import psnr_from_sse
 from lightning_tucodec.sets.allocation import METHODS, Quantity, Table, relative_gap
 from lightning_tucodec.sets.evaluate import Row, allocation_table, compare, find_images, finite
 from lightning_tucodec.sets.manifest import (
@@ -267,7 +268,7 @@ def _wrong_values(label: str, entry: dict[str, Any], row: Row) -> list[str]:
 
 def _totals(rows: Sequence[Row]) -> tuple[dict[str, Any], Table]:
     """The set's values, and the images' own as a table of one candidate."""
-    from lightning_tucodec.quality.metrics import bits_per_pixel, psnr_from_sse
+    from lightning_tucodec.quality.metrics import bits_per_pixel
 
     table = allocation_table([{**row, "image": i, "codec": ""} for i, row in enumerate(rows)])
     pixels, size = int(table.pixels.sum()), int(table.bytes.sum())

@@ -43,6 +43,7 @@ from lightning_tucodec.io.processes import (
     worker_threads,
 )
 from lightning_tucodec.io.temporary import atomic_write
+from lightning_tucodec.quality.decibels import ms_ssim_db, psnr_from_sse
 from lightning_tucodec.quality.perceptual import DEFINITIONS as PERCEPTUAL
 from lightning_tucodec.quality.perceptual import MEASURES, check_names
 
@@ -181,10 +182,10 @@ def compare(image: NDArray[np.uint8], back: NDArray[np.uint8], size: int) -> Row
         "bpp": metrics.bits_per_pixel(size, height * width),
         "sse": error,
         "sse_y": luma_error,
-        "psnr": metrics.psnr_from_sse(error, image.size),
-        "psnr_y": metrics.psnr_from_sse(luma_error, height * width),
+        "psnr": psnr_from_sse(error, image.size),
+        "psnr_y": psnr_from_sse(luma_error, height * width),
         "ms_ssim": similarity,
-        "ms_ssim_db": None if similarity is None else metrics.ms_ssim_db(similarity),
+        "ms_ssim_db": None if similarity is None else float(ms_ssim_db(similarity)),
         "ms_ssim_scales": metrics.ms_ssim_scales(height, width),
     }
 
@@ -299,7 +300,7 @@ def _kept(keep: Path, row: Row) -> Path:
 
 def summarise(rows: Sequence[Row], codecs: Sequence[ImageCodec]) -> list[Row]:
     """One row a codec for the whole set; see `DEFINITIONS`."""
-    from lightning_tucodec.quality.metrics import bits_per_pixel, ms_ssim_db, psnr_from_sse
+    from lightning_tucodec.quality.metrics import bits_per_pixel
 
     sets = []
     for codec in codecs:
@@ -323,7 +324,7 @@ def summarise(rows: Sequence[Row], codecs: Sequence[ImageCodec]) -> list[Row]:
             "psnr_y_mean": _mean(own, "psnr_y"),
             "ms_ssim": weighted,
             "ms_ssim_mean": plain,
-            "ms_ssim_db": None if weighted is None else ms_ssim_db(weighted),
+            "ms_ssim_db": None if weighted is None else float(ms_ssim_db(weighted)),
             "encode_seconds": math.fsum(row["encode_seconds"] for row in own),
             "decode_seconds": math.fsum(row["decode_seconds"] for row in own),
         }

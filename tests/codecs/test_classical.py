@@ -12,7 +12,8 @@ from lightning_tucodec.codecs.colour import (
 )
 from lightning_tucodec.codecs.registry import CLASSES, codec
 from lightning_tucodec.errors import ConfigError, CorruptStreamError, ImageInputError
-from lightning_tucodec.quality.metrics import psnr_from_sse, sse
+from lightning_tucodec.quality.decibels import psnr_from_sse
+from lightning_tucodec.quality.metrics import sse
 
 PHOTO = np.ascontiguousarray(astronaut()[40:168, 150:310])
 

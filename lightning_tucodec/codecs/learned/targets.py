@@ -11,11 +11,11 @@ from lightning_tucodec.codecs.h266.codec import H266
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.refine import RefinedModel
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.quality.decibels import psnr_from_sse
 from lightning_tucodec.quality.metrics import (
     bits_per_pixel,
     ms_ssim_scales,
     pixels_ms_ssim,
-    psnr_from_sse,
     sse,
 )
 
