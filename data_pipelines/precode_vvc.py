@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipelines.patches import contrast, grid, luma
-from data_pipelines.shards import INDEX, describe_shard, json_line, named_stream, shard_name
 from data_pipelines.sources import Entry, Source, fingerprint, list_entries
+from data_pipelines.store import INDEX, describe_shard, json_line, named_stream, shard_name
 from data_pipelines.tasks import run_tasks
 from lightning_tucodec.codecs.h266.vvc import Vvc
 from lightning_tucodec.codecs.registry import codec

@@ -12,98 +12,38 @@ The notes lie in `.build/` of the output and vanish when `index.json` is written
 
 import errno
 import hashlib
-import io
 import json
-import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.duplicates import near_duplicates
+from data_pipelines.inspection import inspect_chunk
+from data_pipelines.options import BuildOptions
+from data_pipelines.patch_plan import PatchPlan, Row
 from data_pipelines.patches import (
     EXTENSION,
-    Patch,
-    contrast,
     encode_patch,
-    grid,
-    luma,
-    perceptual_hash,
     pixel_hash,
     scaled,
 )
 from data_pipelines.sources import Entry, Source, fingerprint, list_entries
+from data_pipelines.store import INDEX, describe_shard, json_line, named_stream, shard_name
 from data_pipelines.tasks import run_tasks
-from lightning_tucodec.errors import ConfigError, DatasetError, ImageInputError
-from lightning_tucodec.io.files import TooLargeError
-from lightning_tucodec.io.hashing import derive, permute
+from lightning_tucodec.errors import ConfigError, DatasetError
 from lightning_tucodec.io.images import read_image
-from lightning_tucodec.io.storage import Storage, sha256_file
+from lightning_tucodec.io.storage import Storage
 from lightning_tucodec.io.temporary import atomic_write, temporary_folder
 
-INDEX = "index.json"
 REJECTED = "rejected.jsonl"
 _STATE = ".build"
 _CHUNK = 16
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """Everything besides the photographs that decides the bytes of a build.
-
-    Attributes:
-        patch: side of a patch, pixels.
-        count: patches in all; None takes all there are.
-        shard_size: patches in a shard (the last one may hold fewer).
-        seed: decides the places of the patches, their choice and their order.
-        encoding: `webp` (lossless), `png` or `raw`.
-        long_edge: photographs are scaled down to at most this many pixels first.
-        scales: further factors at which patches are cut, each ≤ 1.
-        max_overlap: the most that two patches of one scale share, as a fraction of the side.
-        min_contrast: patches whose luma has a smaller standard deviation (gray levels of 255) are
-            flat and not used.
-        duplicate_bits: photographs whose 64-bit perceptual hashes differ in at most this many bits
-            are the same; −1 keeps all but byte-identical files.
-    """
-
-    patch: int = 256
-    count: int | None = None
-    shard_size: int = 1024
-    seed: int = 0
-    encoding: str = "webp"
-    long_edge: int = 2000
-    scales: tuple[float, ...] = (1.0,)
-    max_overlap: float = 0.0
-    min_contrast: float = 3.0
-    duplicate_bits: int = 4
-
-    def check(self) -> None:
-        """Raise ConfigError for values that cannot work."""
-        for name, value in (("patch", self.patch), ("shard-size", self.shard_size)):
-            if value < 1:
-                raise ConfigError(f"--{name} {value}: must be at least 1")
-        if self.count is not None and self.count < 1:
-            raise ConfigError(f"--count {self.count}: must be at least 1")
-        if self.encoding not in EXTENSION:
-            raise ConfigError(f"--format {self.encoding}: use {', '.join(EXTENSION)}")
-        if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
-            raise ConfigError("--scales: every scale must lie in (0, 1]")
-        if not 0 <= self.max_overlap < 1:
-            raise ConfigError(f"--max-overlap {self.max_overlap}: must lie in [0, 1)")
-        if not 0 <= self.min_contrast <= 255:
-            raise ConfigError(f"--min-contrast {self.min_contrast}: must lie in [0, 255]")
-        if not -1 <= self.duplicate_bits < 64:
-            raise ConfigError(f"--duplicate-bits {self.duplicate_bits}: must lie in -1 … 63")
-        if self.long_edge < self.patch:
-            raise ConfigError(
-                f"--long-edge {self.long_edge}: leaves no room for patches of {self.patch}"
-            )
 
 
 class Part(NamedTuple):
@@ -129,13 +69,6 @@ class Summary(NamedTuple):
     contents: dict[str, Any] | None
     missing: str = ""
     wanted: int | None = None
-
-
-class _Row(NamedTuple):
-    """A sample to be: its place in the shard and its patch."""
-
-    row: int
-    patch: Patch
 
 
 def build(
@@ -218,7 +151,8 @@ class _Build:
         missing = self._inspect(chunks)
         if missing and not merge:
             return Summary(None, f"{missing} of {len(chunks)} chunks of images to inspect")
-        plan = _Plan(self, (note for chunk in chunks for note in self._notes(chunk)))
+        notes = (note for chunk in chunks for note in self._notes(chunk))
+        plan = PatchPlan(self.options, self.sources, self.entries, notes)
         self._write(plan)
         if not merge:
             left = sum(self._record(shard) is None for shard in range(plan.shards))
@@ -259,13 +193,19 @@ class _Build:
         open_chunks = [chunk for chunk in chunks if _notes_name(chunk) not in done]
         mine = [chunk for chunk in open_chunks if self.part.has(chunk)]
         tasks = (
-            (self.locations, self.out, _notes_name(chunk), self.options, self._chunk(chunk))
+            (
+                self.locations,
+                self.out,
+                f"{_STATE}/{_notes_name(chunk)}",
+                self.options,
+                self._chunk(chunk),
+            )
             for chunk in mine
         )
-        run_tasks(_inspect_chunk, tasks, len(mine), self.workers, "inspect")
+        run_tasks(inspect_chunk, tasks, len(mine), self.workers, "inspect")
         return len(open_chunks) - len(mine)
 
-    def _write(self, plan: "_Plan") -> None:
+    def _write(self, plan: PatchPlan) -> None:
         """Write this part's shards."""
         mine = [
             shard
@@ -277,7 +217,7 @@ class _Build:
         )
         run_tasks(_write_shard, tasks, len(mine), self.workers, "write")
 
-    def _finish(self, plan: "_Plan") -> Summary:
+    def _finish(self, plan: PatchPlan) -> Summary:
         """Index and list of rejected images, then the notes go."""
         shards = []
         for number in range(plan.shards):
@@ -351,149 +291,9 @@ class _Build:
         return record if self.storage.size(name) == record["bytes"] else None
 
 
-class _Plan:
-    """Which patch becomes which sample, as arrays of a few bytes a patch.
-
-    Args:
-        job: the build.
-        notes: of all images in their order; each is let go before the next is read.
-    """
-
-    def __init__(self, job: _Build, notes: Iterable[dict[str, Any]]) -> None:
-        options, self.entries = job.options, job.entries
-        self.shard_size = options.shard_size
-        self.rejected: list[dict[str, Any]] = []
-        self.digests: dict[int, str] = {}
-        patches: dict[int, NDArray[np.int32]] = {}
-        hashes: dict[int, int] = {}
-        areas: dict[int, int] = {}
-        self._scales = options.scales
-        for number, note in enumerate(notes):
-            if "kind" in note:
-                self._reject(job, number, note["kind"], note["reason"])
-                continue
-            self.digests[number] = note["sha256"]
-            hashes[number], areas[number] = int(note["hash"], 16), note["width"] * note["height"]
-            patches[number] = np.array(note["patches"], np.int32).reshape(-1, 3)
-        # The larger of two copies is kept; of equally large ones the first.
-        order = sorted(patches, key=lambda number: (-areas[number], number))
-        same = near_duplicates(
-            [self.digests[number] for number in order],
-            np.array([hashes[number] for number in order], np.uint64),
-            options.duplicate_bits,
-        )
-        for lost, kept in same.items():
-            other = self.entries[order[kept]]
-            reason = f"same picture as {job.sources[other.source].name}/{other.name}"
-            self._reject(job, order[lost], "duplicate", reason)
-            del patches[order[lost]]
-        self.rejected.sort(key=lambda row: row["number"])
-        for row in self.rejected:
-            del row["number"]
-        self._choose(patches, options)
-
-    def _reject(self, job: _Build, number: int, kind: str, reason: str) -> None:
-        entry = self.entries[number]
-        self.rejected.append({
-            "number": number, "source": job.sources[entry.source].name, "image": entry.name,
-            "kind": kind, "reason": reason,
-        })  # fmt: skip
-
-    def _choose(self, patches: dict[int, NDArray[np.int32]], options: BuildOptions) -> None:
-        """Deal out `count` evenly over the images, put the images in a random order."""
-        numbers = np.array(sorted(patches), np.int64)
-        if not len(numbers):
-            raise DatasetError(
-                "no photograph offers a patch: all are unreadable, duplicates, flat or smaller "
-                f"than {options.patch} pixels"
-            )
-        key = derive(options.seed, 1)
-        order = numbers[permute(np.arange(len(numbers)), len(numbers), key).astype(np.int64)]
-        quota = _even_shares(np.array([len(patches[int(n)]) for n in order]), options.count)
-        chosen = []
-        for number, share in zip(order.tolist(), quota.tolist(), strict=True):
-            found = patches[number]
-            pick = permute(np.arange(share), len(found), derive(key, number)).astype(np.int64)
-            chosen.append(np.column_stack([np.full(share, number, np.int32), found[np.sort(pick)]]))
-        self._patches = np.concatenate(chosen).astype(np.int32)
-        self._key = derive(options.seed, 2)
-        self.shards = -(-len(self._patches) // self.shard_size)
-
-    def shard(self, number: int) -> list[tuple[Entry, str, list[_Row]]]:
-        """The images of a shard, each with its SHA-256 and the samples that it gives."""
-        first = number * self.shard_size
-        block = self._patches[first : first + self.shard_size]
-        rows = permute(np.arange(len(block)), len(block), derive(self._key, number))
-        images: dict[int, list[_Row]] = {}
-        for (image, scale, x, y), row in zip(block.tolist(), rows.tolist(), strict=True):
-            patch = Patch(self._scales[scale], x, y)
-            images.setdefault(image, []).append(_Row(row, patch))
-        return [
-            (self.entries[image], self.digests[image], found) for image, found in images.items()
-        ]
-
-
-def _even_shares(available: NDArray[np.int64], count: int | None) -> NDArray[np.int64]:
-    """How many of its patches each image gives, so that none gives many while another has more."""
-    if count is None or count >= available.sum():
-        return available
-    low, high = 0, int(available.max())
-    while low < high:  # the largest level whose sum does not exceed `count`
-        level = (low + high + 1) // 2
-        low, high = (
-            (level, high) if np.minimum(available, level).sum() <= count else (low, level - 1)
-        )
-    shares = np.minimum(available, low)
-    more = np.flatnonzero(available > low)[: count - int(shares.sum())]
-    shares[more] += 1
-    return shares
-
-
-def _inspect_chunk(
-    locations: Sequence[str], out: str, name: str, options: BuildOptions, entries: list[Entry]
-) -> None:
-    sources = {entry.source: Source(locations[entry.source]) for entry in entries}
-    notes = [_inspect_image(sources[entry.source], entry, options) for entry in entries]
-    Storage(out).write(f"{_STATE}/{name}", b"".join(json_line(note) for note in notes))
-
-
-def _inspect_image(source: Source, entry: Entry, options: BuildOptions) -> dict[str, Any]:
-    """Hashes, size and worthwhile patches of one image, or why it is rejected."""
-    try:
-        data = source.read(entry)
-        image = read_image(named_stream(data, entry.name))
-    except (ImageInputError, FileNotFoundError, PermissionError) as error:
-        reason = str(error).removeprefix(f"{entry.name}: ")
-        return {"kind": "unreadable", "reason": reason}
-    except TooLargeError as error:
-        return {"kind": "unreadable", "reason": str(error.strerror)}
-    digest = hashlib.sha256(data).hexdigest()
-    key = derive(options.seed, int(digest[:16], 16))
-    patches, flat = [], 0
-    for number, scale in enumerate(options.scales):
-        view = scaled(image, options.long_edge, scale)
-        gray = luma(view)
-        height, width = gray.shape
-        corners = grid(width, height, options.patch, options.max_overlap, derive(key, number))
-        for x, y in corners:
-            if contrast(gray[y : y + options.patch, x : x + options.patch]) < options.min_contrast:
-                flat += 1
-            else:
-                patches.append((number, x, y))
-    height, width = image.shape[:2]
-    if not patches:
-        if flat:
-            return {"kind": "flat", "reason": f"contrast below {options.min_contrast} everywhere"}
-        return {"kind": "small", "reason": f"{width}×{height} is smaller than a patch"}
-    return {
-        "sha256": digest, "hash": f"{perceptual_hash(image):016x}", "width": width,
-        "height": height, "patches": patches,
-    }  # fmt: skip
-
-
 def _write_shard(
     locations: Sequence[str], out: str, number: int, options: BuildOptions,
-    images: list[tuple[Entry, str, list[_Row]]],
+    images: list[tuple[Entry, str, list[Row]]],
 ) -> None:  # fmt: skip
     samples: dict[int, tuple[bytes, dict[str, Any]]] = {}
     for entry, digest, rows in images:
@@ -517,7 +317,7 @@ def _write_shard(
 
 
 def _cut(
-    source: Source, entry: Entry, digest: str, rows: list[_Row], options: BuildOptions
+    source: Source, entry: Entry, digest: str, rows: list[Row], options: BuildOptions
 ) -> Iterator[tuple[int, tuple[bytes, dict[str, Any]]]]:
     """Samples of one image: (row, (encoded patch, metadata))."""
     try:
@@ -557,37 +357,5 @@ def _write_tar(
             tar.write({"__key__": key, EXTENSION[encoding]: data, "json": json_line(meta).rstrip()})
 
 
-def describe_shard(path: Path, name: str, extension: str) -> dict[str, Any]:
-    """What the index says about a finished tar; `extension` is that of the samples' data."""
-    with tarfile.open(path, "r:") as tar:
-        members = [m for m in tar if m.name.endswith(f".{extension}")]
-    return {
-        "name": name,
-        "samples": len(members),
-        "bytes": path.stat().st_size,
-        "sha256": sha256_file(path),
-        "offsets": [member.offset_data for member in members],
-        "sizes": [member.size for member in members],
-    }
-
-
-def named_stream(data: bytes, name: str) -> io.BytesIO:
-    """A file in memory with a name, for messages."""
-    stream = io.BytesIO(data)
-    stream.name = name
-    return stream
-
-
-def json_line(value: Any) -> bytes:
-    r"""One line of JSON in UTF-8; a byte of a name that is not UTF-8 becomes JSON's escape `\udcXX`."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace") + b"\n"
-
-
 def _notes_name(chunk: int) -> str:
     return f"images-{chunk:06d}.jsonl"
-
-
-def shard_name(shard: int) -> str:
-    """File name of a shard."""
-    return f"shard-{shard:06d}.tar"

@@ -44,7 +44,8 @@ def val_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _shards(photos: Path, out: Path, patch: int, count: int) -> Path:
-    from data_pipelines.shards import BuildOptions, build
+    from data_pipelines.options import BuildOptions
+    from data_pipelines.shards import build
 
     options = BuildOptions(patch=patch, count=count, shard_size=4, duplicate_bits=-1)
     build([str(photos)], str(out), options)

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data_pipelines.options import BuildOptions
 from data_pipelines.patches import decode_patch, encode_patch
-from data_pipelines.shards import BuildOptions, build
+from data_pipelines.shards import build
 from lightning_tucodec.bench.timing import asked, in_turns, machine, rows_of
 from lightning_tucodec.io import processes
 from lightning_tucodec.io.temporary import temporary_folder
@@ -152,7 +153,8 @@ def _encode_all(patches: list[NDArray[np.uint8]]) -> None:
 _MEASURED_BUILD = """
 import sys
 from pathlib import Path
-from data_pipelines.shards import BuildOptions, build
+from data_pipelines.options import BuildOptions
+from data_pipelines.shards import build
 source, out, patch = sys.argv[1:]
 build([source], out, BuildOptions(patch=int(patch), encoding="webp", duplicate_bits=-1))
 status = Path("/proc/self/status").read_text()

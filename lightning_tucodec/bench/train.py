@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from data_pipelines.shards import BuildOptions, build
+from data_pipelines.options import BuildOptions
+from data_pipelines.shards import build
 from lightning_tucodec.bench.data import photographs
 from lightning_tucodec.bench.timing import asked, machine, rows_of
 from lightning_tucodec.errors import ConfigError

@@ -101,7 +101,8 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_build(arguments: argparse.Namespace) -> int:
     """`tucodec shards build`."""
-    from data_pipelines.shards import BuildOptions, Part, build
+    from data_pipelines.options import BuildOptions
+    from data_pipelines.shards import Part, build
 
     options = BuildOptions(
         patch=arguments.patch,

@@ -205,7 +205,8 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 def make_data(folder: Path) -> dict[str, str]:
     """Shards of 12 patches of 64×64 from photographs, and a validation image; their paths."""
-    from data_pipelines.shards import BuildOptions, build
+    from data_pipelines.options import BuildOptions
+    from data_pipelines.shards import build
 
     for part, names in (("photos", PHOTOS), ("val", PHOTOS[2:3])):
         (folder / part).mkdir(parents=True)

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.shards import BuildOptions, build
+from data_pipelines.options import BuildOptions
+from data_pipelines.shards import build
 from lightning_tucodec.io.temporary import atomic_write
 
 RESULTS = Path(__file__).parents[2] / "docs" / "campaigns.json"

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.shards import BuildOptions, build
+from data_pipelines.options import BuildOptions
+from data_pipelines.shards import build
 from data_pipelines.tasks import progress
 from data_pipelines.verify import verify
 from lightning_tucodec.io.temporary import atomic_write

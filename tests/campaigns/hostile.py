@@ -321,7 +321,8 @@ def use_submission(folder: Path, out: Path, seldom: bool) -> None:
 
 def build_index(folder: Path) -> None:
     """Three shards of four patches."""
-    from data_pipelines.shards import BuildOptions, build
+    from data_pipelines.options import BuildOptions
+    from data_pipelines.shards import build
 
     for name in ("chelsea.png", "coffee.png"):
         (folder / "photos").mkdir(exist_ok=True)

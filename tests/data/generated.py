@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipelines.shards import BuildOptions
+from data_pipelines.options import BuildOptions
 
 OPTIONS = BuildOptions(patch=32, shard_size=16, duplicate_bits=-1)
 

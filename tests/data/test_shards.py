@@ -22,8 +22,9 @@ from PIL import Image
 
 from data_pipelines import shards as builder
 from data_pipelines.duplicates import near_duplicates
+from data_pipelines.options import BuildOptions
 from data_pipelines.patches import contrast, decode_patch, encode_patch, grid, luma
-from data_pipelines.shards import BuildOptions, Part, build
+from data_pipelines.shards import Part, build
 from data_pipelines.verify import stats, verify
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError, DatasetError
