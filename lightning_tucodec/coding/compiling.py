@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 _pending: list[Callable[..., Any]] = []
+_emitters: list[Callable[..., Any]] = []
 _compiling = threading.Lock()
 _spent = 0.0  # seconds
 
@@ -47,11 +48,21 @@ def seconds_spent() -> float:
     return _spent
 
 
+def emitted(function: Callable[..., Any]) -> Any:
+    """`numba.extending.intrinsic` for a function of a module, which compiled functions call."""
+    _emitters.append(function)
+    return function
+
+
 def _compile_all() -> None:
     from numba import njit
+    from numba.extending import intrinsic
 
     with _compiling:
         _watch_compiler()
+        for function in _emitters:
+            function.__globals__[function.__name__] = intrinsic(function)
+        _emitters.clear()
         for function in _pending:
             try:
                 kernel = njit(cache=True, nogil=True, error_model="numpy")(function)

@@ -82,7 +82,7 @@ def _rows(diagonal: Diagonal, width: int) -> slice:
     return slice(first, first + step * count, step) if count > 1 else slice(first, first + count)
 
 
-def _scan(height: int, width: int, has_context: bool) -> NDArray[np.int64]:
+def scan(height: int, width: int, has_context: bool = True) -> NDArray[np.int64]:
     """Flat positions of an h×w plane in decoding order."""
     positions = np.arange(height * width)
     if not has_context:
@@ -113,7 +113,7 @@ def in_order(model: EntropyModel, z: NDArray[np.int32], y: NDArray[np.int32]) ->
     y_hat = torch.from_numpy(model.laplace.centres.astype(np.float64)[y]).flatten(0, 1)
     plane.put("y", y_hat)
     mu, scale = model.network.parameters(_hyper(model, z, height, width), plane)
-    order = _scan(height, width, model.network.has_context)
+    order = scan(height, width, model.network.has_context)
     return Symbols(
         y.reshape(-1, channels)[order].reshape(-1),
         mu.to(torch.int32).numpy()[order].reshape(-1),

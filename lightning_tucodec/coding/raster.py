@@ -1,0 +1,198 @@
+"""Hyperprior networks with a raster-scan context (Minnen, Ballé and Toderici, NeurIPS 2018) on diagonals.
+
+    z ─ h_s ─ params ──────────┐
+    ŷ ─ masked 5×5 ─ context ──┴─ 1×1 layers ─ σ, μ       y ≈ ŷ = k + μ,  k = round(y − μ)
+
+A position (i, j) reads positions (i + Δi, j + Δj) with Δj + 3·Δi ≤ −1: positions with equal j + 3·i do not
+depend on one another, and the diagonals in their order respect the raster order. The network needs no change.
+Since ŷ holds μ, the encoder too goes diagonal by diagonal, through the same integers.
+
+A stream of z holds its symbols channel by channel; one of y holds k diagonal by diagonal, from top to bottom
+inside a diagonal, all channels of a position together.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_tucodec.coding import gaussian, products, rans
+from lightning_tucodec.coding.categorical import CategoricalTables, decode_table, encode_table
+from lightning_tucodec.coding.gaussian import SYMBOL_LIMIT, gaussian_tables
+from lightning_tucodec.coding.laplace import decode_laplace, encode_laplace
+from lightning_tucodec.coding.layers import FRACTION_BITS, LIMIT, Convolution, Plane, Work
+from lightning_tucodec.coding.wavefront import diagonals, scan
+from lightning_tucodec.nn.context import DIAGONAL_SLOPE
+
+REACH = 2
+"""The context reads so many rows above and so many columns to either side."""
+
+MEAN_LIMIT = (1 << 23) - 1
+"""Means lie in ±MEAN_LIMIT, just below ±2048: so ŷ is exact in float32."""
+
+Z_LIMIT = 4095
+"""Symbols of z are clamped to ±Z_LIMIT around their medians."""
+
+
+@dataclass(frozen=True)
+class RasterModel:
+    """Everything that decides bits, in integers.
+
+    Attributes:
+        hyper: h_s, then the part of the first 1×1 layer that reads its result.
+        context: the masked convolution; its taps count from REACH rows and columns outside the plane.
+        parameters: the 1×1 layers; the first one has no bias, and reads the context. The last one says the
+            σ of every channel, then every μ.
+        categorical: one table a channel, for z.
+        medians: int32[Z], FRACTION_BITS fractional bits.
+        lowest_scale: smaller σ are taken for it; FRACTION_BITS fractional bits.
+    """
+
+    hyper: tuple[Convolution, ...]
+    context: products.Weights
+    parameters: tuple[products.Weights, ...]
+    categorical: CategoricalTables
+    medians: NDArray[np.int32]
+    lowest_scale: int
+
+    @property
+    def channels(self) -> int:
+        """M, the channels of y."""
+        return self.parameters[-1].bias.size // 2
+
+    @property
+    def factor(self) -> int:
+        """Positions of y per position of z, along each side."""
+        return int(np.prod([layer.factor for layer in self.hyper]))
+
+    def gamma(self, z: NDArray[np.int32]) -> Plane:
+        """What h_s adds to the first 1×1 layer, from z's symbols Z×h×w."""
+        fixed = (z.astype(np.int64) << FRACTION_BITS) + self.medians[:, None, None]
+        x = fixed.clip(-LIMIT, LIMIT).astype(np.int32).transpose(1, 2, 0)
+        x = np.ascontiguousarray(x)
+        for layer in self.hyper:
+            x = layer(x)
+        return x
+
+
+_Take = Callable[[slice, Plane, Plane], NDArray[np.int32]]
+
+
+def _walk(model: RasterModel, gamma: Plane, take: _Take) -> Plane:
+    """ŷ, int32 h×w×M with FRACTION_BITS fractional bits.
+
+    Args:
+        model: decides the bits.
+        gamma: from z.
+        take: returns k, int32 n×M, of the positions of one diagonal; it gets their places in coding order,
+            their means n×M and their scales n×M.
+    """
+    height, width = gamma.shape[:2]
+    gamma = gamma.reshape(height * width, -1)[scan(height, width)]
+    most = min(height, -(-width // DIAGONAL_SLOPE))
+    context = Work(model.context, most)
+    works = [Work(layer, most) for layer in model.parameters]
+    plane = np.zeros((height + REACH, width + 2 * REACH, model.channels), np.int32)
+    peaks = np.zeros(plane.shape[:2], np.int32)
+    scale = np.empty((most, model.channels), np.int32)
+    done = 0
+    for d, top, bottom in diagonals(height, width):
+        n = max(0, bottom - top)
+        here = slice(done, done + n)
+        done += n
+        if not n:
+            continue
+        left = d - DIAGONAL_SLOPE * top
+        x = context.out[:n]
+        products.diagonal(
+            model.context, plane, peaks, top, left, DIAGONAL_SLOPE, context.zeros, context.inputs, x
+        )
+        for number, (layer, work) in enumerate(zip(model.parameters, works, strict=True)):
+            out = work.out[:n]
+            products.dense(layer, x, work.zeros if number else gamma[here], work.inputs, out)
+            x = out
+        products.scale_indices(
+            x, model.lowest_scale, gaussian.SCALE_OCTAVE, gaussian.SCALE_BITS,
+            gaussian.SCALE_COUNT, scale[:n],
+        )  # fmt: skip
+        mean = x[:, model.channels :].clip(-MEAN_LIMIT, MEAN_LIMIT)
+        values = (take(here, mean, scale[:n]) << FRACTION_BITS) + mean
+        products.place(values, plane, peaks, top + REACH, left + REACH, DIAGONAL_SLOPE)
+    return plane[REACH:, REACH:-REACH]
+
+
+def encode(model: RasterModel, z: NDArray[np.int32], y: NDArray[np.float32]) -> tuple[bytes, bytes]:
+    """Code the latents of an image.
+
+    Args:
+        model: decides the bits.
+        z: int32 Z×h/4×w/4, distances from the medians; beyond ±Z_LIMIT they are clamped.
+        y: float32 h×w×M, not yet rounded; h and w are `model.factor` times those of z.
+
+    Returns:
+        The streams of y and of z.
+    """
+    z = z.clip(-Z_LIMIT, Z_LIMIT)
+    height, width, channels = y.shape
+    rows = y.reshape(-1, channels)[scan(height, width)]
+    symbols = np.empty(rows.shape, np.int32)
+    scales = np.empty(rows.shape, np.int32)
+
+    def take(here: slice, mean: Plane, scale: Plane) -> NDArray[np.int32]:
+        distance = np.rint(rows[here] - mean * 2.0**-FRACTION_BITS)
+        symbols[here] = distance.clip(-SYMBOL_LIMIT, SYMBOL_LIMIT)
+        scales[here] = scale
+        return symbols[here]
+
+    _walk(model, model.gamma(z), take)
+    indices = symbols.reshape(-1) + np.int32(SYMBOL_LIMIT)
+    y_intervals = encode_laplace(
+        indices, np.zeros_like(indices), scales.reshape(-1), gaussian_tables()
+    )
+    z_intervals = encode_table(z.reshape(z.shape[0], -1), model.categorical)
+    return rans.encode(*y_intervals), rans.encode(*z_intervals)
+
+
+def decode(model: RasterModel, y: bytes, z: bytes, height: int, width: int) -> NDArray[np.float32]:
+    """Decode the latents of an image.
+
+    Args:
+        model: the encoder's.
+        y, z: what `encode` returned.
+        height, width: of z.
+
+    Returns:
+        ŷ, float32 h×w×M, the same on every machine.
+
+    Raises:
+        CorruptStreamError: the streams are none that the encoder writes.
+    """
+    y_decoder, z_decoder = rans.RansDecoder(y), rans.RansDecoder(z)
+    y_hat = take(model, y_decoder, z_decoder, height, width)
+    y_decoder.finish()
+    return y_hat
+
+
+def take(
+    model: RasterModel, y: rans.RansDecoder, z: rans.RansDecoder, height: int, width: int
+) -> NDArray[np.float32]:
+    """The next latents of two streams; random bits give a sample of the model's own P.
+
+    Returns:
+        ŷ, see `decode`.
+
+    Raises:
+        CorruptStreamError: a stream ended early; that of z has to end where it does.
+    """
+    channels = model.medians.size
+    symbols = decode_table(z, height * width, model.categorical).clip(-Z_LIMIT, Z_LIMIT)
+    z.finish()
+    tables = gaussian_tables()
+
+    def next_symbols(here: slice, mean: Plane, scale: Plane) -> NDArray[np.int32]:
+        indices = decode_laplace(y, np.zeros(mean.size, np.int32), scale.reshape(-1), tables)
+        return indices.reshape(mean.shape) - np.int32(SYMBOL_LIMIT)
+
+    fixed = _walk(model, model.gamma(symbols.reshape(channels, height, width)), next_symbols)
+    return fixed.astype(np.float32) * np.float32(2.0**-FRACTION_BITS)
