@@ -18,7 +18,7 @@ from lightning_tucodec.sets.evaluate import finite
 MAX_BYTES = 15_000_000
 """A report that is larger cannot be sent by mail and is slow on a phone; it is refused."""
 
-Limits = tuple[float, float] | None
+Range = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Chart(NamedTuple):
     traces: Sequence[Trace]
     note: str
     part: Literal["rd", "training"]
-    x_range: Limits = None
-    y_range: Limits = None
+    x_range: Range = None
+    y_range: Range = None
 
 
 class Table(NamedTuple):

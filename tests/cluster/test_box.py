@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_tucodec.report.compare import differences
+from lightning_tucodec.report.numbers import differences
 from lightning_tucodec.report.sources import read_sources
 from lightning_tucodec.sweeps.plan import Plan
 from tests.campaigns.cluster import (

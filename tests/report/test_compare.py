@@ -17,16 +17,16 @@ from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.quality.curves import Curve, ImageCurves
 from lightning_tucodec.report import page, sources
-from lightning_tucodec.report.compare import (
+from lightning_tucodec.report.compare import build_page
+from lightning_tucodec.report.figures import rd_figure
+from lightning_tucodec.report.gallery import bit_map, matched, picture, scenes
+from lightning_tucodec.report.numbers import (
     bd_rows,
-    build_page,
     choose_anchor,
     complexity,
     differences,
     flatten,
 )
-from lightning_tucodec.report.figures import rd_figure
-from lightning_tucodec.report.gallery import bit_map, matched, picture, scenes
 from lightning_tucodec.report.page import Page, Table
 from lightning_tucodec.report.sources import Entry, Run, read_run, read_sources
 from lightning_tucodec.sets.evaluate import evaluate, summarise, write_results
