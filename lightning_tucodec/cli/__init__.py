@@ -92,7 +92,8 @@ def _run(words: Sequence[str]) -> int:
             status = lightning_main(words)
         else:
             arguments = build_parser().parse_args(words)
-            status = int(arguments.run(arguments))
+            with _trusting(getattr(arguments, "trust", [])):
+                status = int(arguments.run(arguments))
         sys.stdout.flush()
         return status
     except ModuleNotFoundError as error:
@@ -118,6 +119,15 @@ def _run(words: Sequence[str]) -> int:
         except OSError:
             _drop_output()
         return 1
+
+
+def _trusting(packages: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    """See `codecs.network.build.trusting`, which needs PyTorch."""
+    if not packages:
+        return contextlib.nullcontext()
+    from lightning_tucodec.codecs.network.build import trusting
+
+    return trusting(packages)
 
 
 def _usable_streams() -> None:

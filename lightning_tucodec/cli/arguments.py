@@ -48,6 +48,18 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace existing files")
 
 
+def add_trust(*parsers: argparse.ArgumentParser) -> None:
+    """`--trust`: whose classes a model file may name; `cli.main` tells the loaders."""
+    for parser in parsers:
+        parser.add_argument(
+            "--trust",
+            action="append",
+            default=[],
+            metavar="PACKAGE",
+            help="also import this package's classes where a model file names them; may be repeated",
+        )
+
+
 def location(text: str) -> str:
     """A type of options: a path or URL, with `~` and `$NAME` as a shell would have replaced them."""
     if not text:

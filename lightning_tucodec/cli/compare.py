@@ -5,6 +5,7 @@ import argparse
 from lightning_tucodec.cli.arguments import (
     Subparsers,
     add_force,
+    add_trust,
     command,
     count,
     location,
@@ -26,6 +27,7 @@ def register(subparsers: Subparsers) -> None:
     )
     parser.add_argument("-o", "--out", type=location, required=True, metavar="REPORT.html")
     add_force(parser)
+    add_trust(parser)
     parser.add_argument("--anchor", metavar="NAME", help="reference curve of the BD-rates")
     parser.add_argument(
         "--at",

@@ -11,6 +11,7 @@ from lightning_tucodec.cli import jobs
 from lightning_tucodec.cli.arguments import (
     Subparsers,
     add_force,
+    add_trust,
     command,
     location,
     positive,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from lightning_tucodec.codecs.learned.latents import Latents
     from lightning_tucodec.codecs.learned.targets import Quantity, Setting, Target
+    from lightning_tucodec.codecs.library import NetworkModel
 
 FAMILIES: dict["Quantity", tuple[str, ...]] = {
     "bpp": ("tiny-mse", "tiny-transparent"),
@@ -39,6 +41,9 @@ FAMILIES: dict["Quantity", tuple[str, ...]] = {
     "ms_ssim": ("tiny-ssim", "tiny-transparent"),
 }
 """Among which models each target chooses by default."""
+
+_RATES_A_LEVEL = 16
+"""So many qualities of a variable-rate network, from one level to the next, does a target choose from."""
 
 
 def register(subparsers: Subparsers) -> None:
@@ -76,6 +81,13 @@ def register(subparsers: Subparsers) -> None:
         metavar="S",
         help="smallest file of at least S MS-SSIM, for each image",
     )
+    rate.add_argument(
+        "--quality",
+        type=real(0),
+        metavar="Q",
+        help="level of a variable-rate network, 0, 1, … and between",
+    )
+    add_trust(parser)
     parser.add_argument(
         "--preset", help="preset of vvc and vvc+postfilter, faster … slower (medium)"
     )
@@ -101,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Code images; a bad one is named, the others succeed, the status says that one failed."""
     target = _target(arguments)
     if target is not None or arguments.model in jobs.H266_MODELS:
-        return _compress_chosen(arguments, target)
+        return _compress_chosen(arguments, target, _settings(arguments, target))
     for option in ("qp", "preset"):
         if getattr(arguments, option) is not None:
             raise ConfigError(
@@ -110,13 +122,17 @@ def run(arguments: argparse.Namespace) -> int:
     from lightning_tucodec.codecs import batch
     from lightning_tucodec.codecs.learned.codec import WHOLE_POSITIONS
     from lightning_tucodec.codecs.learned.refine import RefinedModel, with_effort
-    from lightning_tucodec.codecs.library import load
+    from lightning_tucodec.codecs.library import NetworkModel, load_coder
     from lightning_tucodec.coding.container import check_size
     from lightning_tucodec.io.images import read_image, write_png
     from lightning_tucodec.nn.transforms import STRIDE
     from lightning_tucodec.quality.metrics import bits_per_pixel, quality
 
-    model = load(arguments.model or DEFAULT_MODEL, jobs.device(arguments.device))
+    model = load_coder(arguments.model or DEFAULT_MODEL, jobs.device(arguments.device))
+    if isinstance(model, NetworkModel):
+        return _compress_chosen(arguments, None, [_of_network(arguments, model)])
+    if arguments.quality is not None:
+        raise ConfigError(f"--quality is for variable-rate networks; {model.name} has one rate")
     encoder = with_effort(model, arguments.effort)
     files, recons, check = _outputs(arguments)
 
@@ -206,6 +222,8 @@ def _settings(arguments: argparse.Namespace, target: "Target | None") -> "list[S
         ladder[0].describe()  # says now what is wrong with binary or filter
         return [*ladder]
     assert target is not None
+    if rates := _rates(arguments):
+        return [*rates]
     if arguments.preset is not None:
         raise ConfigError(f"--preset is an option of --model {' and '.join(jobs.H266_MODELS)}")
     names = FAMILIES[target.quantity] if name is None else (name,)
@@ -218,15 +236,38 @@ def _settings(arguments: argparse.Namespace, target: "Target | None") -> "list[S
     return [with_effort(load(member, device), arguments.effort) for member in members]
 
 
-def _compress_chosen(arguments: argparse.Namespace, target: "Target | None") -> int:
-    """`run_compress` with the setting that meets a target, and through H.266."""
+def _of_network(arguments: argparse.Namespace, model: "NetworkModel") -> "NetworkModel":
+    """The setting that the options ask of a network."""
+    if arguments.effort:
+        raise ConfigError(f"--effort is for this package's own networks; {model.name} is none")
+    return model if arguments.quality is None else model.at(arguments.quality)
+
+
+def _rates(arguments: argparse.Namespace) -> "list[NetworkModel]":
+    """The rates of a variable-rate network, falling; none if --model is another thing."""
+    from lightning_tucodec.codecs.library import NetworkModel, family, load_any
+
+    if arguments.model is None or family(arguments.model):
+        return []
+    model = load_any(arguments.model, jobs.device(arguments.device))
+    if not isinstance(model, NetworkModel) or model.rates is None:
+        return []
+    steps = range(_RATES_A_LEVEL * (model.rates.levels - 1), -1, -1)
+    return [_of_network(arguments, model).at(step / _RATES_A_LEVEL) for step in steps]
+
+
+def _compress_chosen(
+    arguments: argparse.Namespace, target: "Target | None", settings: "Sequence[Setting]"
+) -> int:
+    """`run_compress` with the setting that meets a target, through H.266, and by other networks."""
     from lightning_tucodec.codecs import batch
     from lightning_tucodec.codecs.h266.codec import H266
     from lightning_tucodec.codecs.learned import targets
+    from lightning_tucodec.codecs.library import NetworkModel
     from lightning_tucodec.io.images import read_image, write_png
     from lightning_tucodec.quality.metrics import bits_per_pixel, quality
 
-    settings = _settings(arguments, target)
+    is_ladder = isinstance(settings[0], H266 | NetworkModel)
     files, recons, check = _outputs(arguments)
 
     def prepare(job: jobs.Job) -> "NDArray[np.uint8]":
@@ -239,7 +280,7 @@ def _compress_chosen(arguments: argparse.Namespace, target: "Target | None") -> 
         if target is None:
             coding = targets.code(settings[0], pixels)
         else:
-            choose = targets.search if isinstance(settings[0], H266) else targets.best
+            choose = targets.search if is_ladder else targets.best
             coding = choose(settings, pixels, target)
         seconds = clock() - started
         if source in recons:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_tucodec.cli import jobs
-from lightning_tucodec.cli.arguments import Subparsers, add_force, add_json, command, location
+from lightning_tucodec.cli.arguments import (
+    Subparsers,
+    add_force,
+    add_json,
+    add_trust,
+    command,
+    location,
+)
 from lightning_tucodec.coding.compiling import clock
 from lightning_tucodec.errors import TucodecError, UnknownModelError
 from lightning_tucodec.io.files import target_check
@@ -30,6 +37,7 @@ def register(subparsers: Subparsers) -> None:
     info.add_argument("file", type=location, metavar="TUC")
     models = command(subparsers, "models", run_models, "list shipped and local models")
     add_json(info, models)
+    add_trust(models)
 
 
 def _add_decompress(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +47,7 @@ def _add_decompress(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", type=location, help="model file, if the model is not installed")
     jobs.add_device(parser)
+    add_trust(parser)
     add_force(parser)
     parser.add_argument(
         "--salvage",
@@ -76,7 +85,7 @@ def run_decompress(arguments: argparse.Namespace) -> int:
     from lightning_tucodec.codecs.h266.postfilter import FilterModel
     from lightning_tucodec.codecs.learned.codec import WHOLE_POSITIONS
     from lightning_tucodec.codecs.learned.latents import mark
-    from lightning_tucodec.codecs.library import load_any, load_by_id
+    from lightning_tucodec.codecs.library import NetworkModel, load_any, load_by_id
     from lightning_tucodec.coding.container import CodecKind, unpack
     from lightning_tucodec.io.images import write_png
 
@@ -98,6 +107,9 @@ def run_decompress(arguments: argparse.Namespace) -> int:
         if isinstance(model, FilterModel):
             raise UnknownModelError(f"{model.name} is a post-filter, which did not write this file")
         started = clock()
+        if isinstance(model, NetworkModel):
+            shown = model.decode_pixels(container)
+            return _Picture(model.name, container, shown, [], clock() - started)
         y, damaged = model.read(container, arguments.salvage)
         return _Symbols(model.name, model, container, y, damaged, clock() - started)
 

@@ -7,6 +7,7 @@ from lightning_tucodec.cli.arguments import (
     Subparsers,
     add_force,
     add_json,
+    add_trust,
     command,
     count,
     location,
@@ -31,6 +32,7 @@ def register(subparsers: Subparsers) -> None:
     )
     add("--metrics", nargs="+", default=[], metavar="NAME",
         help="additional measures: vmaf, xpsnr, flip, ssimulacra2, lpips, dists")  # fmt: skip
+    add_trust(parser)
     add_json(parser)
 
 

@@ -7,6 +7,7 @@ from lightning_tucodec.cli.arguments import (
     add_force,
     add_json,
     add_limits,
+    add_trust,
     command,
     count,
     family,
@@ -45,6 +46,7 @@ def register(subparsers: Subparsers) -> None:
             "--originals", type=location, nargs="+", required=True, metavar="IMAGE|DIR"
         )
     add_json(verify, compare, decode)
+    add_trust(verify, compare, decode)
 
 
 def _add_allocate(subparsers: Subparsers) -> None:
@@ -78,6 +80,7 @@ def _add_allocate(subparsers: Subparsers) -> None:
         "last one; slurm/site.sh describes the cluster")  # fmt: skip
     add("--dry-run", action="store_true", help="with --slurm: print the sbatch commands")
     add_json(parser)
+    add_trust(parser)
 
 
 def run_allocate(arguments: argparse.Namespace) -> int:

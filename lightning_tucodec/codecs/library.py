@@ -10,18 +10,26 @@ from lightning_tucodec.codecs.cards import model_files, model_folder, read_card
 from lightning_tucodec.codecs.h266.postfilter import FilterModel
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
+from lightning_tucodec.codecs.network.codec import NetworkModel
 from lightning_tucodec.errors import ModelFileError, UnknownModelError
 from lightning_tucodec.io.files import expanded
 from lightning_tucodec.io.once import once
 
+Model = TucModel | FilterModel | NetworkModel
+"""A model of any kind."""
+
 
 @once
-def _load(path: Path, modified_ns: int, device: str) -> TucModel | FilterModel:
+def _load(path: Path, modified_ns: int, device: str) -> Model:
     file = ModelFile.load(path)
-    is_filter = file.config.get("kind") == FilterModel.KIND
-    model = FilterModel(file) if is_filter else TucModel(file, device)
+    kind = file.config.get("kind")
+    model: Model
+    if kind == FilterModel.KIND:
+        model = FilterModel(file)
+    else:
+        model = NetworkModel(file, device) if kind == NetworkModel.KIND else TucModel(file, device)
     try:
-        _ = model.checked if isinstance(model, FilterModel) else file.checked
+        _ = file.checked if isinstance(model, TucModel) else model.checked
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from None
     return model
@@ -42,19 +50,31 @@ def _version(path: Path) -> tuple[Path, int]:
 
 
 def load(name: str | Path, device: str = "cpu") -> TucModel:
-    """A model by name, or from a path to an exported file; its networks run on `device`.
+    """A model of this package's own networks, by name, or from a path to an exported file.
+
+    Args:
+        name: of the model, or its path.
+        device: where its networks run.
 
     Raises:
-        UnknownModelError: no model has this name.
+        UnknownModelError: no such model has this name.
         ModelFileError: the file is missing or damaged.
     """
+    model = load_coder(name, device)
+    if isinstance(model, NetworkModel):
+        raise UnknownModelError(f"{name} is a network of another form than this package's own")
+    return model
+
+
+def load_coder(name: str | Path, device: str = "cpu") -> TucModel | NetworkModel:
+    """A model that codes images, otherwise as `load`."""
     model = load_any(name, device)
-    if not isinstance(model, TucModel):
+    if isinstance(model, FilterModel):
         raise UnknownModelError(f"{name} is a post-filter; it works through vvc+postfilter")
     return model
 
 
-def load_any(name: str | Path, device: str = "cpu") -> TucModel | FilterModel:
+def load_any(name: str | Path, device: str = "cpu") -> Model:
     """A model of any kind, otherwise as `load`."""
     return _load(*_version(find(name)), device)
 
@@ -98,14 +118,15 @@ def family(name: str) -> list[str]:
     return [] if name in names else [found[number] for number in sorted(found)]
 
 
-def load_by_id(identity: bytes, device: str = "cpu") -> TucModel:
+def load_by_id(identity: bytes, device: str = "cpu") -> TucModel | NetworkModel:
     """The model that wrote a stream.
 
     Raises:
         UnknownModelError: no known model has this id.
+        ModelFileError: it needs a class that is not allowed here.
     """
     model = _load_by_id(identity, device)
-    if not isinstance(model, TucModel):
+    if isinstance(model, FilterModel):
         raise _unknown(identity)
     return model
 
@@ -122,14 +143,19 @@ def load_filter_by_id(identity: bytes) -> FilterModel:
     return model
 
 
-def _load_by_id(identity: bytes, device: str) -> TucModel | FilterModel:
+def _load_by_id(identity: bytes, device: str) -> Model:
     for path in model_files():
         # `tucodec models` names a damaged file; here a damaged neighbour must not stop a decode.
         with contextlib.suppress(ModelFileError):
             version = _version(path)
-            if _id(*version) == identity:
-                return _load(*version, device)
-    raise _unknown(identity)
+            if _id(*version) != identity:
+                continue
+            if read_card(path).config.get("kind") == NetworkModel.KIND:
+                break
+            return _load(*version, device)
+    else:
+        raise _unknown(identity)
+    return _load(*version, device)  # which says it where its class is not allowed here
 
 
 def _unknown(identity: bytes) -> UnknownModelError:

@@ -6,7 +6,9 @@ Names are those of `CLASSES`, keys the fields of the class: `jpeg:q=30`, `hevc:q
 `vvc:qp=37,preset=slow,chroma_qp_offset=-6`, and `vvc+postfilter:qp=42` for H.266 with a learned
 filter. Any other name, or a path to a `.safetensors` file, is a learned model's, with the options of
 `codecs.learned.refine`: `tiny-mse-2:effort=5`. A name without its number, `tiny-mse:effort=5`, means all
-models of the family (`expand`). The shell's braces give several settings: `jpeg:q={10,30,50}`.
+models of the family (`expand`). The shell's braces give several settings: `jpeg:q={10,30,50}`. A model of a
+variable-rate network takes `quality`. `compressai:NAME,quality=N,metric=mse|ms-ssim[,weights=FILE]` is a
+network of CompressAI's zoo (`codecs.network.zoo`).
 
 A path, as name or value, may contain `:`, `,` and `=`: the longest existing one counts (`io.files.cut_path`).
 """
@@ -36,12 +38,16 @@ from lightning_tucodec.io.files import cut_path, expanded
 
 if TYPE_CHECKING:
     from lightning_tucodec.codecs.learned.model_file import ModelFile
+    from lightning_tucodec.codecs.network.codec import NetworkModel
 
 CLASSES: dict[str, type[Options]] = {
     codec.codec_name: codec
     for codec in (Jpeg, WebP, Avif, Jpeg2000, Hevc, Av1Aom, Av1Svt, JpegXl, Vvc)
 }
 """Codecs that are not learned; any other name is a learned model's."""
+
+ZOO = "compressai"
+"""Name under which the networks of CompressAI's zoo are found."""
 
 
 def split(specification: str) -> tuple[str, str]:
@@ -67,10 +73,10 @@ def pairs(options: str) -> Iterator[tuple[str, str]]:
 
 
 def files(specification: str) -> list[str]:
-    """Paths of the model files that a specification names."""
+    """Paths of the model files and checkpoints that a specification names."""
     name, options = split(specification)
-    named = [name, *(value for _, value in pairs(options))]
-    return [expanded(text) for text in named if text.endswith(MODEL_SUFFIX)]
+    given = [("", name), *pairs(options)]
+    return [expanded(v) for key, v in given if v.endswith(MODEL_SUFFIX) or key == "weights"]
 
 
 def expand(specifications: Iterable[str]) -> list[str]:
@@ -96,6 +102,10 @@ def codec(specification: str) -> ImageCodec:
         ModelFileError: the file of a learned model is missing or damaged.
     """
     name, rest = split(specification)
+    if name == ZOO:
+        from lightning_tucodec.codecs.network.zoo import from_specification
+
+        return from_specification(rest)
     options: dict[str, str] = {}
     for key, value in pairs(rest):
         if not (key and value):
@@ -114,17 +124,39 @@ def codec(specification: str) -> ImageCodec:
     if name == H266.codec_name:
         return H266.parse(options)
     try:
-        model = library.load(name)
+        model = library.load_coder(name)
     except UnknownModelError as error:
         if library.family(name):
             raise ConfigError(str(error)) from None
-        known = ", ".join(sorted([*CLASSES, H266.codec_name]))
+        known = ", ".join(sorted([*CLASSES, H266.codec_name, ZOO]))
         raise ConfigError(f"no codec or model is named {name}; codecs: {known}") from None
     if not options:
         return model
+    if isinstance(model, library.NetworkModel):
+        return _at_quality(specification, model, options)
     from lightning_tucodec.codecs.learned.refine import RefinedModel, Refinement
 
     return RefinedModel(model, Refinement.parse(options))
+
+
+def _at_quality(
+    specification: str, model: "NetworkModel", options: dict[str, str]
+) -> "NetworkModel":
+    """The model at `quality`, the only option that it takes.
+
+    Raises:
+        ConfigError: another option, or no such quality.
+    """
+    if other := sorted(set(options) - {"quality"}):
+        raise ConfigError(f"{specification}: {model.name} takes quality=…, and no {other[0]}")
+    try:
+        return model.at(float(options["quality"]))
+    except ValueError:
+        raise ConfigError(
+            f"{specification}: quality={options['quality']} is not a number"
+        ) from None
+    except ConfigError as error:
+        raise ConfigError(f"{specification}: {error}") from None
 
 
 def codecs(specifications: Iterable[str]) -> list[ImageCodec]:
@@ -151,7 +183,10 @@ def _with_id(coder: ImageCodec) -> ImageCodec:
         return coder
     from lightning_tucodec.codecs.learned.codec import TucModel
     from lightning_tucodec.codecs.learned.refine import RefinedModel
+    from lightning_tucodec.codecs.network.codec import NetworkModel
 
+    if isinstance(coder, NetworkModel):
+        return coder.renamed(f"{coder.file.name}@{coder.id.hex()[:8]}")
     if not isinstance(coder, TucModel | RefinedModel):
         return coder
     model = coder.model if isinstance(coder, RefinedModel) else coder
@@ -174,8 +209,9 @@ def model_of(coder: ImageCodec) -> "ModelFile | None":
     from lightning_tucodec.codecs.h266.codec import H266
     from lightning_tucodec.codecs.learned.codec import TucModel
     from lightning_tucodec.codecs.learned.refine import RefinedModel
+    from lightning_tucodec.codecs.network.codec import NetworkModel
 
     if isinstance(coder, H266):
         model = coder.model()
         return None if model is None else model.file
-    return coder.file if isinstance(coder, TucModel | RefinedModel) else None
+    return coder.file if isinstance(coder, TucModel | RefinedModel | NetworkModel) else None

@@ -3,8 +3,8 @@
     bytes   field
     3       magic, "TUC"
     1       format version, 1
-    1       codec kind in the low four bits (0 learned, 1 H.266 + post-filter), flags of the codec
-            in the high four
+    1       codec kind in the low four bits (0 learned, 1 H.266 + post-filter, 2 a network of CompressAI's
+            form), flags of the codec in the high four
     8       model id: the first 8 bytes of the SHA-256 of the model's weights and tables
     1–3     width   } varints: seven bits a byte, low ones first, the high bit set on all
     1–3     height  } bytes but the last
@@ -50,6 +50,7 @@ class CodecKind(IntEnum):
 
     LEARNED = 0
     VVC = 1
+    NETWORK = 2
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def pack(container: Container) -> bytes:
     header += bytes([VERSION, container.kind | container.flags << 4])
     header += container.model_id
     for value in (container.width, container.height, len(strips), *map(len, strips)):
-        header += _varint(value)
+        header += varint(value)
     header_crc = zlib.crc32(header)
     parts = [bytes(header), header_crc.to_bytes(_CRC_BYTES, "little")]
     for i, strip in enumerate(strips):
@@ -134,14 +135,14 @@ def unpack(data: bytes, *, salvage: bool = False) -> Container:
             "update lightning-tucodec, or the file is damaged"
         )
     position = len(MAGIC) + 2 + MODEL_ID_BYTES
-    width, position = _read_varint(data, position)
-    height, position = _read_varint(data, position)
-    count, position = _read_varint(data, position)
+    width, position = read_varint(data, position)
+    height, position = read_varint(data, position)
+    count, position = read_varint(data, position)
     if count > len(data):
         raise CorruptStreamError(f"the header claims {count} strips in {len(data)} bytes")
     lengths = []
     for _ in range(count):
-        length, position = _read_varint(data, position)
+        length, position = read_varint(data, position)
         lengths.append(length)
     header_crc = zlib.crc32(memoryview(data)[:position])
     if data[position : position + _CRC_BYTES] != header_crc.to_bytes(_CRC_BYTES, "little"):
@@ -184,7 +185,7 @@ def _strip_crc(strip: bytes, header_crc: int, i: int) -> int:
     return zlib.crc32(strip, (header_crc + i) & 0xFFFFFFFF)
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """`value` ≥ 0, seven bits a byte, low ones first."""
     out = bytearray()
     while value > 127:
@@ -194,7 +195,7 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+def read_varint(data: bytes, position: int) -> tuple[int, int]:
     """The varint at `position` and the position after it; only the shortest form is accepted."""
     value = 0
     for i in range(_VARINT_BYTES_MAX):

@@ -338,6 +338,11 @@ def family(codec: str) -> str:
     """A specification without what sets the rate, see `read_results`."""
     name, _, rest = codec.partition(":")
     options = rest.split(",") if rest else []
+    if (
+        name == "compressai"
+    ):  # a network of its zoo: its name comes first, and each quality is a point
+        kept = [o for o in options if not o.startswith(("quality=", "weights="))]
+        return f"{name}:{','.join(kept)}"
     if options and not options[0].startswith("effort="):
         options = options[1:]
     else:  # a learned model

@@ -268,11 +268,11 @@ def _decoder(folder: Path, name: str, manifest: Mapping[str, Any]) -> ImageCodec
     model = manifest["codecs"][name].get("model")
     if model is not None:
         from lightning_tucodec.codecs.h266.codec import H266
-        from lightning_tucodec.codecs.library import load
+        from lightning_tucodec.codecs.library import load_coder
 
         told_file(folder, model, manifest["models"][model])
         if split(name)[0] != H266.codec_name:
-            return load(folder / model)
+            return load_coder(folder / model)
     coder = codec(name)
     if coder.name != name:
         raise ConfigError(f"the codec {name} is written {coder.name}")

@@ -1,8 +1,8 @@
 """Which of several codings of one image meets a target: a rate, a PSNR or an MS-SSIM."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from lightning_tucodec.codecs.h266.codec import H266
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.refine import RefinedModel
+from lightning_tucodec.codecs.network.codec import NetworkModel
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.io.once import once_property
 from lightning_tucodec.quality.decibels import psnr_from_sse
 from lightning_tucodec.quality.metrics import (
     bits_per_pixel,
@@ -20,21 +22,27 @@ from lightning_tucodec.quality.metrics import (
 )
 
 Quantity = Literal["bpp", "psnr", "ms_ssim"]
-Setting = H266 | TucModel | RefinedModel
+Setting = H266 | TucModel | RefinedModel | NetworkModel
 
 
-class Coding(NamedTuple):
+class Coding:
     """One way to code an image.
 
-    Attributes:
+    Args:
         setting: what coded it.
         data: the `.tuc` file.
-        shown: H×W×3, what a decoder shows.
+        show: finds what a decoder shows.
     """
 
-    setting: Setting
-    data: bytes
-    shown: NDArray[np.uint8]
+    def __init__(
+        self, setting: Setting, data: bytes, show: Callable[[], NDArray[np.uint8]]
+    ) -> None:
+        self.setting, self.data, self._show = setting, data, show
+
+    @once_property
+    def shown(self) -> NDArray[np.uint8]:
+        """H×W×3, what a decoder shows."""
+        return self._show()
 
 
 @dataclass(frozen=True)
@@ -74,10 +82,14 @@ def code(setting: Setting, image: NDArray[np.uint8]) -> Coding:
     """Code an H×W×3 image."""
     if isinstance(setting, H266):
         picture = setting.code(image)
-        return Coding(setting, picture.data, picture.shown)
-    coded = setting.code(image)
-    shown = _model(setting).synthesise(coded.latents.y, image.shape[1], image.shape[0])
-    return Coding(setting, coded.data, shown)
+        return Coding(setting, picture.data, lambda: picture.shown)
+    if isinstance(setting, NetworkModel):
+        data = setting.encode(image)
+        return Coding(setting, data, lambda: setting.decode(data))
+    coded, (height, width) = setting.code(image), image.shape[:2]
+    return Coding(
+        setting, coded.data, lambda: _model(setting).synthesise(coded.latents.y, width, height)
+    )
 
 
 def best(models: Sequence[Setting], image: NDArray[np.uint8], target: Target) -> Coding:
@@ -145,4 +157,6 @@ def _model(setting: TucModel | RefinedModel) -> TucModel:
 
 
 def _is_ssim(setting: Setting) -> bool:
-    return not isinstance(setting, H266) and _model(setting).card.get("recipe") == "ssim"
+    if isinstance(setting, H266 | NetworkModel):
+        return False
+    return _model(setting).card.get("recipe") == "ssim"

@@ -1,0 +1,280 @@
+"""Networks from the path of their class and its arguments, as a recipe or a model file names them.
+
+CompressAI's form, which is all that is asked of a class:
+
+    forward(x)              -> {"x_hat": N×3×H×W, "likelihoods": {"y": …, "z": …, …}}, x in [0, 1]
+    compress(x)             -> {"strings": [[bytes of each image], …], "shape": …}
+    decompress(strings, shape) -> {"x_hat": …}
+    update()                tables of the entropy coder
+    aux_loss()              where it has parameters named `quantiles`
+
+A recipe may name any class that Python finds. A model file, which may come from anywhere, may only name
+classes of the packages in `allowed_packages`: to import a module is to run it.
+"""
+
+import contextlib
+import importlib
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_tucodec.codecs.cards import one_line
+from lightning_tucodec.errors import ConfigError
+
+PACKAGES = ("compressai", "lightning_tucodec")
+"""Packages whose classes a model file may always name."""
+
+TRUST = "TUCODEC_TRUST"
+"""Environment variable with the names of more packages, separated by commas; child processes inherit it."""
+
+DEFAULT_STRIDE = 64
+"""Of a network that has no `downsampling_factor`: that of all hyperprior networks in CompressAI."""
+
+METHODS = ("forward", "compress", "decompress", "update")
+
+
+def allowed_packages() -> set[str]:
+    """Top-level packages that a model file may have imported."""
+    return {*PACKAGES, *filter(None, os.environ.get(TRUST, "").split(","))}
+
+
+@contextlib.contextmanager
+def trusting(packages: Sequence[str]) -> Iterator[None]:
+    """Inside, model files may name classes of these packages too."""
+    before = os.environ.get(TRUST)
+    os.environ[TRUST] = ",".join([*filter(None, [before]), *packages])
+    try:
+        yield
+    finally:
+        os.environ.pop(TRUST) if before is None else os.environ.update({TRUST: before})
+
+
+def check_trusted(class_path: str) -> None:
+    """Refuse a class of another package.
+
+    Raises:
+        ConfigError: says how to allow it.
+    """
+    package = class_path.partition(".")[0]
+    if package not in allowed_packages():
+        raise ConfigError(
+            f"needs the class {class_path}, and only code of {', '.join(sorted(allowed_packages()))} is "
+            f"imported for a model; if you trust {package}, add --trust {package}"
+        )
+
+
+def find_class(class_path: str) -> type[nn.Module]:
+    """The class of a network.
+
+    Raises:
+        ConfigError: there is none, or it has not CompressAI's form.
+    """
+    where, _, name = class_path.rpartition(".")
+    if not where or not all(part.isidentifier() for part in class_path.split(".")):
+        raise ConfigError(f"{class_path!r} is not the path of a class, such as my_networks.Mine")
+    try:
+        found = getattr(importlib.import_module(where), name)
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"{class_path} cannot be imported ({reason})") from None
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ConfigError(f"{class_path} is no network: it must be a class of torch.nn.Module")
+    for method in METHODS:
+        own = getattr(found, method, None)
+        if not callable(own) or own is nn.Module.forward:
+            raise ConfigError(
+                f"{class_path} has no method {method}: a network needs CompressAI's {', '.join(METHODS)}"
+            )
+    return found
+
+
+def build(description: Any, allowed: Callable[[str], None] = lambda class_path: None) -> nn.Module:
+    """The network of a description.
+
+    Args:
+        description: `{"class_path": …, "init_args": {…}}`; arguments of this form are built first, and may
+            be any module.
+        allowed: called with the path of every class before it is imported; refuses by raising.
+
+    Raises:
+        ConfigError: the class is none of a network, or its arguments are wrong.
+    """
+    class_path, arguments = parts(description)
+    allowed(class_path)
+    kind = find_class(class_path)
+    if kind.__module__.partition(".")[0] != class_path.partition(".")[0]:
+        allowed(f"{kind.__module__}.{kind.__qualname__}")
+    values = {key: _built(value, allowed) for key, value in arguments.items()}
+    try:
+        inspect.signature(kind).bind(**values)
+        network = kind(**values)
+    except MemoryError:
+        raise
+    except ConfigError:
+        raise
+    except Exception as error:
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items()) or "none"
+        raise ConfigError(
+            f"{class_path} does not take these arguments ({given}): {one_line(error)}"
+        ) from None
+    if any(
+        True for name, _ in network.named_parameters() if name.endswith("quantiles")
+    ) and not hasattr(network, "aux_loss"):
+        raise ConfigError(f"{class_path} has quantiles and no method aux_loss that trains them")
+    return network
+
+
+def parts(description: Any) -> tuple[str, dict[str, Any]]:
+    """Class path and arguments of a description.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    fits = isinstance(description, dict) and isinstance(description.get("class_path"), str)
+    arguments = description.get("init_args") or {} if fits else None
+    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+        raise ConfigError(
+            f"a network is class_path and init_args, as in {{class_path: compressai.models.FactorizedPrior, "
+            f"init_args: {{N: 128, M: 192}}}}, not {description!r:.80}"
+        )
+    if unknown := sorted(set(description) - {"class_path", "init_args"}):
+        raise ConfigError(f"a network is class_path and init_args; what is {unknown[0]}?")
+    return description["class_path"], arguments
+
+
+def _built(value: Any, allowed: Callable[[str], None]) -> Any:
+    """An argument, or the module that it describes."""
+    if isinstance(value, list):
+        return [_built(item, allowed) for item in value]
+    if not (isinstance(value, dict) and "class_path" in value):
+        return value
+    class_path, arguments = parts(value)
+    allowed(class_path)
+    where, _, name = class_path.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(where), name)
+        assert issubclass(kind, nn.Module)
+        allowed(kind.__module__)
+        return kind(**{key: _built(inner, allowed) for key, inner in arguments.items()})
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(f"{class_path} cannot be built: {one_line(error)}") from None
+
+
+class Budget(TorchDispatchMode):
+    """Inside, tensors of so many values together are made at most: a small file claims no large network.
+
+    Args:
+        values: the limit.
+
+    Raises:
+        ConfigError: more is asked for; before it is allocated.
+    """
+
+    def __init__(self, values: int) -> None:
+        super().__init__()
+        self.left = values
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Count what a call makes."""
+        size = args[0] if args else None
+        if isinstance(size, int):
+            size = [size, size]  # a square, or a range
+        if isinstance(size, list | tuple) and all(isinstance(side, int) for side in size):
+            self._take(math.prod(size))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self._take(1 + (0 if isinstance(size, list | tuple) else result.numel()))
+        return result
+
+    def _take(self, values: int) -> None:
+        self.left -= values
+        if self.left < 0:
+            raise ConfigError("its arguments ask for a network larger than its weights")
+
+
+def stride_of(network: nn.Module) -> int:
+    """The multiple of pixels that both sides of a network's input must have."""
+    stride = getattr(network, "downsampling_factor", DEFAULT_STRIDE)
+    return stride if isinstance(stride, int) and 1 <= stride <= 4096 else DEFAULT_STRIDE
+
+
+def padded(x: Tensor, stride: int) -> Tensor:
+    """Images N×3×H×W with the right and bottom border repeated up to multiples of `stride`."""
+    height, width = x.shape[-2:]
+    return pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
+
+
+class Rates:
+    """The rates of a variable-rate network: levels 0, 1, …, and everything between two.
+
+    Such a network has the form of CompressAI's `…Vbr` classes (Kamisli, Racapé and Choi, DCC 2024): a
+    parameter `Gain` with an entry a level, and calls that take `s`, the number of a level, or `inputscale`, a
+    gain of one's own.
+
+    Attributes:
+        levels: their number.
+    """
+
+    STEPS = 256
+    """A quality is a multiple of 1/256 of a level, as files hold it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.levels = len(network.Gain)  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls, network: nn.Module) -> "Rates | None":
+        """The rates of a network, if it has several."""
+        gain = getattr(network, "Gain", None)
+        if not isinstance(gain, Tensor) or gain.ndim != 1 or len(gain) < 2:
+            return None
+        methods = (network.forward, network.compress, network.decompress)
+        taken = [set(inspect.signature(method).parameters) for method in methods]  # type: ignore[arg-type]
+        return cls(network) if all({"s", "inputscale"} <= names for names in taken) else None
+
+    @property
+    def lmbdas(self) -> list[float]:
+        """λ of each level, by the network's own list `lmbda`.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        values = getattr(self.network, "lmbda", None)
+        if not isinstance(values, list | tuple) or len(values) != self.levels:
+            raise ConfigError(
+                f"{type(self.network).__name__} has no list lmbda with one for each level"
+            )
+        return [float(value) for value in values]
+
+    def rounded(self, quality: float) -> float:
+        """The quality that a file can hold.
+
+        Raises:
+            ConfigError: out of range.
+        """
+        if not 0 <= quality <= self.levels - 1:
+            raise ConfigError(f"quality {quality:g} is not within 0 … {self.levels - 1}")
+        return round(quality * self.STEPS) / self.STEPS
+
+    def arguments(self, quality: float) -> dict[str, Any]:
+        """What a call of the network takes for a quality; also sets tables that depend on it."""
+        gains = self.network.Gain.detach().abs()
+        below = min(int(quality), self.levels - 2)
+        share = quality - below
+        gain = (gains[below].log() * (1 - share) + gains[below + 1].log() * share).exp()
+        if share in (0.0, 1.0):
+            gain = gains[below + int(share)]
+        bottleneck = getattr(self.network, "entropy_bottleneck", None)
+        if hasattr(bottleneck, "update_variable"):
+            self.network.update(force=True, scale=gain)  # type: ignore[operator]
+        return {"inputscale": gain}
