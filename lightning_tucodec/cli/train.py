@@ -2,7 +2,14 @@
 
 import argparse
 
-from lightning_tucodec.cli.arguments import Subparsers, add_force, command, location, real
+from lightning_tucodec.cli.arguments import (
+    Subparsers,
+    add_force,
+    add_trust,
+    command,
+    location,
+    real,
+)
 
 LIGHTNING = {
     "fit": "train; options come from --config FILE and the command line (LightningCLI)",
@@ -29,6 +36,7 @@ def register(subparsers: Subparsers) -> None:
     )
     add("-o", "--out", type=location, required=True, metavar="MODEL.safetensors")
     add_force(export)
+    add_trust(export)
     add("--average", nargs="+", type=real(), metavar="SHARE",
         help="average the weights of several runs with these shares (default: equal shares)")  # fmt: skip
     add("--name", help="the model's name (default: the file's stem)")

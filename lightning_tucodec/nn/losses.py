@@ -3,6 +3,8 @@
 * `MSERateLoss`, the 40 dB entry: λ·MSE + bpp, MSE on [0, 1], λ = 4096 … 8000 in the paper.
 * `MSSSIMRateLoss`, the MS-SSIM entry: D + λ·bpp, D = 0.2·MSE + 0.8·(1 − MS-SSIM), λ = 0.2 … 0.6 in
   the paper. Here a larger λ means fewer bits.
+* `CompressAIMSELoss`: λ·255²·MSE + bpp, λ = 0.0018 … 0.18 in CompressAI's tables, and
+  `CompressAIMSSSIMLoss`: λ·(1 − MS-SSIM) + bpp, λ = 2.4 … 220 there; both as its `RateDistortionLoss`.
 
 bpp always counts the pixels of the image as it was before any padding.
 
@@ -18,7 +20,6 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.nn.codec import CodecOutput
 from lightning_tucodec.nn.discriminator import Verdict
 from lightning_tucodec.quality.metrics import ms_ssim
 
@@ -39,6 +40,17 @@ class RateDistortion(NamedTuple):
     bpp_z: Tensor
 
 
+class Reconstruction(Protocol):
+    """What a network makes of N images: `CodecOutput`, and what other networks' output is brought to."""
+
+    @property
+    def x_hat(self) -> Tensor:
+        """N×3×H×W, not clamped."""
+
+    def bits(self) -> tuple[Tensor, Tensor]:
+        """Estimated bits of y and of z for every image, each of shape (N,), float32."""
+
+
 class RateDistortionLoss(ABC):
     """What a recipe minimises; `convention` is printed in every report."""
 
@@ -48,7 +60,7 @@ class RateDistortionLoss(ABC):
     def __init__(self, lmbda: float) -> None:
         self.lmbda = lmbda
 
-    def __call__(self, output: CodecOutput, x: Tensor) -> RateDistortion:
+    def __call__(self, output: Reconstruction, x: Tensor) -> RateDistortion:
         """Loss of a batch; `x` is N×3×H×W in [0, 1]. Computed in float32 under any autocast."""
         with torch.autocast(x.device.type, enabled=False):
             bpp_y, bpp_z = _rate(output, x)
@@ -66,7 +78,7 @@ class RateDistortionLoss(ABC):
         """The weighted sum that is minimised."""
 
 
-def _rate(output: CodecOutput, x: Tensor) -> tuple[Tensor, Tensor]:
+def _rate(output: Reconstruction, x: Tensor) -> tuple[Tensor, Tensor]:
     pixels = x.shape[-1] * x.shape[-2]
     bits_y, bits_z = output.bits()
     return bits_y.mean() / pixels, bits_z.mean() / pixels
@@ -107,8 +119,37 @@ class MSSSIMRateLoss(RateDistortionLoss):
         return distortion + self.lmbda * bpp
 
 
+class CompressAIMSELoss(MSERateLoss):
+    """λ·255²·MSE + bpp."""
+
+    convention = "lambda * 255^2 * MSE + bpp, MSE on [0, 1]"
+
+    def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
+        """λ·255²·D + bpp."""
+        return self.lmbda * (255**2 * distortion) + bpp
+
+
+class CompressAIMSSSIMLoss(RateDistortionLoss):
+    """λ·(1 − MS-SSIM) + bpp."""
+
+    convention = "lambda * (1 - MS-SSIM) + bpp"
+    min_crop = MIN_MS_SSIM_SIDE
+
+    def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """1 − MS-SSIM, sides ≥ 11 (the recipe's crops: ≥ 192)."""
+        return 1 - ms_ssim(x_hat.float(), x.float()).mean()
+
+    def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
+        """λ·D + bpp."""
+        return self.lmbda * distortion + bpp
+
+
 def make_loss(recipe: str, lmbda: float) -> RateDistortionLoss:
-    """The loss of the recipe "transparent" (MSE) or "ssim".
+    """The loss of a recipe.
+
+    Args:
+        recipe: "transparent" (MSE), "ssim", or with CompressAI's λ "compressai-mse" or "compressai-ms-ssim".
+        lmbda: λ in its convention.
 
     Raises:
         ConfigError: another name, or λ is not positive.
@@ -116,6 +157,8 @@ def make_loss(recipe: str, lmbda: float) -> RateDistortionLoss:
     losses: dict[str, type[RateDistortionLoss]] = {
         "transparent": MSERateLoss,
         "ssim": MSSSIMRateLoss,
+        "compressai-mse": CompressAIMSELoss,
+        "compressai-ms-ssim": CompressAIMSSSIMLoss,
     }
     if recipe not in losses:
         raise ConfigError(f"recipe {recipe!r} is unknown; choose one of {sorted(losses)}")
@@ -134,7 +177,7 @@ def check_crop(recipe: str, crop: int) -> None:
     if crop < least:
         reason = (
             ": MS-SSIM halves the image four times and its window has 11 pixels"
-            if recipe == "ssim"
+            if least == MIN_MS_SSIM_SIDE
             else ""
         )
         raise ConfigError(

@@ -6,14 +6,17 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.codecs.h266.postfilter import FilterModel
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
+from lightning_tucodec.codecs.library import load_any
+from lightning_tucodec.codecs.network.build import build, check_trusted
+from lightning_tucodec.codecs.network.codec import NetworkModel, freeze_network
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.files import check_targets, read_yaml
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
@@ -53,18 +56,34 @@ def export(
         given = " ".join(map(str, shares))
         raise ConfigError(f"--average {given}: {len(runs)} numbers with sum 1 are needed")
     trained = [_trained(run) for run in runs]
-    network, card = trained[-1]
-    for run, (other, _) in zip(runs, trained, strict=True):
-        if other.config != network.config:
+    network, config, card = trained[-1]
+    for run, other in zip(runs, trained, strict=True):
+        if other.config != config:
             raise ConfigError(f"{run}: its network differs from that of {runs[-1]}")
+    if len(runs) > 1 and isinstance(config, dict):  # tables belong to weights: they are made anew
+        trained = [
+            one._replace(network=_built(run, config, one.network.state_dict()))
+            for run, one in zip(runs, trained, strict=True)
+        ]
+        network = trained[-1].network
     if len(runs) > 1:
-        states = [other.state_dict() for other, _ in trained]
+        states = [other.network.state_dict() for other in trained]
         network.load_state_dict(_average(states, shares))
         card["average"] = [[run.name, share] for run, share in zip(runs, shares, strict=True)]
     card |= extra
     if isinstance(network, PostFilter):
         return FilterModel.freeze(network, name, card).file
-    return freeze(network, name, card)
+    if isinstance(network, TucodecVAE):
+        return freeze(network, name, card)
+    return freeze_network(network, config, name, card)
+
+
+class _Trained(NamedTuple):
+    """A network, what tells it apart from networks of other shapes, and its card."""
+
+    network: nn.Module
+    config: Any
+    card: dict[str, Any]
 
 
 def _average(states: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
@@ -76,13 +95,16 @@ def _average(states: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> di
     return average
 
 
-def _trained(run: Path) -> tuple[TucodecVAE | PostFilter, dict[str, Any]]:
+def _trained(run: Path) -> _Trained:
     """The network of a run's newest checkpoint, of a checkpoint or of an exported model, and its card."""
     run = initial_weights(str(run)) if not run.is_dir() else run
     if run.suffix == MODEL_SUFFIX:
-        file = ModelFile.load(run)
-        is_filter = file.config.get("kind") == FilterModel.KIND
-        return FilterModel(file).network if is_filter else file.network(), dict(file.card)
+        model = load_any(run)
+        if isinstance(model, NetworkModel):
+            return _Trained(model.network, _described(model.file.config), dict(model.card))
+        is_filter = isinstance(model, FilterModel)
+        fresh = FilterModel(model.file).network if is_filter else model.file.network()
+        return _Trained(fresh, fresh.config, dict(model.card))
     if run.is_dir():
         found = RunFolder(run).latest()
         if found is None:
@@ -90,16 +112,38 @@ def _trained(run: Path) -> tuple[TucodecVAE | PostFilter, dict[str, Any]]:
         folder, content = run, found[1]
     else:
         folder, content = run.parent.parent, load_checkpoint(run)
-    state = content["tucodec"]
-    network: TucodecVAE | PostFilter
+    state, weights = content["tucodec"], network_weights(content)
+    card = _card(folder, state)
+    if "network" in state:
+        network = _built(run, state["network"], weights)
+        return _Trained(network, _described(state["network"]), card)
+    own: TucodecVAE | PostFilter
     if "postfilter" in state:
-        network = PostFilter(PostFilterConfig(**state["postfilter"]))
-        card = {"recipe": "postfilter", **_card(folder, state)}
+        own = PostFilter(PostFilterConfig(**state["postfilter"]))
+        card = {"recipe": "postfilter", **card}
     else:
-        network = TucodecVAE(config_from_dict(state["codec"]))
-        card = _card(folder, state)
-    network.load_state_dict(network_weights(content))
-    return network.eval(), card
+        own = TucodecVAE(config_from_dict(state["codec"]))
+    own.load_state_dict(weights)
+    return _Trained(own.eval(), own.config, card)
+
+
+def _described(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: config[key] for key in ("class_path", "init_args")}
+
+
+def _built(run: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    """A network of CompressAI's form with the weights of a run or a model, and no tables.
+
+    Raises:
+        ConfigError: its class is not allowed here, or cannot be built.
+    """
+    try:
+        network = build(_described(config), check_trusted)
+    except ConfigError as error:
+        raise ConfigError(f"{run}: {error}") from None
+    own = network.state_dict()
+    network.load_state_dict({**own, **{k: weights[k] for k, v in own.items() if v.numel()}})
+    return network.eval()
 
 
 def _card(folder: Path, state: dict[str, Any]) -> dict[str, Any]:

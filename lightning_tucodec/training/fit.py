@@ -198,8 +198,11 @@ class TucodecCLI(LightningCLI):
     outcome = "finished"
     unmirrored = False
 
-    def __init__(self, *args: Any, command: str, preemption: Preemption, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, command: str, named: set[str], preemption: Preemption, **kwargs: Any
+    ) -> None:
         self.command = command
+        self.named = named
         self.preemption = preemption
         self.cleanup = contextlib.ExitStack()
         with self.cleanup:
@@ -213,8 +216,10 @@ class TucodecCLI(LightningCLI):
         """The run's own options."""
         parser.add_argument("--run", type=RunConfig, default=RunConfig())
         parser.add_argument("--mirror", help="the same as --run.mirror")
+        defaults = {"model": DEFAULT_MODEL, "data": DEFAULT_DATA}
+        # Where another class is named: it would take over the default one's arguments of equal names.
         parser.set_defaults(
-            {"model": {"class_path": DEFAULT_MODEL}, "data": {"class_path": DEFAULT_DATA}}
+            {group: {"class_path": p} for group, p in defaults.items() if group not in self.named}
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -494,6 +499,27 @@ def _expanded_config(words: Sequence[str]) -> list[str]:
     return result
 
 
+def _named_classes(words: Sequence[str]) -> set[str]:
+    """The groups, of model and data, whose class the words or their configuration files name."""
+    found = set()
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, sign, value = word.partition("=")
+        value = value if sign else following
+        for group in ("model", "data"):
+            if option in (f"--{group}", f"--{group}.class_path"):
+                found.add(group)
+        if option in ("--config", "-c"):
+            with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+                content = yaml.safe_load(Path(value).read_bytes())
+                groups = content if isinstance(content, dict) else {}
+                found |= {
+                    group
+                    for group in ("model", "data")
+                    if isinstance(groups.get(group), dict) and "class_path" in groups[group]
+                }
+    return found
+
+
 def _in_plain_words(message: str) -> str:
     """What the parser says of a wrong value, without its account of the types that it tried in vain."""
     inside = re.search(
@@ -564,6 +590,7 @@ def _without_advice() -> Iterator[None]:
 
 def _main(arguments: Sequence[str], preemption: Preemption) -> int:
     raising = {"exit_on_error": False}
+    words = _expanded_config(arguments)
     try:
         with _without_advice(), preemption if arguments[0] == "fit" else contextlib.nullcontext():
             cli = TucodecCLI(
@@ -574,8 +601,9 @@ def _main(arguments: Sequence[str], preemption: Preemption) -> int:
                 save_config_callback=None,
                 seed_everything_default=0,
                 parser_kwargs={"prog": "tucodec", **raising, arguments[0]: raising},
-                args=_expanded_config(arguments),
+                args=words,
                 command=arguments[0],
+                named=_named_classes(words),
                 preemption=preemption,
             )
     except (UnicodeDecodeError, MemoryError) as error:

@@ -17,10 +17,11 @@ from lightning_tucodec.io.images import write_png
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.discriminator import DiscriminatorKind, make_discriminator
 from lightning_tucodec.nn.losses import AdversarialKind, make_adversarial_loss
+from lightning_tucodec.training.coding import PICTURES, eight_bits
 from lightning_tucodec.training.game import Alarms, Gate, RateController, Turn
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.optimizers import follow
-from lightning_tucodec.training.vae import PICTURES, CodecModule, eight_bits
+from lightning_tucodec.training.vae import CodecModule
 
 _ORDER = 0x6F72646572  # separates the order of the pairs from the data plan's random bits
 
@@ -239,7 +240,7 @@ class GANCodec(CodecModule):
     def _step_codec(self, logged: bool) -> None:
         optimizers = self.optimizers()
         assert isinstance(optimizers, list)
-        self._average_gradients(list(self.network.parameters()))
+        self.average_gradients(list(self.network.parameters()))
         if logged:
             for name, part in self.network.named_children():
                 grads = [p.grad for p in part.parameters() if p.grad is not None]
@@ -251,21 +252,11 @@ class GANCodec(CodecModule):
             follow(self.averaged, self.network, self.ema, self.opt_step)
 
     def _step_discriminator(self) -> None:
-        self._average_gradients(list(self.discriminator.parameters()))
+        self.average_gradients(list(self.discriminator.parameters()))
         # Past Lightning's own wrapper, which would count the step.
         optimizer = self.trainer.optimizers[1]
         self.trainer.strategy.optimizer_step(optimizer, closure=lambda: None, model=self)
         self.discriminator_steps += 1
-
-    def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Means over the ranks, by one all-reduce."""
-        if self.trainer.world_size == 1:
-            return
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
-        for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            g.copy_(mean.view(g.shape))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip each side by itself."""

@@ -12,8 +12,8 @@ _RUN = {"checkpoint_minutes": (0, inf), "threads": (1, inf)}
 _DATA = {"batch_size": (1, inf), "crop": (1, inf), "num_workers": (0, inf), "cache_gb": (0, inf)}
 _MODEL = {
     "lmbda": (0, inf), "lr": (0, inf), "final_lr": (0, inf), "warmup_steps": (0, inf), "decay_start": (0, 1),
-    "clip_norm": (0, inf), "ema": (0, 1), "discriminator_lr": (0, inf), "adversarial_share": (0, inf),
-    "adversarial_weight": (0, inf),
+    "aux_lr": (0, inf), "clip_norm": (0, inf), "ema": (0, 1), "discriminator_lr": (0, inf),
+    "adversarial_share": (0, inf), "adversarial_weight": (0, inf),
 }  # fmt: skip
 _TRAINER = {
     "accumulate_grad_batches": (1, inf), "check_val_every_n_epoch": (1, inf), "devices": (-1, inf),

@@ -4,32 +4,28 @@ import dataclasses
 import math
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
-from lightning_tucodec.errors import ConfigError, ModelFileError
-from lightning_tucodec.io.images import write_png
+from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.codec import (
     PRESETS,
     CodecConfig,
+    CodecOutput,
     TucodecVAE,
     config_from_dict,
     config_to_dict,
 )
 from lightning_tucodec.nn.klt import start_as_klt
-from lightning_tucodec.nn.losses import check_crop, make_loss
-from lightning_tucodec.quality.metrics import ms_ssim, psnr
+from lightning_tucodec.training.coding import CodingModule
 from lightning_tucodec.training.data import PatchDataModule
-from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.optimizers import muon_adam
 from lightning_tucodec.training.runs.weights import (
@@ -40,9 +36,6 @@ from lightning_tucodec.training.runs.weights import (
 
 KLT_CROPS = 256
 """Training crops that `klt_start` looks at."""
-
-PICTURES = 3
-"""Validation images that a picture is kept of, one each at every validation."""
 
 
 def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> CodecConfig:
@@ -109,7 +102,7 @@ def _fitting(name: str, value: Any, present: Any) -> Any:
     return value
 
 
-class CodecModule(ScheduledModule):
+class CodecModule(CodingModule):
     """What all trainings of a TucodecVAE share: noise, validation, checkpoint entries.
 
     The quantisers' noise of a sample is a function of the seed and of its position, so that a resumed run
@@ -155,9 +148,9 @@ class CodecModule(ScheduledModule):
         muon_iterations: int = 5,
         real_files: int | None = None,
     ) -> None:
-        super().__init__(lr, final_lr, warmup_steps, decay_start, clip_norm)
-        self.recipe = recipe
-        self.loss = make_loss(recipe, lmbda)
+        super().__init__(
+            *(recipe, lmbda, lr, final_lr, warmup_steps, decay_start, clip_norm, seed, real_files)
+        )
         try:
             self.network = TucodecVAE(resolve_codec(preset, codec))
         except (TypeError, ValueError, RuntimeError) as error:
@@ -174,14 +167,10 @@ class CodecModule(ScheduledModule):
             raise ConfigError("model.frozen: nothing is left to train")
         self.init_parts = init_parts
         self.klt_start = klt_start
-        if real_files is not None and real_files < 0:
-            raise ConfigError(f"model.real_files: must be 0 or more, got {real_files}")
-        self.real_files = real_files
         self.preset = preset
         if muon_iterations < 1:
             raise ConfigError(f"model.muon_iterations starts at 1, got {muon_iterations}")
         self.optimizer, self.muon_iterations = optimizer, muon_iterations
-        self.seed = seed
         self.used_centres = torch.zeros(self.network.config.centres, dtype=torch.int64)
         self.network.to(memory_format=torch.channels_last)
 
@@ -212,13 +201,10 @@ class CodecModule(ScheduledModule):
                 "bfloat16, so that it is slower than 32-true",
                 file=sys.stderr,
             )
+        super().on_fit_start()
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(datamodule, PatchDataModule):
-            return
-        batches = datamodule.train_dataloader().batches
-        check_crop(self.recipe, batches.crop)
-        if self.klt_start and self.is_fresh:
-            crops = batches.first(KLT_CROPS).to(self.device)
+        if self.klt_start and self.is_fresh and isinstance(datamodule, PatchDataModule):
+            crops = datamodule.train_dataloader().batches.first(KLT_CROPS).to(self.device)
             try:
                 start_as_klt(self.network, crops)
             except ValueError as error:
@@ -230,82 +216,41 @@ class CodecModule(ScheduledModule):
         return self.network
 
     def on_validation_epoch_start(self) -> None:
-        """Freeze the network as an export would, and forget the last validation's numbers."""
+        """Count the used centres anew."""
         super().on_validation_epoch_start()
         self.used_centres.zero_()
-        self.coder: TucModel | None = None
-        try:
-            frozen = freeze(self.shown, "validation", {}, torch.float32)
-            self.coder = TucModel(frozen, str(self.device))
-        except ModelFileError as error:  # a state of training, and no reason to end it
-            if self.trainer.is_global_zero:
-                print(f"step {self.opt_step}: no real files, {error}", file=sys.stderr)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Rate of the hard symbols and of a real file, distortion of the 8-bit image; one a batch.
+    def run(self, x: Tensor) -> CodecOutput:
+        """See `CodingModule.run`."""
+        output: CodecOutput = self.shown(x)
+        return output
 
-        Computed in float32 for any training precision, as when files are written.
-        """
-        with torch.autocast(self.device.type, enabled=False):
-            self._measure(batch)
+    def coder(self) -> Callable[[Any, Tensor], bytes]:
+        """See `CodingModule.coder`; the transforms run on the training's device."""
+        frozen = freeze(self.shown, "validation", {}, torch.float32)
+        model = TucModel(frozen, str(self.device))
 
-    def _measure(self, batch: dict[str, Tensor]) -> None:
-        x = batch["image"]
-        output = self.shown(x)
-        pixels = x.shape[-1] * x.shape[-2]
-        bits_y, bits_z = output.bits()
-        x_hat = (output.x_hat.clamp(0, 1) * 255).round() / 255
+        def write(output: CodecOutput, x: Tensor) -> bytes:
+            (latents,) = model.symbols(output.y)
+            return model.write(latents, x.shape[-1], x.shape[-2])
+
+        return write
+
+    def watch(self, output: Any) -> dict[str, float]:
+        """How many values lie beyond the last centres; counts the centres."""
         centres = self.shown.quantizer.centres()
         outside = (output.y < centres[0]) | (output.y > centres[-1])
         self.used_centres += torch.bincount(
             output.index.flatten().cpu(), minlength=len(self.used_centres)
         )
-        row = {
-            "index": float(batch["index"][0]),
-            "bpp_y": float(bits_y.mean()) / pixels,
-            "bpp_z": float(bits_z.mean()) / pixels,
-            "psnr": float(psnr(x_hat, x).mean()),
-            "ms_ssim": float(ms_ssim(x_hat, x).mean()),
-            "beyond_ends": float(outside.float().mean()),
-            "loss": float(self.loss(output, x).loss),
-        }
-        chosen = self.real_files is None or row["index"] < self.real_files
-        if self.coder is not None and chosen:
-            (latents,) = self.coder.symbols(output.y)
-            file = self.coder.write(latents, x.shape[-1], x.shape[-2])
-            row["real_bpp"] = 8 * len(file) / pixels
-        self.validation_rows.append(row)
-        if self.trainer.is_global_zero and self.trainer.loggers:
-            self.keep_picture(int(batch["index"][0]), eight_bits(x), eight_bits(x_hat))
-
-    def keep_picture(
-        self, number: int, original: NDArray[np.uint8], shown: NDArray[np.uint8]
-    ) -> None:
-        """Original and reconstruction side by side, of the first images."""
-        if number < PICTURES:
-            panels = np.concatenate([original, shown], axis=1)
-            write_png(self.picture_path(str(number) if number else ""), panels)
+        return {"beyond_ends": float(outside.float().mean())}
 
     def means(self, rows: list[dict[str, float]]) -> dict[str, float]:
         """Means over the images, and which centres were used."""
-        names = [name for name in rows[0] if name != "index"]
-        having = {name: [row for row in rows if name in row] for name in names}
-        means = {
-            name: sum(row[name] for row in found) / len(found) for name, found in having.items()
-        }
-        means["bpp"] = means["bpp_y"] + means["bpp_z"]
-        used = self.trainer.strategy.reduce(self.used_centres.to(self.device), reduce_op="sum")
-        assert isinstance(used, Tensor)
+        means = super().means(rows)
+        used = self.sum_of_ranks(self.used_centres)
         means["centres_used"] = float((used > 0).sum())
         means["centres_dead"] = float((used == 0).sum())
-        if "real_bpp" in means:
-            ratio = means["real_over_estimated"] = sum(
-                row["real_bpp"] for row in having["real_bpp"]
-            ) / sum(row["bpp_y"] + row["bpp_z"] for row in having["real_bpp"])
-            # The container's header is part of the file; small images may exceed this.
-            if ratio > 1.01 and self.trainer.is_global_zero:
-                text = f"step {self.opt_step}: real files are {ratio:.3f} times the estimated bits"
-                print(text, file=sys.stderr)
         return means
 
     def describe(self) -> dict[str, Any]:
@@ -360,20 +305,7 @@ class VAE(CodecModule):
             output = self.network(x)
         terms = self.loss(output, x)
         self.images_seen += x.shape[0] * self.trainer.world_size
-        values = {
-            "train/loss": terms.loss,
-            "train/bpp": terms.bpp_y + terms.bpp_z,
-            "train/bpp_z": terms.bpp_z,
-            "train/psnr": terms.mse,
-        }
-        means = torch.stack([value.detach() for value in values.values()])
-        if self.logging_is_due:  # not by sync_dist: Lightning wants it the same in every step
-            means = self.trainer.strategy.reduce(means, reduce_op="mean")
-        # In dB only now: the mean of the ranks' decibels would depend on their number.
-        means[-1] = -10 * means[-1].log10()
-        self.log_dict(dict(zip(values, means, strict=True)))
-        self.log("bpp", (terms.bpp_y + terms.bpp_z).detach(), prog_bar=True, logger=False)
-        self.log("dB", -10 * terms.mse.detach().log10(), prog_bar=True, logger=False)
+        self.log_terms(terms)
         return terms.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -384,12 +316,6 @@ class VAE(CodecModule):
 def bfloat16_is_fast() -> bool:
     """Whether this processor multiplies matrices of bfloat16."""
     return torch.cpu._is_avx512_bf16_supported() or platform.machine() == "aarch64"
-
-
-def eight_bits(x: Tensor) -> NDArray[np.uint8]:
-    """The first image of a batch in [0, 1] as H×W×3."""
-    image = (x[0] * 255).round().to(torch.uint8).permute(1, 2, 0)
-    return np.ascontiguousarray(image.cpu().numpy())
 
 
 def _plain(value: Any) -> Any:

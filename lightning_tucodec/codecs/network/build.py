@@ -148,6 +148,17 @@ def parts(description: Any) -> tuple[str, dict[str, Any]]:
     return description["class_path"], arguments
 
 
+def packages_of(description: Any) -> list[str]:
+    """Top-level packages of all classes that a description names."""
+    if isinstance(description, list):
+        return [name for item in description for name in packages_of(item)]
+    if not isinstance(description, dict):
+        return []
+    own = description.get("class_path")
+    inner = [name for value in description.values() for name in packages_of(value)]
+    return [own.partition(".")[0], *inner] if isinstance(own, str) else inner
+
+
 def _built(value: Any, allowed: Callable[[str], None]) -> Any:
     """An argument, or the module that it describes."""
     if isinstance(value, list):
@@ -268,7 +279,7 @@ class Rates:
 
     def arguments(self, quality: float) -> dict[str, Any]:
         """What a call of the network takes for a quality; also sets tables that depend on it."""
-        gains = self.network.Gain.detach().abs()
+        gains = self.network.Gain.detach().abs()  # type: ignore[operator]
         below = min(int(quality), self.levels - 2)
         share = quality - below
         gain = (gains[below].log() * (1 - share) + gains[below + 1].log() * share).exp()

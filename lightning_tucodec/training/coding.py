@@ -1,0 +1,184 @@
+"""What all trainings of image codecs share: the recipe, validation with real files, pictures."""
+
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lightning_tucodec.errors import ConfigError, ModelFileError
+from lightning_tucodec.io.images import write_png
+from lightning_tucodec.nn.losses import RateDistortion, Reconstruction, check_crop, make_loss
+from lightning_tucodec.quality.metrics import ms_ssim, psnr
+from lightning_tucodec.training.data import PatchDataModule
+from lightning_tucodec.training.module import ScheduledModule
+
+PICTURES = 3
+"""Validation images that a picture is kept of, one each at every validation."""
+
+
+class CodingModule(ScheduledModule):
+    """Recipe, validation and averages of a training whose network codes images.
+
+    Args:
+        recipe: see `nn.losses.make_loss`.
+        lmbda: λ in that recipe's convention.
+        lr, final_lr, warmup_steps, decay_start, clip_norm: see `ScheduledModule`.
+        seed: of what is drawn for samples or steps.
+        real_files: number of validation images, from the first, that are coded to real files; None: all.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        lmbda: float,
+        lr: float,
+        final_lr: float,
+        warmup_steps: int,
+        decay_start: float,
+        clip_norm: float,
+        seed: int,
+        real_files: int | None,
+    ) -> None:
+        super().__init__(lr, final_lr, warmup_steps, decay_start, clip_norm)
+        self.recipe = recipe
+        self.loss = make_loss(recipe, lmbda)
+        if real_files is not None and real_files < 0:
+            raise ConfigError(f"model.real_files: must be 0 or more, got {real_files}")
+        self.real_files = real_files
+        self.seed = seed
+
+    # --- What a network of its own kind says of itself --------------------------------------------
+
+    def run(self, x: Tensor) -> Reconstruction:
+        """The network that validation measures, on one image 1×3×H×W in [0, 1]."""
+        raise NotImplementedError
+
+    def coder(self) -> Callable[[Reconstruction, Tensor], bytes]:
+        """What writes the file of an image, given what `run` made of it, with the present weights.
+
+        Raises:
+            ModelFileError: no files can be written in this state of the training.
+        """
+        raise NotImplementedError
+
+    def watch(self, output: Reconstruction) -> dict[str, float]:
+        """More numbers of an image's row."""
+        return {}
+
+    # --- Training ----------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Check the crops before the first step."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(datamodule, PatchDataModule):
+            check_crop(self.recipe, datamodule.train_dataloader().batches.crop)
+
+    def log_terms(self, terms: RateDistortion) -> None:
+        """Log a batch's terms, as means over the ranks where they are written."""
+        values = {
+            "train/loss": terms.loss,
+            "train/bpp": terms.bpp_y + terms.bpp_z,
+            "train/bpp_z": terms.bpp_z,
+            "train/psnr": terms.mse,
+        }
+        means = torch.stack([value.detach() for value in values.values()])
+        if self.logging_is_due:  # not by sync_dist: Lightning wants it the same in every step
+            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        # In dB only now: the mean of the ranks' decibels would depend on their number.
+        means[-1] = -10 * means[-1].log10()
+        self.log_dict(dict(zip(values, means, strict=True)))
+        self.log("bpp", (terms.bpp_y + terms.bpp_z).detach(), prog_bar=True, logger=False)
+        self.log("dB", -10 * terms.mse.detach().log10(), prog_bar=True, logger=False)
+
+    def average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Means over the ranks, by one all-reduce; for backward passes outside DDP's own reduction."""
+        if self.trainer.world_size == 1:
+            return
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
+        for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(mean.view(g.shape))
+
+    # --- Validation --------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Freeze the network as an export would, and forget the last validation's numbers."""
+        super().on_validation_epoch_start()
+        self.written: Callable[[Reconstruction, Tensor], bytes] | None = None
+        try:
+            self.written = self.coder()
+        except ModelFileError as error:  # a state of training, and no reason to end it
+            if self.trainer.is_global_zero:
+                print(f"step {self.opt_step}: no real files, {error}", file=sys.stderr)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Rate of the hard symbols and of a real file, distortion of the 8-bit image; one a batch.
+
+        Computed in float32 for any training precision, as when files are written.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            self._measure(batch)
+
+    def _measure(self, batch: dict[str, Tensor]) -> None:
+        x = batch["image"]
+        output = self.run(x)
+        pixels = x.shape[-1] * x.shape[-2]
+        bits_y, bits_z = output.bits()
+        x_hat = (output.x_hat.clamp(0, 1) * 255).round() / 255
+        row = {
+            "index": float(batch["index"][0]),
+            "bpp_y": float(bits_y.mean()) / pixels,
+            "bpp_z": float(bits_z.mean()) / pixels,
+            "psnr": float(psnr(x_hat, x).mean()),
+            "ms_ssim": float(ms_ssim(x_hat, x).mean()),
+            **self.watch(output),
+            "loss": float(self.loss(output, x).loss),
+        }
+        chosen = self.real_files is None or row["index"] < self.real_files
+        if self.written is not None and chosen:
+            row["real_bpp"] = 8 * len(self.written(output, x)) / pixels
+        self.validation_rows.append(row)
+        if self.trainer.is_global_zero and self.trainer.loggers:
+            self.keep_picture(int(batch["index"][0]), eight_bits(x), eight_bits(x_hat))
+
+    def keep_picture(
+        self, number: int, original: NDArray[np.uint8], shown: NDArray[np.uint8]
+    ) -> None:
+        """Original and reconstruction side by side, of the first images."""
+        if number < PICTURES:
+            panels = np.concatenate([original, shown], axis=1)
+            write_png(self.picture_path(str(number) if number else ""), panels)
+
+    def means(self, rows: list[dict[str, float]]) -> dict[str, float]:
+        """Means over the images."""
+        names = [name for name in rows[0] if name != "index"]
+        having = {name: [row for row in rows if name in row] for name in names}
+        means = {
+            name: sum(row[name] for row in found) / len(found) for name, found in having.items()
+        }
+        means["bpp"] = means["bpp_y"] + means["bpp_z"]
+        if "real_bpp" in means:
+            ratio = means["real_over_estimated"] = sum(
+                row["real_bpp"] for row in having["real_bpp"]
+            ) / sum(row["bpp_y"] + row["bpp_z"] for row in having["real_bpp"])
+            # The container's header is part of the file; small images may exceed this.
+            if ratio > 1.01 and self.trainer.is_global_zero:
+                text = f"step {self.opt_step}: real files are {ratio:.3f} times the estimated bits"
+                print(text, file=sys.stderr)
+        return means
+
+    def sum_of_ranks(self, values: Tensor) -> Tensor:
+        """Sums over the ranks."""
+        total = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+
+def eight_bits(x: Tensor) -> NDArray[np.uint8]:
+    """The first image of a batch in [0, 1] as H×W×3."""
+    image = (x[0] * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return np.ascontiguousarray(image.cpu().numpy())
