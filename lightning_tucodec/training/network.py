@@ -94,6 +94,11 @@ class NetworkModule(CodingModule):
         quality: float | None = None,
         channels_last: bool = False,
     ) -> None:
+        # An argument on the command line comes beside them: --model.init_args.network.init_args.N 32.
+        more = {k: v for k, v in network.items() if k not in ("class_path", "init_args")}
+        if more:
+            arguments = {**(network.get("init_args") or {}), **more}
+            network = {"class_path": network.get("class_path"), "init_args": arguments}
         built = build(network)
         rates = Rates.of(built)
         if rates is None and (lmbda is None or quality is not None):
@@ -209,7 +214,7 @@ class NetworkModule(CodingModule):
 
     def run(self, x: Tensor) -> NetworkOutput:
         """See `CodingModule.run`; a variable-rate network at `quality`."""
-        options = {} if self.rates is None else Rates(self.network).arguments(self.quality or 0.0)
+        options = {} if self.rates is None else self.rates.arguments(self.quality or 0.0)
         output: NetworkOutput = self(x, **options)
         return output
 

@@ -44,7 +44,9 @@ def micro(recipe: Path) -> dict[str, Any]:
     return values
 
 
-def command(folder: Path, values: dict[str, Any], shards: Path, val: Path | None = None) -> list[str]:
+def command(
+    folder: Path, values: dict[str, Any], shards: Path, val: Path | None = None
+) -> list[str]:
     folder.mkdir()
     values["run"]["runs_dir"] = str(folder / "runs")
     values["data"]["shards"] = str(shards)
@@ -56,7 +58,11 @@ def command(folder: Path, values: dict[str, Any], shards: Path, val: Path | None
 
 @pytest.mark.parametrize("recipe", ZOO, ids=lambda path: path.stem)
 def test_a_family_is_trained_killed_resumed_exported_and_coded(
-    recipe: Path, tmp_path: Path, shard_folder: Path, val_folder: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path,
+    tmp_path: Path,
+    shard_folder: Path,
+    val_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     straight = command(tmp_path / "straight", micro(recipe), shard_folder, val_folder)
     hit = command(tmp_path / "hit", micro(recipe), shard_folder, val_folder)
@@ -74,7 +80,9 @@ def test_a_family_is_trained_killed_resumed_exported_and_coded(
     validations = [row for row in rows if "val/psnr" in row]
     assert [row["opt_step"] for row in validations] == [2, 4]
     assert all(0 < row["val/bpp"] < row["val/real_bpp"] for row in validations)
-    assert all(row["val/channels_used"] + row["val/channels_dead"] in (8, 12) for row in validations)
+    assert all(
+        row["val/channels_used"] + row["val/channels_dead"] in (8, 12) for row in validations
+    )
 
     model, tuc, png = (tmp_path / name for name in ("m.safetensors", "cat.tuc", "cat.png"))
     assert main(["export", str(other), "-o", str(model)]) == 0
@@ -89,4 +97,6 @@ def test_a_family_is_trained_killed_resumed_exported_and_coded(
     assert isinstance(loaded, NetworkModel)
     assert loaded.card["opt_step"] == STEPS
     weights = network_weights(second)
-    assert all(torch.equal(loaded.network.state_dict()[k], v) for k, v in weights.items() if v.numel())
+    assert all(
+        torch.equal(loaded.network.state_dict()[k], v) for k, v in weights.items() if v.numel()
+    )

@@ -278,14 +278,18 @@ class Rates:
         return round(quality * self.STEPS) / self.STEPS
 
     def arguments(self, quality: float) -> dict[str, Any]:
-        """What a call of the network takes for a quality; also sets tables that depend on it."""
+        """What a call of the network takes for a quality."""
         gains = self.network.Gain.detach().abs()  # type: ignore[operator]
         below = min(int(quality), self.levels - 2)
         share = quality - below
         gain = (gains[below].log() * (1 - share) + gains[below + 1].log() * share).exp()
         if share in (0.0, 1.0):
             gain = gains[below + int(share)]
+        return {"inputscale": gain}
+
+    def set_tables(self, quality: float) -> None:
+        """Make the tables of a network whose hyperlatent is quantised more coarsely at lower rates."""
         bottleneck = getattr(self.network, "entropy_bottleneck", None)
         if hasattr(bottleneck, "update_variable"):
+            gain = self.arguments(quality)["inputscale"]
             self.network.update(force=True, scale=gain)  # type: ignore[operator]
-        return {"inputscale": gain}

@@ -161,10 +161,12 @@ class NetworkModel:
         return None
 
     def _options(self, quality: float | None) -> dict[str, Any]:
-        """More arguments of the network's calls."""
+        """More arguments of the network's calls, for which its tables are made ready."""
         if self.rates is None:
             return {}
-        return self.rates.arguments(self.rates.levels - 1 if quality is None else quality)
+        quality = self.rates.levels - 1 if quality is None else quality
+        self.rates.set_tables(quality)
+        return self.rates.arguments(quality)
 
     def encode(self, image: NDArray[np.uint8]) -> bytes:
         """The `.tuc` file of an H×W×3 image.
