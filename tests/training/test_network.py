@@ -1,27 +1,17 @@
-"""NetworkModule: every recipe of experiments/zoo at micro size, its parity with CompressAI, its bad inputs."""
+"""NetworkModule: every recipe of experiments/zoo at micro size, parity with CompressAI, bad inputs."""
 
-import json
-import math
-import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from hits import kill_at_step, start, wait
-from PIL import Image
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.library import NetworkModel, load_any
 from lightning_tucodec.io.images import read_image
-from lightning_tucodec.quality.metrics import pixels_ms_ssim
-from lightning_tucodec.training.network import NetworkModule
 from lightning_tucodec.training.runs.folder import network_weights, read_metrics
-from tests.support import photo
 from tests.training.test_fit import runs, same, state, without_time
 
 ZOO = sorted((Path(__file__).parents[2] / "experiments" / "zoo").glob("*.yaml"))
