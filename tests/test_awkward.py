@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from compressai.models import MeanScaleHyperprior
 from PIL import Image
 
 from lightning_tucodec.cli import build_parser, main
@@ -36,6 +38,8 @@ READING = [
     "bench effort photo.png --model {} --effort 1 --seconds --rows out/b.rows.jsonl",
     "bench h266 {} --rows out/b.rows.jsonl",
     "bench h266 photo.png --filter {} --rows out/b.rows.jsonl",
+    "import {} --network mbt2018-mean -o out/m.safetensors",
+    "import checkpoint.pth --network mbt2018-mean --card {} -o out/m.safetensors",
     "bench codec --models {} --peers",
     f"bench codec --models {MODEL} --peers --image {{}}",
     "bench entropy --models {} --peers",
@@ -86,6 +90,7 @@ WRITING = [
     "evaluate photo.png --codec jpeg:q=30 --workers 1 -o out.json --keep {}",
     "compare curve.json -o {}.html",
     "export model.safetensors -o {}.safetensors",
+    "import checkpoint.pth --network mbt2018-mean -o {}.safetensors",
     "allocate photo.png --candidate jpeg:q=30 --max-bpp 9 --workers 1 -o {}",
     f"bench effort photo.png --model {MODEL} --effort 1 --seconds --rows {{}}.jsonl",
     "bench h266 photo.png --qp 40 --preset faster --whole --workers 1 --rows {}.jsonl",
@@ -115,6 +120,8 @@ NUMBERS = [
     "compress photo.png -o x.tuc --target-ms-ssim {}",
     "compress photo.png -o x.tuc --model vvc --qp {}",
     "compress photo.png -o x.tuc --effort {}",
+    "compress photo.png -o x.tuc --quality {}",
+    "import checkpoint.pth --network mbt2018-mean -o x.safetensors --quality {}",
     "evaluate photo.png --codec jpeg:q=30 -o x.json --workers {}",
     "evaluate photo.png --codec jpeg:q={} -o x.json",
     "evaluate photo.png --codec jxl:distance={} -o x.json",
@@ -179,6 +186,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         Image.fromarray(photo("coffee.png", 40, 32)).save("photo.png")
         Path("model.safetensors").write_bytes(find(MODEL).read_bytes())
+        torch.manual_seed(0)
+        torch.save(MeanScaleHyperprior(4, 6).state_dict(), "checkpoint.pth")
         Path("curve.json").write_text(
             '{"name": "A", "results": {"bpp": [1, 2], "psnr-rgb": [30, 33]}}'
         )

@@ -1,4 +1,4 @@
-"""`tucodec fit | validate | test | export | wandb-sync`: trainings, and what they leave."""
+"""`tucodec fit | validate | test | export | import | wandb-sync`: trainings, and what they leave."""
 
 import argparse
 
@@ -9,6 +9,7 @@ from lightning_tucodec.cli.arguments import (
     command,
     location,
     real,
+    whole,
 )
 
 LIGHTNING = {
@@ -46,6 +47,27 @@ def register(subparsers: Subparsers) -> None:
         metavar="YAML",
         help="file with additional entries of the model card",
     )
+    imported = command(
+        subparsers, "import", run_import, "turn a checkpoint of CompressAI's form into a model file"
+    )
+    add = imported.add_argument
+    add("checkpoint", type=location, metavar="CHECKPOINT", help="a .pth.tar or .pth file")
+    add("--network", required=True, metavar="NAME", help="a name of CompressAI's zoo, such as "
+        "cheng2020-attn, or the path of a class, such as compressai.models.Elic2022Official")  # fmt: skip
+    add("--quality", type=whole(1), metavar="N",
+        help="quality of the zoo that the checkpoint must have the sizes of")  # fmt: skip
+    add("--args", metavar="YAML", help="arguments of the class, as in '{N: 192, M: 320}'; found from the "
+        "checkpoint where the class can do that")  # fmt: skip
+    add("-o", "--out", type=location, metavar="MODEL.safetensors",
+        help="default: the network's name and quality, in the current folder")  # fmt: skip
+    add_force(imported)
+    add("--name", help="the model's name (default: the file's stem)")
+    add(
+        "--card",
+        type=location,
+        metavar="YAML",
+        help="file with additional entries of the model card",
+    )
     sync = command(
         subparsers,
         "wandb-sync",
@@ -63,6 +85,13 @@ def run_export(arguments: argparse.Namespace) -> int:
     from lightning_tucodec.training import export
 
     return export.run_export(arguments)
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    """`tucodec import`."""
+    from lightning_tucodec.training import export
+
+    return export.run_import(arguments)
 
 
 def run_sync(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import argparse
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from lightning_tucodec.codecs.library import load_any
 from lightning_tucodec.codecs.network.build import build, check_trusted
 from lightning_tucodec.codecs.network.codec import NetworkModel, freeze_network
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.io.files import check_targets, read_yaml
+from lightning_tucodec.io.files import check_targets, parse_yaml, read_yaml
 from lightning_tucodec.nn.codec import TucodecVAE, config_from_dict
 from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
 from lightning_tucodec.training.runs.folder import RunFolder
@@ -180,22 +180,59 @@ def _card(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    """Write the model file."""
-    out = Path(arguments.out)
+    """`tucodec export`."""
+    runs = [Path(run) for run in arguments.runs]
+
+    def make(name: str, extra: dict[str, Any]) -> ModelFile:
+        return export(runs, name, extra, arguments.average)
+
+    model = write_model(arguments, arguments.out, arguments.runs, make)
+    if model.card.get("opt_step") == 0:
+        print("tucodec: this model has not been trained", file=sys.stderr)
+    return 0
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    """`tucodec import`."""
+    from lightning_tucodec.codecs.network.zoo import import_checkpoint
+
+    source = f"{arguments.network}, from a checkpoint of CompressAI's form"
+    given = parse_yaml(arguments.args, "--args") if arguments.args else None
+    plain = arguments.network.rpartition(".")[2]
+    stem = plain if arguments.quality is None else f"{plain}-{arguments.quality}"
+
+    def make(name: str, extra: dict[str, Any]) -> ModelFile:
+        card = {"source": source, **extra}
+        path = Path(arguments.checkpoint)
+        return import_checkpoint(path, arguments.network, arguments.quality, given, name, card)
+
+    write_model(arguments, arguments.out or f"{stem}{MODEL_SUFFIX}", [arguments.checkpoint], make)
+    return 0
+
+
+def write_model(
+    arguments: argparse.Namespace,
+    target: str,
+    inputs: Sequence[str],
+    make: Callable[[str, dict[str, Any]], ModelFile],
+) -> ModelFile:
+    """Make a model and write its file, once it is clear that it can be written.
+
+    Args:
+        arguments: of the command, with name, card and force.
+        target: path of the file.
+        inputs: files that it must not replace.
+        make: the model of a name and of further entries of its card.
+    """
+    out = Path(target)
     if out.suffix != MODEL_SUFFIX:
         raise ConfigError(f"{out}: a model file's name ends in {MODEL_SUFFIX}")
     name = arguments.name or out.stem
     if any("\ud800" <= letter <= "\udfff" for letter in f"{out}{name}"):
         raise ConfigError(f"{out}: the name of a model and the path of its file must be UTF-8")
     card = [arguments.card] if arguments.card else []
-    check_targets([out], [*arguments.runs, *card], arguments.force)
-    extra: dict[str, Any] = {}
-    if arguments.card:
-        extra = read_yaml(arguments.card)
-    runs = [Path(run) for run in arguments.runs]
-    model = export(runs, name, extra, arguments.average)
+    check_targets([out], [*inputs, *card], arguments.force)
+    model = make(name, read_yaml(arguments.card) if arguments.card else {})
     model.save(out)
     print(f"{out}  {model.name}  id {model.id.hex()}  {out.stat().st_size} bytes")
-    if model.card.get("opt_step") == 0:
-        print("tucodec: this model has not been trained", file=sys.stderr)
-    return 0
+    return model

@@ -24,8 +24,11 @@ from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.hashing import derive, hash_positions
 from lightning_tucodec.nn.losses import make_loss
 from lightning_tucodec.training.coding import CodingModule
-from lightning_tucodec.training.runs.folder import load_checkpoint, network_weights
-from lightning_tucodec.training.runs.identity import initial_weights
+from lightning_tucodec.training.runs.weights import (
+    initial_weights,
+    load_checkpoint,
+    network_weights,
+)
 
 _LEVEL = 0x6C6576656C  # separates the levels of steps from other random bits
 

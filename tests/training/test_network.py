@@ -11,7 +11,8 @@ from hits import kill_at_step, start, wait
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.library import NetworkModel, load_any
 from lightning_tucodec.io.images import read_image
-from lightning_tucodec.training.runs.folder import network_weights, read_metrics
+from lightning_tucodec.training.runs.folder import read_metrics
+from lightning_tucodec.training.runs.weights import network_weights
 from tests.training.test_fit import runs, same, state, without_time
 
 ZOO = sorted((Path(__file__).parents[2] / "experiments" / "zoo").glob("*.yaml"))

@@ -35,6 +35,7 @@ from lightning_tucodec.codecs.network.build import (
     padded,
     stride_of,
 )
+from lightning_tucodec.codecs.network.engine import ContextEngine
 from lightning_tucodec.codecs.network.strings import OwnStrings
 from lightning_tucodec.coding.container import (
     CodecKind,
@@ -156,9 +157,12 @@ class NetworkModel:
 
     @once_property
     @own_modes()
-    def engine(self) -> Any:
-        """The exact coder of its context model, where there is one for it."""
-        return None
+    def engine(self) -> ContextEngine | None:
+        """The exact coder of its context model, where there is one for it and its weights."""
+        try:
+            return ContextEngine.of(self.network)
+        except ModelFileError:  # sums that would not be exact
+            return None
 
     def _options(self, quality: float | None) -> dict[str, Any]:
         """More arguments of the network's calls, for which its tables are made ready."""

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import itertools
 import os
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,6 +108,12 @@ def import_checkpoint(
     Raises:
         ConfigError: the file cannot be read, or is a checkpoint of another network.
     """
+    if quality is not None and "." in network:
+        raise ConfigError(
+            f"--quality is for networks of the zoo; {network} is a class, with --args"
+        )
+    if arguments is not None and "." not in network:
+        raise ConfigError(f"--args is for a class; {network} is of the zoo, with --quality")
     state = read_checkpoint(path)
     description: dict[str, Any]
     kind = find_class(network) if "." in network else type(_of_zoo(network, quality))
@@ -136,9 +143,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         ConfigError: it is missing, no checkpoint, or holds objects other than tensors and plain values.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # devices and pipes may have no end
+            raise ConfigError(f"{path}: not a file")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or one_line(error)}") from None
     except Exception as error:  # zip, pickle, and what else a file can be
