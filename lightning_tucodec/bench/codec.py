@@ -76,6 +76,9 @@ def run(
                 f"{peer.name} g_a": peer.analyse,
                 f"{peer.name} decode": peer.decompress,
                 f"{peer.name} g_s": peer.synthesise,
+                f"{peer.name} exact encode": peer.exact_compress,
+                f"{peer.name} exact decode": peer.exact_decompress,
+                f"{peer.name} exact latents": peer.exact_latents,
             }
         for name, action in actions.items():
             if not name.startswith(tuple(peers)):
@@ -89,8 +92,15 @@ def run(
             key = f"{name} {whole}"
             against = [f"{name} {alone}", *(f"{p} {whole}" for p in peers if p != name)]
             ratios[key] = {other: median[key] / median[other] for other in against}
+    for peer in others:
+        # The same network, coded by our exact engine for it.
+        for whole, alone in (("encode", "g_a"), ("decode", "g_s")):
+            key = f"{peer.name} exact {whole}"
+            against = [f"{peer.name} {alone}", f"{peer.name} {whole}"]
+            ratios[key] = {other: median[key] / median[other] for other in against}
     return {
         "rows": rows_of(times, ratios),
+        "exact_bits_to_likelihoods": {p.name: round(p.exact_bits(), 5) for p in others},
         "split_s": {s.name: _split(s.name, median) for s in subjects},
         "coded": {s.name: coded(s.bpp, s.constant_channels) for s in subjects}
         | {p.name: coded(p.bpp, p.constant_channels) for p in others},

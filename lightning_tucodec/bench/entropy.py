@@ -47,6 +47,8 @@ def run(
         peer = Peer(name, rates[0], picture(*size)).entropy_only()
         actions[f"{name} entropy encode {small}"] = peer.compress
         actions[f"{name} entropy decode {small}"] = peer.decompress
+        actions[f"{name} exact entropy encode {small}"] = peer.exact_compress
+        actions[f"{name} exact entropy decode {small}"] = peer.exact_latents
         held[f"{name} {small}"] = coded(peer.bpp, peer.constant_channels)
     for name, action in actions.items():
         if not name.startswith(tuple(peers)):
@@ -61,6 +63,10 @@ def run(
             against = [f"{peer} {way} {small}" for peer in peers]
             ratios[little] = {other: median[little] / median[other] for other in against}
             ratios[big] = {little: median[big] / median[little]}
+    for name in peers:
+        for way in ("entropy encode", "entropy decode"):
+            key, other = f"{name} exact {way} {small}", f"{name} {way} {small}"
+            ratios[key] = {other: median[key] / median[other]}
     return {
         "rows": rows_of(times, ratios),
         "coded": held,

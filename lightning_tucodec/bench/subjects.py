@@ -5,8 +5,9 @@ coder next to nothing. So an untrained preset gets symbols drawn from its own P,
 after its scales were shifted until P has the wanted rate; CompressAI's networks likewise.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.latents import Latents, strip_bounds
 from lightning_tucodec.codecs.learned.model_file import ModelFile
 from lightning_tucodec.codecs.library import load, untrained
+from lightning_tucodec.codecs.network.engine import ContextEngine
 from lightning_tucodec.coding import rans, wavefront
 from lightning_tucodec.coding.categorical import build_cdf
 from lightning_tucodec.coding.laplace import SCALE_COUNT, decode_laplace, encode_laplace
@@ -28,6 +30,14 @@ from lightning_tucodec.nn.transforms import STRIDE
 
 PEERS = ("mbt2018", "cheng2020-attn")
 """CompressAI's autoregressive models, at 192 channels."""
+
+SIZES = {
+    "mbt2018": (192, 192),
+    "mbt2018:8": (192, 320),
+    "cheng2020-attn": (192,),
+    "cheng2020-attn:1": (128,),
+}
+"""Arguments of the peers' classes: those of the qualities 1 to 4 and 5 to 8, 4 to 6 and 1 to 3."""
 
 _HYPER_DECAY = 0.02  # z of the untrained presets: P(k) falls so fast, as a trained model's does
 
@@ -169,12 +179,14 @@ class Peer:
     """One of CompressAI's networks with random weights and y drawn from its own P at `bpp`.
 
     The last layer of its entropy parameters says one Gaussian everywhere, from which y is drawn; every layer
-    runs as always.
+    runs as always. The same latents are coded by our exact engine for such networks.
 
     Attributes:
-        name: of its rows.
+        name: of its rows, one of SIZES.
         y_hat: N×M×h×w, what `decompress` finds in the streams.
         strings: as `compress` returns them.
+        engine: ours, for the same network.
+        segments: as `exact_compress` returns them.
         constant_channels: channels of ŷ that hold one value everywhere.
     """
 
@@ -185,9 +197,9 @@ class Peer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network: Any = (
-                JointAutoregressiveHierarchicalPriors(192, 192)
-                if name == "mbt2018"
-                else Cheng2020Attention(192)
+                JointAutoregressiveHierarchicalPriors(*SIZES[name])
+                if name.startswith("mbt2018")
+                else Cheng2020Attention(*SIZES[name])
             )
         self.network = network.eval().to(memory_format=torch.channels_last)
         last = network.entropy_parameters[-1]
@@ -197,6 +209,8 @@ class Peer:
             last.weight.zero_()
             last.bias[:channels], last.bias[channels:] = scale, 0
         network.update(force=True)
+        self.engine = ContextEngine.of(network)
+        assert self.engine is not None
         height, width = (-(-side // 64) for side in pixels.shape[:2])
         x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255)
         self.x = nn.functional.pad(x, (0, 64 * width - x.shape[3], 0, 64 * height - x.shape[2]))
@@ -210,6 +224,7 @@ class Peer:
         self.decompress()
         hook.remove()
         self.y_hat = seen[0]
+        self.segments = self.exact_compress()
         spread = self.y_hat.amax((0, 2, 3)) - self.y_hat.amin((0, 2, 3))
         self.constant_channels = int((spread == 0).sum())
 
@@ -227,12 +242,43 @@ class Peer:
     @torch.inference_mode()
     def compress(self) -> list[list[bytes]]:
         """CompressAI's whole encoder, g_a's result replaced by the drawn latents."""
+        with self._drawn():
+            strings: list[list[bytes]] = self.network.compress(self.x)["strings"]
+        return strings
+
+    @torch.inference_mode()
+    def exact_decompress(self) -> Tensor:
+        """The whole decoder with our engine."""
+        x_hat: Tensor = self.network.g_s(self.exact_latents()).clamp_(0, 1)
+        return x_hat
+
+    def exact_latents(self) -> Tensor:
+        """ŷ by our engine."""
+        assert self.engine is not None
+        return self.engine.decode(self.segments, self.shape)
+
+    def exact_compress(self) -> list[bytes]:
+        """The whole encoder with our engine, g_a's result replaced."""
+        assert self.engine is not None
+        with self._drawn():
+            return self.engine.encode(self.x)
+
+    @torch.inference_mode()
+    def exact_bits(self) -> float:
+        """Bits of our engine's segments over those of the likelihoods of `forward`."""
+        with self._drawn():
+            said = self.network(self.x)["likelihoods"].values()
+        estimated = sum(float(-one.double().log2().sum()) for one in said)
+        return 8 * sum(map(len, self.segments)) / estimated
+
+    @contextlib.contextmanager
+    def _drawn(self) -> Iterator[None]:
+        """Inside, g_a returns the drawn latents."""
         hook = self.network.g_a.register_forward_hook(lambda *_: self._y)
         try:
-            strings: list[list[bytes]] = self.network.compress(self.x)["strings"]
+            yield
         finally:
             hook.remove()
-        return strings
 
     @torch.inference_mode()
     def analyse(self) -> None:

@@ -17,6 +17,7 @@ from lightning_tucodec.cli.arguments import (
 )
 
 _PEERS = ["mbt2018", "cheng2020-attn"]
+_ALL_PEERS = ["mbt2018", "mbt2018:8", "cheng2020-attn", "cheng2020-attn:1"]
 
 
 def register(subparsers: Subparsers) -> None:
@@ -151,8 +152,9 @@ def _add_coding(commands: Subparsers) -> None:
             help="presets (untrained; symbols drawn from their own P) or trained models "
             "(%(default)s)")  # fmt: skip
         add("--bpp", nargs="+", type=positive, default=[0.15, 0.5], metavar="RATE")
-        add("--peers", nargs="*", default=_PEERS, choices=_PEERS,
-            help="CompressAI's models; without names: none")  # fmt: skip
+        add("--peers", nargs="*", default=_PEERS, choices=_ALL_PEERS, metavar="NAME",
+            help="CompressAI's models, each also by our exact engine: " + ", ".join(_ALL_PEERS) +
+            "; without names: none (%(default)s)")  # fmt: skip
         add("--size", nargs=2, type=count, default=[512, 768], metavar=("HEIGHT", "WIDTH"))
         add("--repeats", type=count, default=5)
         add_json(parser)

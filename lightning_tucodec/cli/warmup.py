@@ -11,7 +11,7 @@ def register(subparsers: Subparsers) -> None:
         subparsers,
         "warmup",
         run,
-        "compile the entropy coder and the allocation for this machine, as their first use would",
+        "compile the entropy coders and the allocation for this machine, as their first use would",
     )
 
 
@@ -21,10 +21,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lightning_tucodec.codecs.decode import decompress
     from lightning_tucodec.codecs.library import load
+    from lightning_tucodec.coding import raster
     from lightning_tucodec.coding.compiling import seconds_spent
     from lightning_tucodec.sets.allocation import Table, allocate
 
     decompress(load("tiny-mse-1").compress(np.zeros((64, 64, 3), np.uint8)))
+    raster.try_out()
     size = np.arange(60, dtype=np.int64).reshape(3, 20) ** 2 + 100
     table = Table(
         [str(image) for image in range(3)],

@@ -13,6 +13,7 @@ import functools
 from decimal import Decimal, localcontext
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_tucodec.coding import kernels
 from lightning_tucodec.coding.laplace import MU_BITS, LaplaceTables
@@ -59,6 +60,17 @@ def gaussian_tables() -> LaplaceTables:
         inverse_scale=np.array(inverse, np.int32),
         tail=np.array([*tail, 0, 0], np.int32),
     )
+
+
+def scale_indices(scale: NDArray[np.int32], lowest: int) -> NDArray[np.int32]:
+    """Indices of scales with MU_BITS fractional bits; what is below `lowest` counts as that.
+
+    The exponent and the first bits of a number's mantissa are its place on the grid: those of float32, in
+    which these numbers are exact.
+    """
+    exact = scale.clip(lowest, 1 << (SCALE_OCTAVE + 12)).astype(np.float32)
+    place = (exact.view(np.int32) >> (23 - SCALE_BITS)) - ((127 + SCALE_OCTAVE) << SCALE_BITS)
+    return place.clip(0, SCALE_COUNT - 1)
 
 
 def _pi() -> Decimal:

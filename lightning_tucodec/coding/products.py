@@ -230,22 +230,6 @@ def dense(
 
 
 @compiled
-def scale_indices(
-    values: Ints, lowest: int, least_octave: int, mantissa_bits: int, count: int, out: Ints
-) -> None:
-    """Positions of scales, the first columns, on a grid of 2^mantissa_bits steps an octave."""
-    for p in range(out.shape[0]):
-        for c in range(out.shape[1]):
-            value: Any = max(np.int64(values[p, c]), lowest)
-            octave = np.int64(least_octave)
-            while value >> (octave + 1):
-                octave += 1
-            step = (value >> (octave - mantissa_bits)) & ((1 << mantissa_bits) - 1)
-            index = ((octave - least_octave) << mantissa_bits) + step
-            out[p, c] = min(index, count - 1)
-
-
-@compiled
 def place(values: Ints, plane: Ints, peaks: Ints, top: int, left: int, slope: int) -> None:
     """Put int32 n×C values of a diagonal's points into a plane."""
     for p in range(values.shape[0]):

@@ -15,13 +15,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from lightning_tucodec.coding import gaussian, products, rans
-from lightning_tucodec.coding.categorical import CategoricalTables, decode_table, encode_table
-from lightning_tucodec.coding.gaussian import SYMBOL_LIMIT, gaussian_tables
+from lightning_tucodec.coding import products, rans
+from lightning_tucodec.coding.categorical import (
+    CategoricalTables,
+    build_cdf,
+    decode_table,
+    encode_table,
+)
+from lightning_tucodec.coding.gaussian import SYMBOL_LIMIT, gaussian_tables, scale_indices
 from lightning_tucodec.coding.laplace import decode_laplace, encode_laplace
-from lightning_tucodec.coding.layers import FRACTION_BITS, LIMIT, Convolution, Plane, Work
+from lightning_tucodec.coding.layers import (
+    FRACTION_BITS,
+    LIMIT,
+    Convolution,
+    Plane,
+    Work,
+    quantised,
+)
 from lightning_tucodec.coding.wavefront import diagonals, scan
 from lightning_tucodec.nn.context import DIAGONAL_SLOPE
 
@@ -76,6 +89,21 @@ class RasterModel:
         return x
 
 
+def try_out() -> None:
+    """Code a few latents with a model that says one Gaussian everywhere, so that all loops are compiled."""
+    scale_and_mean = torch.tensor([1.0, 0.0])
+    model = RasterModel(
+        (Convolution((quantised("hyper", torch.zeros(2, 1), scale_and_mean),), 0, 1),),
+        quantised("context", torch.zeros(2, 1), None, [(0, 0)]),
+        (quantised("parameters", torch.zeros(2, 2), None),),
+        CategoricalTables(build_cdf(np.ones((1, 4))), np.array([-1], np.int32)),
+        np.zeros(1, np.int32),
+        1 << FRACTION_BITS,
+    )
+    z, y = np.zeros((1, 2, 2), np.int32), np.ones((2, 2, 1), np.float32)
+    assert (decode(model, *encode(model, z, y), 2, 2) == y).all()
+
+
 _Take = Callable[[slice, Plane, Plane], NDArray[np.int32]]
 
 
@@ -95,7 +123,6 @@ def _walk(model: RasterModel, gamma: Plane, take: _Take) -> Plane:
     works = [Work(layer, most) for layer in model.parameters]
     plane = np.zeros((height + REACH, width + 2 * REACH, model.channels), np.int32)
     peaks = np.zeros(plane.shape[:2], np.int32)
-    scale = np.empty((most, model.channels), np.int32)
     done = 0
     for d, top, bottom in diagonals(height, width):
         n = max(0, bottom - top)
@@ -112,12 +139,9 @@ def _walk(model: RasterModel, gamma: Plane, take: _Take) -> Plane:
             out = work.out[:n]
             products.dense(layer, x, work.zeros if number else gamma[here], work.inputs, out)
             x = out
-        products.scale_indices(
-            x, model.lowest_scale, gaussian.SCALE_OCTAVE, gaussian.SCALE_BITS,
-            gaussian.SCALE_COUNT, scale[:n],
-        )  # fmt: skip
+        scale = scale_indices(x[:, : model.channels], model.lowest_scale)
         mean = x[:, model.channels :].clip(-MEAN_LIMIT, MEAN_LIMIT)
-        values = (take(here, mean, scale[:n]) << FRACTION_BITS) + mean
+        values = (take(here, mean, scale) << FRACTION_BITS) + mean
         products.place(values, plane, peaks, top + REACH, left + REACH, DIAGONAL_SLOPE)
     return plane[REACH:, REACH:-REACH]
 

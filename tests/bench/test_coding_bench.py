@@ -48,5 +48,9 @@ def test_peers_code_information() -> None:
     assert peer.constant_channels == 0
     assert 0.3 < peer.bpp < 2  # y is at 0.5; z of an untrained hyperprior comes on top
     assert peer.decompress().shape == (1, 3, 128, 128)
+    # Our engine codes the same latents, at their price.
+    assert (peer.exact_latents() - peer.y_hat).abs().max() < 0.01
+    torch.testing.assert_close(peer.exact_decompress(), peer.decompress(), atol=0.02, rtol=0)
+    assert peer.exact_bits() < 1.01  # the ends of two streams are much for so few pixels
     with torch.inference_mode():
         assert torch.equal(peer.entropy_only().decompress(), peer.x)

@@ -7,19 +7,13 @@ import numpy as np
 import pytest
 
 from lightning_tucodec.coding import gaussian, kernels, rans
-from lightning_tucodec.coding.gaussian import SYMBOL_LIMIT, gaussian_tables
+from lightning_tucodec.coding.gaussian import SYMBOL_LIMIT, gaussian_tables, scale_indices
 from lightning_tucodec.coding.laplace import decode_laplace, encode_laplace
-from lightning_tucodec.coding.products import scale_indices
 
 
 def index_of(scale):
     """The index of a standard deviation."""
-    values = np.array([[round(scale * 4096)]], np.int32)
-    out = np.empty_like(values)
-    scale_indices(
-        values, 450, gaussian.SCALE_OCTAVE, gaussian.SCALE_BITS, gaussian.SCALE_COUNT, out
-    )
-    return out[0, 0]
+    return scale_indices(np.array([round(scale * 4096)], np.int32), 450)[0]
 
 
 def frequencies(symbols, scale):
