@@ -24,6 +24,11 @@ _WORDS_OF_STATE = 2
 _TABLES_KEPT = 8
 _open = threading.local()
 
+_UNFIT = (
+    "an entropy-coded segment does not end where its symbols do: it is damaged, or its probabilities come "
+    "out differently here than where it was written (another processor, device, PyTorch or number of threads)"
+)
+
 
 @compiled
 def _decode(words, head, indexes, cumulative, lengths, offsets, values):  # type: ignore[no-untyped-def]
@@ -83,7 +88,7 @@ def check_tables(
 
     Args:
         cumulative: T×L, each row rising from 0 to 2^16 in its first `lengths[t]` entries.
-        lengths: T, each from 2 to L.
+        lengths: T, each from 3 to L: one symbol alone would have a probability that 16 bits do not hold.
         offsets: T, values of the first symbols.
 
     Raises:
@@ -99,7 +104,7 @@ def check_tables(
     steps = np.diff(cumulative.astype(np.int64), axis=1)
     if (
         not len(lengths)
-        or not ((lengths >= 2) & (lengths <= cumulative.shape[1])).all()
+        or not ((lengths >= 3) & (lengths <= cumulative.shape[1])).all()
         or cumulative[:, 0].any()
         or (cumulative[np.arange(len(lengths)), lengths - 1] != 1 << PRECISION).any()
         or (steps[inside[:, 1:]] <= 0).any()
@@ -165,7 +170,7 @@ class Rans64Decoder:
         tables = self._arrays(cdfs, cdfs_sizes, offsets)
         wanted = np.asarray(indexes, np.int32)
         if _decode(self._words, self._head, wanted, *tables, values) < 0:
-            raise CorruptStreamError("an entropy-coded segment ends before its symbols do")
+            raise CorruptStreamError(_UNFIT)
         decoded: list[int] = values.tolist()
         return decoded
 
@@ -206,11 +211,7 @@ class Rans64Decoder:
 
 def _check_finished(decoder: Rans64Decoder) -> None:
     if not decoder.finished:
-        raise CorruptStreamError(
-            "an entropy-coded segment does not end where it should: it is damaged, or its probabilities "
-            "come out differently here than where it was written (another processor, device, PyTorch or "
-            "number of threads)"
-        )
+        raise CorruptStreamError(_UNFIT)
 
 
 @contextlib.contextmanager

@@ -181,7 +181,7 @@ class NetworkModel:
         """
         height, width = image.shape[:2]
         check_size(width, height)
-        x = torch.from_numpy(np.ascontiguousarray(image)).to(self.device)
+        x = torch.from_numpy(np.array(image)).to(self.device)  # a copy may be written to
         x = x.permute(2, 0, 1)[None].float().div_(255)
         return self.write(x)
 

@@ -1,5 +1,6 @@
 """Coding with a network's own `compress` and `decompress`, made safe."""
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 from lightning_tucodec.coding.rans64 import Rans64Decoder, all_read
 from lightning_tucodec.errors import CorruptStreamError, ModelFileError
+
+_LARGEST = 1 << 26
+"""A symbol may be so far from zero; CompressAI's escape holds less than 32 bits."""
 
 
 class OwnStrings:
@@ -127,18 +131,56 @@ def _scaled(form: Any, rows: int, columns: int) -> Any:
     return form
 
 
-def guard(network: nn.Module) -> None:
-    """Replace CompressAI's entropy decoder wherever the classes of a network find it.
+class _CheckedEncoder:
+    """CompressAI's entropy encoder, which would never end on a symbol of 2^28 or more, such as a NaN's."""
 
-    The names are replaced in the modules of those classes: what these decode, they decode as before, but for
-    damaged strings.
+    theirs: Any
+
+    def __init__(self) -> None:
+        self._own = self.theirs()
+
+    def encode_with_indexes(self, symbols: list[int], *rest: Any) -> Any:
+        """As theirs.
+
+        Raises:
+            ModelFileError: a symbol is too large.
+        """
+        if symbols and max(max(symbols), -min(symbols)) > _LARGEST:
+            raise ModelFileError(
+                "the network makes values of this image that are no numbers, or too large"
+            )
+        return self._own.encode_with_indexes(symbols, *rest)
+
+    def flush(self) -> bytes:
+        """As theirs."""
+        data: bytes = self._own.flush()
+        return data
+
+
+@functools.cache
+def _replacements() -> dict[Any, Any]:
+    """What takes the place of CompressAI's coders."""
+    theirs = sys.modules["compressai.ans"]
+    encoders = (theirs.RansEncoder, theirs.BufferedRansEncoder)
+    checked = {kind: type(kind.__name__, (_CheckedEncoder,), {"theirs": kind}) for kind in encoders}
+    return {**checked, theirs.RansDecoder: Rans64Decoder}
+
+
+def guard(network: nn.Module) -> None:
+    """Replace CompressAI's entropy coders wherever the classes of a network find them.
+
+    The names are replaced in the modules of those classes: what these code, they code as before, but for
+    what would end the process or never end.
     """
-    theirs = getattr(sys.modules.get("compressai.ans"), "RansDecoder", None)
+    if "compressai.ans" not in sys.modules:
+        return
     for module in network.modules():
         coder = getattr(module, "entropy_coder", None)
-        if isinstance(getattr(coder, "_decoder", None), theirs or ()):
-            coder._decoder = Rans64Decoder()  # type: ignore[union-attr]
+        for part in ("_encoder", "_decoder"):
+            if (own := _replacements().get(type(getattr(coder, part, None)))) is not None:
+                setattr(coder, part, own())
         for kind in type(module).__mro__:
             names = vars(sys.modules.get(kind.__module__, sys))
-            if theirs is not None and names.get("RansDecoder") is theirs:
-                names["RansDecoder"] = Rans64Decoder
+            for name in ("RansEncoder", "BufferedRansEncoder", "RansDecoder"):
+                if (own := _replacements().get(names.get(name))) is not None:
+                    names[name] = own
