@@ -24,6 +24,7 @@ from lightning_tucodec.nn.hyperprior import (
     HyperSynthesis,
     LaplaceParameters,
 )
+from lightning_tucodec.nn.noise import RATE, Noise, uniform_like
 from lightning_tucodec.nn.priors import FactorizedPrior, LaplacePrior
 from lightning_tucodec.nn.quantizer import Quantized, QuantizerKind, make_quantizer
 from lightning_tucodec.nn.transforms import (
@@ -166,39 +167,44 @@ class TucodecVAE(nn.Module):
         upsilon = None if self.context is None else self.context(y_hat)
         return self.entropy_parameters(gamma, upsilon)
 
-    def rate(self, y: Tensor) -> tuple[Quantized, Tensor, Tensor]:
+    def rate(self, y: Tensor, noise: Noise | None = None) -> tuple[Quantized, Tensor, Tensor]:
         """Quantise y and find the likelihoods of ŷ and ẑ; N×M×h×w.
+
+        Args:
+            y: the latent.
+            noise: what training adds; None draws it from PyTorch's global generator.
 
         Returns:
             The quantised latent, and the likelihoods of y and of z as in CodecOutput.
         """
         hard = self.config.rate_proxy == "hard"
-        quantized = self.quantizer.hard(y) if hard else self.quantizer(y)
+        quantized = self.quantizer.hard(y) if hard else self.quantizer(y, noise)
         hyper_input = quantized.y_hat.abs() if self.config.hyper.as_drawn else y
-        z_hat, z_likelihoods = self.factorized_prior(self.h_a(hyper_input))
+        z_hat, z_likelihoods = self.factorized_prior(self.h_a(hyper_input), noise)
         mu, log_scale = self.parameters_of(z_hat, quantized.y_hat)
         value = quantized.y_hat
         if self.training and self.config.rate_proxy == "noise" and not self.quantizer.joint:
-            value = self._noisy(y.float(), quantized.below, quantized.above)
+            uniform = uniform_like(y, noise, RATE)
+            value = self._noisy(y.float(), uniform, quantized.below, quantized.above)
         y_likelihoods = self.prior(value, quantized.below, quantized.above, mu, log_scale)
         return quantized, y_likelihoods, z_likelihoods
 
-    def forward(self, x: Tensor) -> CodecOutput:
-        """Code images in floating point: N×3×H×W in [0, 1], any H, W ≥ 1."""
+    def forward(self, x: Tensor, noise: Noise | None = None) -> CodecOutput:
+        """Code images in floating point: N×3×H×W in [0, 1], any H, W ≥ 1; on `noise` see `rate`."""
         height, width = x.shape[-2:]
         y = self.g_a(self.pad(x))
-        quantized, y_likelihoods, z_likelihoods = self.rate(y)
+        quantized, y_likelihoods, z_likelihoods = self.rate(y, noise)
         x_hat = self.g_s(quantized.y_hat)[..., :height, :width]
         return CodecOutput(x_hat, y_likelihoods, z_likelihoods, y, quantized.index)
 
     @staticmethod
-    def _noisy(y: Tensor, below: Tensor, above: Tensor) -> Tensor:
+    def _noisy(y: Tensor, uniform: Tensor, below: Tensor, above: Tensor) -> Tensor:
         """y + u with u ~ U(−δ⁺, δ⁻); an end cell's open side counts as wide as its closed one."""
         below, above = (
             torch.where(below.isinf(), above, below),
             torch.where(above.isinf(), below, above),
         )
-        return y + torch.rand_like(y) * (above + below) - above
+        return y + uniform * (above + below) - above
 
 
 def config_to_dict(config: CodecConfig) -> dict[str, object]:

@@ -62,22 +62,26 @@ class TapConv2d(nn.Module):
             if dj + DIAGONAL_SLOPE * di > reach:
                 raise ValueError(f"tap ({di}, {dj}) is not decoded yet when it is needed")
         self.taps = tuple(taps)
+        self._up = max(max(-di for di, _ in taps), 0)
+        self._left = max(max(-dj for _, dj in taps), 0)
+        self._right = max(max(dj for _, dj in taps), 0)
+        columns = self._left + 1 + self._right
+        places = {(di + self._up) * columns + dj + self._left: t for t, (di, dj) in enumerate(taps)}
+        self._kernel = self._up + 1, columns
+        self._order = [places.get(place) for place in range((self._up + 1) * columns)]
         self.weight = nn.Parameter(torch.empty(channels_out, channels_in, len(self.taps)))
         self.bias = nn.Parameter(torch.zeros(channels_out))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """N×in×H×W to N×out×H×W."""
-        up = max(max(-di for di, _ in self.taps), 0)
-        left = max(max(-dj for _, dj in self.taps), 0)
-        right = max(max(dj for _, dj in self.taps), 0)
-        columns = left + 1 + right
-        positions = [(di + up) * columns + dj + left for di, dj in self.taps]
-        kernel = self.weight.new_zeros(*self.weight.shape[:2], (up + 1) * columns)
-        kernel = kernel.index_copy(2, torch.tensor(positions, device=x.device), self.weight)
+        # By slices: a list of places would be copied to the device in every step.
+        none = self.weight.new_zeros(*self.weight.shape[:2], 1)
+        taps = self.weight.split(1, 2)
+        kernel = torch.cat([none if tap is None else taps[tap] for tap in self._order], 2)
         return F.conv2d(
-            F.pad(x, (left, right, up, 0)),
-            kernel.unflatten(2, (up + 1, columns)),
+            F.pad(x, (self._left, self._right, self._up, 0)),
+            kernel.unflatten(2, self._kernel),
             self.bias,
         )
 

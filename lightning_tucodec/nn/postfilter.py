@@ -13,7 +13,7 @@ sees twice as far, and the interpolation of chroma is learned:
     chroma ─────────── 2 ┘                    │                               weights of the image  │
                              qp ─ MLP ─ scales and shifts                           plain conversion┘
 
-The network proposes m corrections, each of three planes on the `AXES`; the encoder, which knows the
+The network proposes m corrections, each of three planes on the `axes`; the encoder, which knows the
 original, fits a weight to each plane by least squares, and the file carries the weights: 3·m bytes.
 Subspace projection of AV1's self-guided filter, with learned guides: Kousha et al., "Guided CNN
 Restoration with Explicitly Signaled Linear Combination", ICIP 2022.
@@ -34,10 +34,9 @@ _SLOPE = 0.1
 _RESIDUAL = 1 / 16
 """What is learned is a few grey levels; at this scale the last layer's weights are like the others'."""
 
-AXES = torch.tensor(
-    [[3**-0.5, 3**-0.5, 3**-0.5], [0.0, -(2**-0.5), 2**-0.5], [2 * 6**-0.5, -(6**-0.5), -(6**-0.5)]]
-)
-"""Directions of the corrections in R, G, B: gray, B − G and 2R − G − B, each of length one."""
+_AXES = (
+    (3**-0.5, 3**-0.5, 3**-0.5), (0.0, -(2**-0.5), 2**-0.5), (2 * 6**-0.5, -(6**-0.5), -(6**-0.5)),
+)  # fmt: skip
 
 WEIGHT_STEPS = 32
 """Steps of a weight from 0 to 1; a byte holds −4 to 4."""
@@ -158,7 +157,7 @@ class PostFilter(nn.Module):
         )
 
     def forward(self, picture: DecodedPicture) -> Tensor:
-        """Corrections along the `AXES`, N×M×3×H×W."""
+        """Corrections along the `axes`, N×M×3×H×W."""
         half = self.config.half_resolution
         planes = torch.cat([self.fold(picture.luma - 0.5), picture.chroma], 1) if half else None
         x = picture.plain - 0.5 if planes is None else planes
@@ -188,10 +187,18 @@ class PostFilter(nn.Module):
         return 2 * layers + 2 if self.config.half_resolution else math.ceil(layers / 2) * 2
 
 
+def axes(like: Tensor) -> Tensor:
+    """Directions of the corrections in R, G, B, 3×3: gray, B − G and 2R − G − B, each of length one.
+
+    Filled in where it is needed: a constant of the host would be copied to the device in every step.
+    """
+    return torch.stack([like.new_full((), value) for row in _AXES for value in row]).view(3, 3)
+
+
 def corrected(plain: Tensor, corrections: Tensor, weights: Tensor) -> Tensor:
     """RGB, not clamped: N×3×H×W, N×M×3×H×W and N×M×3 to N×3×H×W."""
     planes = torch.einsum("nmc,nmchw->nchw", weights, corrections)
-    return plain + torch.einsum("ck,nchw->nkhw", AXES.to(plain), planes)
+    return plain + torch.einsum("ck,nchw->nkhw", axes(plain), planes)
 
 
 class Normal(NamedTuple):
@@ -209,17 +216,19 @@ class Normal(NamedTuple):
     def of(cls, corrections: Tensor, error: Tensor) -> "Normal":
         """From corrections N×M×3×H×W and original minus plain conversion, N×3×H×W."""
         guides = corrections.flatten(3).transpose(1, 2)
-        target = torch.einsum("ck,nkhw->nchw", AXES.to(error), error).flatten(2)
+        target = torch.einsum("ck,nkhw->nchw", axes(error), error).flatten(2)
         gram = guides @ guides.transpose(2, 3)
         return cls(gram, (guides @ target[..., None])[..., 0])
 
     def weights(self) -> Tensor:
         """The weights as a file carries them, N×M×3, multiples of 1 / WEIGHT_STEPS."""
         count = self.right.shape[-1]
-        default = torch.zeros_like(self.right)
-        default[..., 0] = 1.0
+        default = F.pad(torch.ones_like(self.right[..., :1]), (0, count - 1))
         worth = self.gram.diagonal(dim1=2, dim2=3).mean(2) * _RIDGE + 1e-9
-        ridge = worth[..., None, None] * torch.eye(count).to(self.gram)
+        ridge = worth[..., None, None] * torch.eye(
+            count, dtype=self.gram.dtype, device=self.gram.device
+        )
         right = self.right + worth[..., None] * default
-        solution = torch.linalg.solve(self.gram + ridge, right).transpose(1, 2)
+        # `solve` would ask the device whether it worked; the ridge sees to that.
+        solution = torch.linalg.solve_ex(self.gram + ridge, right)[0].transpose(1, 2)
         return (solution * WEIGHT_STEPS).round().clamp(-128, 127) / WEIGHT_STEPS

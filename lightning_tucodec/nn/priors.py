@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_tucodec.nn.blocks import lower_bound
+from lightning_tucodec.nn.noise import HYPER, Noise, uniform_like
 from lightning_tucodec.nn.quantizer import cell_edges
 
 MIN_SCALE = 2.0**-6
@@ -138,12 +139,12 @@ class FactorizedPrior(nn.Module):
             mass = (torch.sigmoid(sign * upper) - torch.sigmoid(sign * lower)).abs()
             return lower_bound(mass, MIN_LIKELIHOOD).reshape(values.shape).movedim(0, 1)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
         """(ẑ, likelihoods): z + U(−½, ½) in training, rounding around the medians otherwise."""
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             if self.training:
-                z_hat = z + torch.rand_like(z) - 0.5
+                z_hat = z + uniform_like(z, noise, HYPER) - 0.5
             else:
                 medians = self.medians()[:, None, None]
                 z_hat = torch.round(z - medians) + medians

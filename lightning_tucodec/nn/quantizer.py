@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_tucodec.nn.noise import QUANTIZER, Noise, uniform_like
+
 QuantizerKind = Literal["centres", "companded", "round", "noise"]
 
 
@@ -132,14 +134,14 @@ class CompandedQuantizer(LearnedCentres):
         cell = (t.detach().floor().long() + half).clamp(0, self.count - 2)
         return self.centres()[cell] + (t - (cell - half)) * self.gaps()[cell]
 
-    def forward(self, y: Tensor) -> Quantized:
+    def forward(self, y: Tensor, noise: Noise | None = None) -> Quantized:
         """Quantise; float32 whatever autocast says."""
         with torch.autocast(y.device.type, enabled=False):
             y = y.float()
             hard = self.hard(y)
             if not self.training:
                 return hard
-            t = self.compress(y) + torch.rand_like(y) - 0.5
+            t = self.compress(y) + uniform_like(y, noise, QUANTIZER) - 0.5
             y_hat = self.expand(t)
             below, above = y_hat - self.expand(t - 0.5), self.expand(t + 0.5) - y_hat
             return Quantized(y_hat, hard.index, below, above)
@@ -149,8 +151,7 @@ class ClusterQuantizer(LearnedCentres):
     """Quantisation to M learned centres, hard forward and soft backward (Z19 eqs 1–3).
 
     ŷ = c_j*, j* = argmin_j |y − c_j|; the gradient is that of
-    ỹ = Σ_j c_j·exp(−σ|y − c_j|) / Σ_l exp(−σ|y − c_l|). The sum runs over a window of centres around j*
-    outside of which the weights are below exp(−16). Beyond the end centres, where ỹ is flat, the gradient
+    ỹ = Σ_j c_j·exp(−σ|y − c_j|) / Σ_l exp(−σ|y − c_l|). Beyond the end centres, where ỹ is flat, the gradient
     of y is passed straight through so that such values find back.
 
     The middle centre is learned as well.
@@ -170,34 +171,52 @@ class ClusterQuantizer(LearnedCentres):
         mean_gap = (centres[-1] - centres[0]).detach() / (self.count - 1)
         return self.hardness / mean_gap
 
-    @torch.no_grad()
-    def window(self) -> int:
-        """Neighbours on either side that the soft sum needs to drop only weights below exp(−16).
+    def _sums(self, centres: Tensor, sigma: Tensor) -> Tensor:
+        """What the soft sum needs to know of the centres on both sides of y; (M + 1)×6.
 
-        y lies within half a gap of its centre, so a centre at distance D from that one has at most
-        the weight exp(−σ(D − gap)) relative to it.
+        Row k serves the y with k centres at or below them. Its first three values are the nearest centre c
+        below, Σ exp(−σ(c − c_j)) and Σ (c_j − c)·exp(−σ(c − c_j)) over all centres j below; the others are
+        the same of the centres above. Where there are none, the sums are zero.
         """
-        centres = self.centres()
-        reach = float(16 / self.sigma(centres) + centres.diff().max())
-        for neighbours in range(1, self.count - 1):
-            if float((centres[neighbours + 1 :] - centres[: -neighbours - 1]).min()) >= reach:
-                return neighbours
-        return self.count - 1
+        offsets = centres - centres[:, None]
+        weights = torch.exp(-sigma * offsets.abs())
 
-    def soft(self, y: Tensor, index: Tensor, neighbours: int) -> Tensor:
-        """ỹ of eq. 2 over `neighbours` centres on either side of `index`; float32."""
-        centres = self.centres()
-        offsets = torch.arange(-neighbours, neighbours + 1, device=y.device)
-        candidates = index[..., None] + offsets
-        inside = (candidates >= 0) & (candidates < self.count)
-        near = centres[candidates.clamp(0, self.count - 1)]
-        distance = (y.float()[..., None] - near).abs()
-        weights = (-self.sigma(centres) * distance).masked_fill(~inside, -torch.inf).softmax(-1)
-        # Summed around the assigned centre, so that rounding does not grow with the centres' size.
-        origin = centres[index].detach()
-        return origin + (weights * (near - origin[..., None])).sum(-1)
+        def side(part: Tensor) -> Tensor:
+            return torch.stack([centres, part.sum(1), (part * offsets).sum(1)], 1)
 
-    def forward(self, y: Tensor) -> Quantized:
+        below, above = side(weights.tril()), side(weights.triu())
+        first, last = (
+            torch.stack([end, torch.zeros_like(end), torch.zeros_like(end)])[None]
+            for end in (centres[0], centres[-1])
+        )
+        return torch.cat([torch.cat([first, below]), torch.cat([above, last])], 1)
+
+    def soft(self, y: Tensor, origin: Tensor) -> Tensor:
+        """ỹ of eq. 2; float32.
+
+        All centres below y have weights that y changes by one factor, and so have those above: two looks into
+        a table give the whole sum.
+
+        Args:
+            y: any shape.
+            origin: a centre close to y, of y's shape; the sum is around it, so that rounding does not grow
+                with the centres' size.
+        """
+        y, origin = y.float(), origin.detach()
+        centres = self.centres()
+        sigma = self.sigma(centres)
+        place = torch.bucketize(y.detach().contiguous(), centres.detach(), right=True)
+        rows = self._sums(centres, sigma)[place]
+        low, low_sum, low_moment, high, high_sum, high_moment = rows.unbind(-1)
+        to_low, to_high = (y - low).abs(), (high - y).abs()
+        nearest = torch.minimum(to_low, to_high).detach()
+        low_factor = torch.exp(sigma * (nearest - to_low))
+        high_factor = torch.exp(sigma * (nearest - to_high))
+        moment = low_factor * (low_moment + (low - origin) * low_sum)
+        moment = moment + high_factor * (high_moment + (high - origin) * high_sum)
+        return origin + moment / (low_factor * low_sum + high_factor * high_sum)
+
+    def forward(self, y: Tensor, noise: Noise | None = None) -> Quantized:
         """Quantise; float32 whatever autocast says."""
         with torch.autocast(y.device.type, enabled=False):
             y = y.float()
@@ -205,8 +224,8 @@ class ClusterQuantizer(LearnedCentres):
             if not (self.training and torch.is_grad_enabled()):
                 return Quantized(hard, index, below, above)
             centres = self.centres().detach()
-            beyond = y - y.clamp(float(centres[0]), float(centres[-1]))
-            soft = self.soft(y, index, self.window()) + beyond
+            beyond = y - y.clamp(centres[0], centres[-1])
+            soft = self.soft(y, hard) + beyond
             return Quantized(soft + (hard - soft).detach(), index, below, above)
 
 
@@ -224,7 +243,7 @@ class RoundQuantizer(Quantizer):
         assert isinstance(self.integers, Tensor)
         return self.integers
 
-    def forward(self, y: Tensor) -> Quantized:
+    def forward(self, y: Tensor, noise: Noise | None = None) -> Quantized:
         """Quantise; the gradient of ŷ is that of y."""
         with torch.autocast(y.device.type, enabled=False):
             y = y.float()
@@ -235,12 +254,12 @@ class RoundQuantizer(Quantizer):
 class NoiseQuantizer(RoundQuantizer):
     """Uniform noise in training (Ballé et al. 2017), rounding otherwise."""
 
-    def forward(self, y: Tensor) -> Quantized:
+    def forward(self, y: Tensor, noise: Noise | None = None) -> Quantized:
         """y + U(−½, ½) in training."""
         quantized = super().forward(y)
         if not self.training:
             return quantized
-        noisy = y.float() + torch.rand_like(y, dtype=torch.float32) - 0.5
+        noisy = y.float() + uniform_like(y, noise, QUANTIZER) - 0.5
         return quantized._replace(y_hat=noisy)
 
 

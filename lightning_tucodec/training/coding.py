@@ -77,21 +77,18 @@ class CodingModule(ScheduledModule):
             check_crop(self.recipe, datamodule.train_dataloader().batches.crop)
 
     def log_terms(self, terms: RateDistortion) -> None:
-        """Log a batch's terms, as means over the ranks where they are written."""
-        values = {
-            "train/loss": terms.loss,
-            "train/bpp": terms.bpp_y + terms.bpp_z,
-            "train/bpp_z": terms.bpp_z,
-            "train/psnr": terms.mse,
-        }
-        means = torch.stack([value.detach() for value in values.values()])
-        if self.logging_is_due:  # not by sync_dist: Lightning wants it the same in every step
-            means = self.trainer.strategy.reduce(means, reduce_op="mean")
+        """Log a batch's terms, as means over the ranks, in steps that log."""
+        if not self.logging_is_due:
+            return
+        values = (terms.loss, terms.bpp_y + terms.bpp_z, terms.bpp_z, terms.mse)
+        means = torch.stack([value.detach() for value in values])
+        loss, bpp, bpp_z, mse = self.trainer.strategy.reduce(means, reduce_op="mean")
         # In dB only now: the mean of the ranks' decibels would depend on their number.
-        means[-1] = -10 * means[-1].log10()
-        self.log_dict(dict(zip(values, means, strict=True)))
-        self.log("bpp", (terms.bpp_y + terms.bpp_z).detach(), prog_bar=True, logger=False)
-        self.log("dB", -10 * terms.mse.detach().log10(), prog_bar=True, logger=False)
+        psnr = -10 * mse.log10()
+        self.log_step(
+            {"train/loss": loss, "train/bpp": bpp, "train/bpp_z": bpp_z, "train/psnr": psnr},
+            {"bpp": bpp, "dB": psnr},
+        )
 
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Means over the ranks, by one all-reduce; for backward passes outside DDP's own reduction."""

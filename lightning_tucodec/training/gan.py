@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,18 +13,16 @@ from torch import Tensor
 from torch.autograd import grad
 
 from lightning_tucodec.errors import ConfigError, TucodecError
-from lightning_tucodec.io.hashing import derive, hash_positions
 from lightning_tucodec.io.images import write_png
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.discriminator import DiscriminatorKind, make_discriminator
 from lightning_tucodec.nn.losses import AdversarialKind, make_adversarial_loss
+from lightning_tucodec.nn.noise import ORDER, Noise
 from lightning_tucodec.training.coding import PICTURES, eight_bits
 from lightning_tucodec.training.game import Alarms, Gate, RateController, Turn
-from lightning_tucodec.training.noise import SampleNoise
-from lightning_tucodec.training.optimizers import follow
+from lightning_tucodec.training.module import NonFiniteLossError
+from lightning_tucodec.training.optimizers import FusedAdam, follow
 from lightning_tucodec.training.vae import CodecModule
-
-_ORDER = 0x6F72646572  # separates the order of the pairs from the data plan's random bits
 
 _BATCH = (
     "accuracy", "bpp", "bpp_z", "bpp_before", "mse", "loss", "discriminator", "adversarial", "pull",
@@ -34,6 +33,38 @@ _BATCH = (
 
 class GameError(TucodecError):
     """The training cannot continue: the discriminator does not learn, so the codec is never trained."""
+
+
+class _Observed(NamedTuple):
+    """What a batch showed, on its way to the host.
+
+    Attributes:
+        turn: who was trained.
+        rated: the frozen codec's rate was measured too.
+        values: as named by `_BATCH`, on the host when `arrived` is over.
+        arrived: a CUDA event; None where nothing is to be waited for.
+    """
+
+    turn: Turn
+    rated: bool
+    values: Tensor
+    arrived: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, turn: Turn, rated: bool, values: Tensor) -> "_Observed":
+        """Send a batch's means on their way."""
+        if values.device.type != "cuda":
+            return cls(turn, rated, values.cpu())
+        values = values.to("cpu", non_blocking=True)  # into pinned memory
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return cls(turn, rated, values, arrived)
+
+    def means(self) -> dict[str, float]:
+        """The values by name, once they are here."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip(_BATCH, self.values.tolist(), strict=True))
 
 
 class GANCodec(CodecModule):
@@ -48,6 +79,9 @@ class GANCodec(CodecModule):
     fixed weight or is scaled to a share of the distortion's norm. A controller adjusts the rate's weight to
     keep bpp constant: a frozen copy of the codec from before this stage gives the target rate of the same
     crops.
+
+    Gate, controller and alarms are rules of the host. They know of a batch when the one after it has been
+    enqueued: so a GPU computes a batch while the numbers of the one before come over, and never waits.
 
     Gradients are averaged over ranks by one all-reduce per side, since DDP's own reduction supports only one
     backward pass per batch.
@@ -113,13 +147,13 @@ class GANCodec(CodecModule):
         self.before = copy.deepcopy(self.network).requires_grad_(False)
         self.averaged = copy.deepcopy(self.before) if ema else None
         self.discriminator_steps = 0
+        self.observed: list[_Observed] = []
         self.row: dict[str, float] = {}
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
         """The codec's optimiser, then the discriminator's."""
-        own = torch.optim.Adam(
-            self.discriminator.parameters(), lr=self.discriminator_lr, betas=(0.5, 0.99)
-        )
+        parameters = self.discriminator.parameters()
+        own = FusedAdam(parameters, lr=self.discriminator_lr, betas=(0.5, 0.99))
         return [super().configure_optimizers(), own]
 
     @property
@@ -147,8 +181,7 @@ class GANCodec(CodecModule):
 
     def swapped(self, index: Tensor) -> Tensor:
         """In which pairs the reconstruction comes first, a function of (seed, position); (N,) bool."""
-        bits = hash_positions(derive(self.seed & (2**64 - 1), _ORDER), index.cpu().numpy())
-        return torch.from_numpy((bits >> np.uint64(63)).astype(bool)).to(self.device)
+        return Noise.of(self.seed, index).uniform(index[:, None], ORDER)[:, 0] >= 0.5
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Train on one batch: gradients and steps of the sides that are trained, gate and controller.
@@ -157,7 +190,10 @@ class GANCodec(CodecModule):
             NonFiniteLossError: before the step.
             GameError: the gate has kept the codec from training for too long.
         """
+        while len(self.observed) > 1:
+            self._keep_rules(self.observed.pop(0))
         turn = self.gate.turn
+        rated = turn.codec and self.rate.due(self.opt_step)
         images = batch["image"].contiguous(memory_format=torch.channels_last)
         self.discriminator.requires_grad_(turn.discriminator).train(turn.discriminator)
         self.zero_grad(set_to_none=True)
@@ -165,24 +201,27 @@ class GANCodec(CodecModule):
         with getattr(self.trainer.model, "no_sync", contextlib.nullcontext)():
             places = batch["index"].chunk(self.pieces)
             for x, index in zip(images.chunk(self.pieces), places, strict=True):
-                batch_means += self.play(x, index, turn, len(x) / len(images))
+                batch_means += self.play(x, index, turn, len(x) / len(images), rated)
         reduced = self.trainer.strategy.reduce(batch_means, reduce_op="mean")
         assert isinstance(reduced, Tensor)
-        means = dict(zip(_BATCH, reduced.tolist(), strict=True))
+        self.observed.append(_Observed.of(turn, rated, reduced))
         self.images_seen += len(images) * self.trainer.world_size
-        self._keep_rules(means, turn)
-        self.norms: dict[str, float] = {}
-        every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        logged = turn.codec and (self.opt_step + 1) % every == 0
+        self.norms: dict[str, Tensor] = {}
+        logged = turn.codec and self.logging_is_due
         if turn.codec:
             self._step_codec(logged)
         if turn.discriminator:
             self._step_discriminator()
-        self.row = self._row(means) if logged else {}
-        for name, value in (("bpp", means["bpp"]), ("a", self.gate.accuracy)):
-            self.log(name, value, prog_bar=True, logger=False)
+        self.row = {}
+        if logged:
+            means = self.observed[-1].means()
+            self.row = self._row(means)
+            bar = torch.tensor([means["bpp"], self.gate.accuracy])
+            self.log_step({}, dict(zip(("bpp", "a"), bar, strict=True)))
 
-    def play(self, x: Tensor, index: Tensor, turn: Turn, share: float) -> Tensor:
+    def play(
+        self, x: Tensor, index: Tensor, turn: Turn, share: float, rated: bool = False
+    ) -> Tensor:
         """Add to the gradients of whoever has a turn; the codec's never reach the discriminator.
 
         Args:
@@ -190,13 +229,14 @@ class GANCodec(CodecModule):
             index: global positions of the samples, (N,).
             turn: who is trained.
             share: of the piece in the batch.
+            rated: measure the frozen codec's rate as well.
 
         Returns:
             `share` times the piece's means, named by `_BATCH`.
         """
-        noise = SampleNoise(self.seed, index, x.device)
-        with torch.set_grad_enabled(turn.codec), noise:
-            output = self.network(x)
+        noise = Noise.of(self.seed, index)
+        with torch.set_grad_enabled(turn.codec):
+            output = self.network(x, noise)
         # The cut between the two sides: what they ask of x̂ comes together here, and nowhere else.
         x_hat = output.x_hat.detach().float().requires_grad_(turn.codec)
         terms = self.loss(output._replace(x_hat=x_hat), x)
@@ -222,18 +262,16 @@ class GANCodec(CodecModule):
         if turn.discriminator:
             self.manual_backward(own * share)
         colour = (x_hat.detach() - x).mean((0, 2, 3))
-        observed = turn.codec and self.rate.due(self.opt_step)
         means = [
-            verdict.right().mean(), bpp, terms.bpp_z, self._rate_before(x, index) if observed else bpp,
+            verdict.right().mean(), bpp, terms.bpp_z, self._rate_before(x, noise) if rated else bpp,
             terms.mse, terms.loss, own, adversarial, pull.norm(), push.norm(), *colour,
         ]  # fmt: skip
         return share * torch.stack([value.detach().float() for value in means])
 
     @torch.no_grad()
-    def _rate_before(self, x: Tensor, index: Tensor) -> Tensor:
+    def _rate_before(self, x: Tensor, noise: Noise) -> Tensor:
         """bpp that the codec before the game needs for these crops, by the same proxy and noise."""
-        with SampleNoise(self.seed, index, x.device):
-            _, *likelihoods = self.before.rate(self.before.g_a(self.before.pad(x)))
+        _, *likelihoods = self.before.rate(self.before.g_a(self.before.pad(x)), noise)
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         return torch.stack([-part.float().log2().sum() for part in likelihoods]).sum() / pixels
 
@@ -245,7 +283,7 @@ class GANCodec(CodecModule):
             for name, part in self.network.named_children():
                 grads = [p.grad for p in part.parameters() if p.grad is not None]
                 if grads:
-                    self.norms[name] = float(torch.nn.utils.get_total_norm(grads))
+                    self.norms[name] = torch.nn.utils.get_total_norm(grads)
         optimizers[0].step()  # the one that Lightning counts
         self.count_step()
         if self.averaged is not None:
@@ -261,11 +299,15 @@ class GANCodec(CodecModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip each side by itself."""
         side = "codec" if optimizer is self.trainer.optimizers[0] else "discriminator"
-        self.norms[side] = float(self.clip(optimizer))
+        self.norms[side] = self.clip(optimizer)
 
-    def _keep_rules(self, means: dict[str, float], turn: Turn) -> None:
+    def _keep_rules(self, observed: _Observed) -> None:
+        means = observed.means()
+        if not all(map(math.isfinite, means.values())):
+            self.check_finite()
+            raise NonFiniteLossError(self.opt_step)
         self.gate.update(means["accuracy"])
-        if turn.codec and self.rate.due(self.opt_step):
+        if observed.rated:
             self.rate.update(means["bpp"], means["bpp_before"])
         lines = self.alarms.update(self.gate, [means[c] for c in ("red", "green", "blue")])
         if self.trainer.is_global_zero:
@@ -298,7 +340,8 @@ class GANCodec(CodecModule):
             "rate/error": self.rate.error,
             "rate/factor": self.rate.factor,
         }
-        row |= {f"grad_norm/{part}": norm for part, norm in self.norms.items()}
+        norms = torch.stack(list(self.norms.values())).tolist()
+        row |= {f"grad_norm/{part}": norm for part, norm in zip(self.norms, norms, strict=True)}
         colours = zip(("red", "green", "blue"), self.alarms.colour, strict=True)
         row |= {f"colour/{name}": value for name, value in colours}
         names = ("collapsed", "unbeatable", "colour")
@@ -319,6 +362,7 @@ class GANCodec(CodecModule):
             "rate": self.rate.state(),
             "alarms": self.alarms.state(),
             "discriminator_steps": self.discriminator_steps,
+            "observed": [[list(o.turn), o.rated, list(o.means().values())] for o in self.observed],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -329,3 +373,7 @@ class GANCodec(CodecModule):
         self.rate.load(game["rate"])
         self.alarms.load(game["alarms"])
         self.discriminator_steps = game["discriminator_steps"]
+        self.observed = [
+            _Observed(Turn(*turn), rated, torch.tensor(values))
+            for turn, rated, values in game.get("observed", [])
+        ]

@@ -44,14 +44,20 @@ from torch import Tensor
 
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.io.temporary import atomic_write
+from lightning_tucodec.training.optimizers import FusedAdam
 from lightning_tucodec.training.schedules import warmup_cosine
 
 
 class NonFiniteLossError(TucodecError):
-    """Loss or gradient became NaN or infinite; the run has saved its state and stopped."""
+    """Loss or gradient became NaN or infinite; the run has saved its state and stopped.
+
+    Attributes:
+        step: optimiser steps before the one that was not done.
+    """
 
     def __init__(self, step: int) -> None:
         super().__init__(f"loss or gradient is not finite at optimiser step {step}")
+        self.step = step
 
 
 class TrainingModule(pl.LightningModule):
@@ -86,10 +92,32 @@ class TrainingModule(pl.LightningModule):
 
     @property
     def logging_is_due(self) -> bool:
-        """Whether this training step's values are written: worth a mean over the ranks."""
-        trainer = self.trainer
-        every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        return trainer.world_size > 1 and (self.opt_step + 1) % every == 0
+        """Whether this training step's values are written: worth a wait for the device and the ranks."""
+        every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        return every > 0 and (self.opt_step + 1) % every == 0
+
+    def log_step(self, values: dict[str, Tensor], bar: dict[str, Tensor]) -> None:
+        """Log scalars of this step, read from the device at once.
+
+        Lightning itself reads what stands in the progress bar after every batch: on a GPU that waits for the
+        whole step. So call this where `logging_is_due`, and nothing else that logs.
+
+        Args:
+            values: by the names that `metrics.jsonl` has; means over the ranks already.
+            bar: what the progress bar shows.
+        """
+        both = [*values.values(), *bar.values()]
+        numbers = torch.stack([value.detach().float() for value in both]).cpu().unbind()
+        self.log_dict(dict(zip(values, numbers, strict=False)))
+        shown = zip(bar, numbers[len(values) :], strict=True)
+        self.log_dict(dict(shown), prog_bar=True, logger=False)
+
+    def check_finite(self) -> None:
+        """Called on all ranks before state is saved, before a validation, and whenever a module logs.
+
+        Raises:
+            NonFiniteLossError: the training is broken.
+        """
 
     def count_step(self) -> None:
         """One training step is done."""
@@ -193,6 +221,7 @@ class ScheduledModule(TrainingModule):
         self.lr, self.final_lr = lr, final_lr
         self.warmup_steps, self.decay_start = warmup_steps, decay_start
         self.clip_norm = clip_norm
+        self._broken_at: Tensor | None = None
         self.validation_rows: list[dict[str, float]] = []
 
     def learning_rate(self, step: int, max_steps: int) -> float:
@@ -212,19 +241,43 @@ class ScheduledModule(TrainingModule):
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
 
-    def clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
+    def clip(self, optimizer: torch.optim.Optimizer, *others: torch.optim.Optimizer) -> Tensor:
         """Clip the gradients of an optimiser's parameters, and return the norm they had.
 
-        A loss that is not finite shows here, on all ranks at once.
+        A loss that is not finite shows here, on all ranks at once. The device judges: from that step on the
+        optimisers change neither weights nor their own state. The host asks when it logs or saves (see
+        `check_finite`), or at once where an optimiser cannot be told to leave a step out.
+
+        Args:
+            optimizer: whose gradients are clipped.
+            others: that leave out the same steps.
 
         Raises:
             NonFiniteLossError: before the step, so that weights and optimiser are still sound.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        if not torch.isfinite(norm):
-            raise NonFiniteLossError(self.opt_step)
+        with torch.no_grad():
+            if self._broken_at is None:
+                self._broken_at = torch.full_like(norm, -1, dtype=torch.int64)
+            fresh = (self._broken_at < 0) & ~torch.isfinite(norm)
+            self._broken_at.masked_fill_(fresh, self.opt_step)
+            found_inf = (self._broken_at >= 0).float()
+        obedient = [one for one in (optimizer, *others) if isinstance(one, FusedAdam)]
+        for one in obedient:
+            one.found_inf = found_inf
+        if self.logging_is_due or len(obedient) <= len(others):
+            self.check_finite()
         return norm
+
+    def check_finite(self) -> None:
+        """Ask the device; waits for it.
+
+        Raises:
+            NonFiniteLossError: names the step; the weights are those of before it.
+        """
+        if self._broken_at is not None and (step := int(self._broken_at)) >= 0:
+            raise NonFiniteLossError(step)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's numbers."""

@@ -24,6 +24,7 @@ from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.hashing import derive, hash_positions
 from lightning_tucodec.nn.losses import make_loss
 from lightning_tucodec.training.coding import CodingModule
+from lightning_tucodec.training.optimizers import FusedAdam
 from lightning_tucodec.training.runs.weights import (
     initial_weights,
     load_checkpoint,
@@ -144,7 +145,7 @@ class NetworkModule(CodingModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """The main optimiser, then that of the quantiles."""
         groups = [(self.main, self.lr), (self.auxiliary, self.aux_lr)]
-        return [torch.optim.Adam(some, lr=lr, fused=True) for some, lr in groups if some]
+        return [FusedAdam(some, lr=lr) for some, lr in groups if some]
 
     def on_fit_start(self) -> None:
         """Check the crops; ranks draw different noise."""
@@ -202,13 +203,14 @@ class NetworkModule(CodingModule):
             total = terms.loss + self.network.aux_loss() if self.auxiliary else terms.loss  # type: ignore[operator]
             self.manual_backward(total)
         self.average_gradients([*self.main, *self.auxiliary])
-        norm = self.clip(self.trainer.optimizers[0])
+        norm = self.clip(*self.trainer.optimizers)
         for optimizer in optimizers:
             optimizer.step()
-        self.count_step()
         self.images_seen += len(x) * self.trainer.world_size
         self.log_terms(terms)
-        self.log("train/grad_norm", norm)
+        if self.logging_is_due:
+            self.log_step({"train/grad_norm": norm}, {})
+        self.count_step()
 
     def on_validation_epoch_start(self) -> None:
         """Count the used channels anew."""

@@ -10,28 +10,49 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration; singular values end between 0.7 and 1.2."""
 
 
-def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """U·Vᵀ of matrix = U·S·Vᵀ, nearly: r×c to r×c, by Newton–Schulz iterations (Jordan et al., 2024).
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """U·Vᵀ of each matrix = U·S·Vᵀ, nearly, by Newton–Schulz iterations (Jordan et al., 2024); …×r×c.
 
     Three iterations leave small singular values small; bfloat16 is precise enough (ibid.).
     """
     a, b, c = _NEWTON_SCHULZ
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-7)
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
     for _ in range(iterations):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+    return x if matrices.shape[-2] <= matrices.shape[-1] else x.mT
 
 
-class MuonAdam(torch.optim.Adam):
+class FusedAdam(torch.optim.Adam):
+    """Adam in one kernel, which a device can be told to leave out without the host knowing.
+
+    Attributes:
+        found_inf: a float32 scalar on the device: 1 where nothing is to change. PyTorch's gradient scaler
+            uses the same name; unset, every step is done.
+    """
+
+    found_inf: Tensor
+
+    def __init__(self, params: Any, lr: float, **options: Any) -> None:
+        super().__init__(params, lr=lr, fused=True, **options)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state, fused also if that one was not."""
+        fused = {"fused": True, "foreach": None}
+        groups = [{**group, **fused} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+
+class MuonAdam(FusedAdam):
     """Momentum steps with orthogonalised directions for matrices, Adam for everything else.
 
     A convolution's weight counts as the matrix out × (in·taps). Its step is scaled by
     0.2·√max(rows, columns), so that one learning rate, that of Adam, serves both groups (Liu et al.,
     "Muon is Scalable for LLM Training", 2025, section 2.2). On a CPU the orthogonalisation pays while the
     batch is large against the weights: it costs a quarter to a third of a step of `tiny` with 8 crops of
-    128².
+    128². On a GPU matrices of
+    equal shape are stacked, so that it is asked once for all of them.
 
     Args:
         matrices: weights that get the orthogonalised step; at least two dimensions each.
@@ -54,7 +75,7 @@ class MuonAdam(torch.optim.Adam):
         groups = [{"params": list(matrices), "muon": True}, {"params": list(others), "muon": False}]
         self._momentum = momentum
         self._iterations, self._dtype = iterations, dtype
-        super().__init__(groups, lr=lr, fused=True)
+        super().__init__(groups, lr=lr)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -66,8 +87,8 @@ class MuonAdam(torch.optim.Adam):
         groups = self.param_groups
         for group in groups:
             if group["muon"]:
-                for parameter in group["params"]:
-                    self._muon_step(parameter, group["lr"])
+                for parameters in _alike(group["params"]):
+                    self._muon_step(parameters, group["lr"])
         try:
             self.param_groups = [group for group in groups if not group["muon"]]
             super().step()
@@ -75,20 +96,48 @@ class MuonAdam(torch.optim.Adam):
             self.param_groups = groups
         return loss
 
-    def _muon_step(self, parameter: Tensor, lr: float) -> None:
-        if parameter.grad is None:
-            return
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-            state["step"] = torch.zeros(())  # Adam looks for it in every state that it loads
-        state["step"] += 1
-        momentum = state["momentum"].lerp_(parameter.grad, 1 - self._momentum)
-        ahead = parameter.grad.lerp(momentum, self._momentum)
-        matrix = ahead.reshape(ahead.shape[0], -1)
-        scale = 0.2 * max(matrix.shape) ** 0.5
-        step = orthogonalise(matrix.to(self._dtype), self._iterations).to(parameter.dtype)
-        parameter.add_(step.reshape(parameter.shape), alpha=-lr * scale)
+    def _muon_step(self, parameters: list[Tensor], lr: float) -> None:
+        """A step of matrices of one shape."""
+        shapes = [parameter.shape for parameter in parameters]
+        shape = shapes[0][0], shapes[0][1:].numel()
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+                # Adam looks for it in every state that it loads.
+                state["step"] = torch.zeros((), device=parameter.device)
+        momenta = [state["momentum"] for state in states]
+
+        def together(tensors: list[Tensor]) -> Tensor:
+            matrices = [tensor.reshape(shape) for tensor in tensors]
+            return matrices[0] if len(matrices) == 1 else torch.stack(matrices)
+
+        def apart(stacked: Tensor) -> list[Tensor]:
+            matrices = [stacked] if len(parameters) == 1 else stacked.unbind()
+            return [matrix.reshape(own) for matrix, own in zip(matrices, shapes, strict=True)]
+
+        torch._foreach_add_([state["step"] for state in states], 1)
+        gradients = together([p.grad for p in parameters if p.grad is not None])
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:  # then a momentum moves towards itself
+            gradients = torch.where(found_inf > 0, together(momenta), gradients)
+        torch._foreach_lerp_(momenta, apart(gradients), 1 - self._momentum)
+        ahead = gradients.lerp(together(momenta), self._momentum)
+        step = orthogonalise(ahead.to(self._dtype), self._iterations)
+        if found_inf is not None:
+            step = step * (1 - found_inf).to(step.dtype)
+        scale = 0.2 * max(shape) ** 0.5
+        torch._foreach_add_(parameters, apart(step.to(ahead.dtype)), alpha=-lr * scale)
+
+
+def _alike(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Those with gradients, by their shapes as matrices; on a CPU, whose cache holds one, each alone."""
+    groups: dict[tuple[int, ...], list[Tensor]] = {}
+    for number, parameter in enumerate(parameters):
+        if parameter.grad is not None:
+            apart = number if parameter.device.type == "cpu" else 0
+            groups.setdefault((apart, len(parameter), parameter[0].numel()), []).append(parameter)
+    return list(groups.values())
 
 
 def muon_adam(
@@ -126,7 +175,6 @@ def follow(average: nn.Module, network: nn.Module, decay: float, steps: int) -> 
         steps: of the network so far.
     """
     weight = 1 - min(decay, steps / (steps + 10))
-    for own, other in zip(average.parameters(), network.parameters(), strict=True):
-        own.lerp_(other, weight)
-    for old, new in zip(average.buffers(), network.buffers(), strict=True):
-        old.copy_(new)
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
+    if buffers := list(average.buffers()):
+        torch._foreach_copy_(buffers, list(network.buffers()))

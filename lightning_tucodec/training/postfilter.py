@@ -137,9 +137,9 @@ class PostFilterModule(ScheduledModule):
         ratio = (_errors(shown, target) + _FLOOR) / plain
         loss = ratio.mean()
         self.images_seen += len(ratio) * self.trainer.world_size
-        gain = -10 * ((_errors(shown.detach(), image) + _FLOOR) / plain).log10().mean()
-        self.log_dict({"train/loss": loss.detach(), "train/gain": gain})
-        self.log("gain", gain, prog_bar=True, logger=False)
+        if self.logging_is_due:
+            gain = -10 * ((_errors(shown.detach(), image) + _FLOOR) / plain).log10().mean()
+            self.log_step({"train/loss": loss, "train/gain": gain}, {"gain": gain})
         return loss
 
     @torch.no_grad()
@@ -152,7 +152,9 @@ class PostFilterModule(ScheduledModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip, and log what came in."""
-        self.log("train/grad_norm", self.clip(optimizer))
+        norm = self.clip(optimizer)
+        if self.logging_is_due:
+            self.log_step({"train/grad_norm": norm}, {})
 
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

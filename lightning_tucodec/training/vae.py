@@ -24,10 +24,10 @@ from lightning_tucodec.nn.codec import (
     config_to_dict,
 )
 from lightning_tucodec.nn.klt import start_as_klt
+from lightning_tucodec.nn.noise import Noise
 from lightning_tucodec.training.coding import CodingModule
 from lightning_tucodec.training.data import PatchDataModule
-from lightning_tucodec.training.noise import SampleNoise
-from lightning_tucodec.training.optimizers import muon_adam
+from lightning_tucodec.training.optimizers import FusedAdam, muon_adam
 from lightning_tucodec.training.runs.weights import (
     initial_weights,
     load_checkpoint,
@@ -186,7 +186,7 @@ class CodecModule(CodingModule):
                 dtype=torch.bfloat16 if self.in_bfloat16 else torch.float32,
             )
         trained = [p for p in self.network.parameters() if p.requires_grad]
-        return torch.optim.Adam(trained, lr=self.lr, fused=True)
+        return FusedAdam(trained, lr=self.lr)
 
     @property
     def in_bfloat16(self) -> bool:
@@ -301,8 +301,7 @@ class VAE(CodecModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Rate and distortion of one batch of crops."""
         x = batch["image"].contiguous(memory_format=torch.channels_last)
-        with SampleNoise(self.seed, batch["index"], x.device):
-            output = self.network(x)
+        output = self.network(x, Noise.of(self.seed, batch["index"]))
         terms = self.loss(output, x)
         self.images_seen += x.shape[0] * self.trainer.world_size
         self.log_terms(terms)
@@ -310,7 +309,9 @@ class VAE(CodecModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip, and log what came in."""
-        self.log("train/grad_norm", self.clip(optimizer))
+        norm = self.clip(optimizer)
+        if self.logging_is_due:
+            self.log_step({"train/grad_norm": norm}, {})
 
 
 def bfloat16_is_fast() -> bool:

@@ -91,7 +91,9 @@ def test_noise_of_the_rate_proxy_fills_the_cell() -> None:
         # An open side counts as wide as the closed one.
         below, above = (min(side, other) if math.isinf(side) else side
                         for side, other in ((below, above), (above, below)))  # fmt: skip
-        noise = (TucodecVAE._noisy(q.y_hat, q.below, q.above) - q.y_hat).detach()
+        noise = (
+            TucodecVAE._noisy(q.y_hat, torch.rand_like(q.y_hat), q.below, q.above) - q.y_hat
+        ).detach()
         assert float(noise.min()) == pytest.approx(-above, abs=0.02)
         assert float(noise.max()) == pytest.approx(below, abs=0.02)
         assert float(noise.min()) >= -above - 1e-5

@@ -1,4 +1,4 @@
-"""Quantisers: assignment, the soft sum's window, gradients, the baselines."""
+"""Quantisers: assignment, the soft sum, gradients, the baselines."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ gaps = st.integers(4, 60).flatmap(
 
 
 @given(gaps, st.floats(-3, 3), st.sampled_from([1.0, 2.0, 5.0]), st.integers(0, 2**32))
-def test_windowed_soft_sum_equals_the_full_one(
+def test_soft_sum_by_tables_equals_the_written_one(
     raw: np.ndarray, middle: float, hardness: float, seed: int
 ) -> None:
     quantizer = learned(raw, middle, hardness)
@@ -42,23 +42,43 @@ def test_windowed_soft_sum_equals_the_full_one(
     span = float(centres[-1] - centres[0])
     y = centres[0] - 5 + torch.rand(200, generator=generator) * (span + 10)
     y = torch.cat([y, centres, (centres[1:] + centres[:-1]) / 2])
-    index = quantizer.assign(y)[0]
-    windowed = quantizer.soft(y, index, quantizer.window())
+    found = quantizer.soft(y, quantizer.assign(y)[1])
     exact = centres.double()
     distance = (y.double()[:, None] - exact).abs()
     full = (torch.softmax(-quantizer.sigma(centres).double() * distance, -1) * exact).sum(-1)
     # Single precision rounds a centre's value itself to 2^-24 of its size.
     tolerance = 1e-5 + 2.0**-22 * float(centres.abs().max())
-    assert float((windowed.double() - full).abs().max().detach()) <= tolerance
+    assert float((found.double() - full).abs().max().detach()) <= tolerance
 
 
-def test_windowed_soft_sum_of_200_centres() -> None:
-    quantizer = ClusterQuantizer()
-    y = torch.linspace(-101, 101, 5001)
-    index = quantizer.assign(y)[0]
-    windowed = quantizer.soft(y, index, quantizer.window())
-    assert quantizer.window() < 20
-    torch.testing.assert_close(windowed, quantizer.soft(y, index, 199), atol=1e-5, rtol=0)
+@pytest.mark.parametrize("spread", [0.0, 3.0, 40.0])
+def test_gradients_of_the_soft_sum_of_200_centres(spread: float) -> None:
+    """Of y and of all gaps, against eq. 2 as it is written, in double precision; gaps from 0.4 to 40."""
+    generator = torch.Generator().manual_seed(0)
+    raw = spread * torch.rand(199, generator=generator) ** 4 - 1
+    quantizer = learned(raw.numpy(), middle=0.3)
+    y = quantizer.centres().detach().repeat(20)
+    y = (y + torch.randn(y.shape, generator=generator)).requires_grad_()
+    weight = torch.randn(y.shape, generator=generator)
+    (weight * quantizer.soft(y, quantizer.assign(y)[1])).sum().backward()
+    assert y.grad is not None
+    assert quantizer.raw_gaps.grad is not None
+
+    exact_y = y.detach().double().requires_grad_()
+    gaps = torch.nn.functional.softplus(quantizer.raw_gaps.detach().double()) + quantizer.min_gap
+    gaps.requires_grad_()
+    below, above = -gaps[:100].flip(0).cumsum(0).flip(0), gaps[100:].cumsum(0)
+    centres = torch.cat([below, gaps.new_zeros(1), above]) + 0.3
+    sigma = quantizer.hardness / (centres.detach().diff().mean())
+    soft = torch.softmax(-sigma * (exact_y[:, None] - centres).abs(), -1) @ centres
+    (weight.double() * soft).sum().backward()
+    assert exact_y.grad is not None
+    assert gaps.grad is not None
+    torch.testing.assert_close(y.grad.double(), exact_y.grad, atol=1e-4, rtol=1e-3)
+    slope = torch.sigmoid(quantizer.raw_gaps.detach().double())
+    torch.testing.assert_close(
+        quantizer.raw_gaps.grad.double(), slope * gaps.grad, atol=2e-3, rtol=1e-3
+    )
 
 
 @given(gaps, st.floats(-3, 3), st.integers(0, 2**32))

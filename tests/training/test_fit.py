@@ -231,26 +231,49 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_saved(
     assert (runs(tmp_path)[0] / "checkpoints" / "nonfinite-0.ckpt").exists()
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize(
+    ("asked", "trainer", "val", "minutes"),
+    [
+        ("where it logs", {"log_every_n_steps": 1}, False, 60.0),
+        ("before a validation", {"log_every_n_steps": 100}, True, 60.0),
+        ("before a save", {"log_every_n_steps": 100}, False, 1e-9),
+        ("at the end", {"log_every_n_steps": 0}, False, 60.0),
+    ],
+)
 def test_a_gradient_that_is_not_finite_stops_before_the_step(
-    tmp_path: Path, shard_folder: Path, micro: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The saved weights are still sound, so that the cause can be looked for."""
+    tmp_path: Path, shard_folder: Path, val_folder: Path, micro: dict[str, Any],
+    optimizer: str, asked: str, trainer: dict[str, Any], val: bool, minutes: float,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Whenever it is noticed, the saved weights are those of before, so that the cause can be looked for."""
+    sound: list[torch.Tensor] = []
 
     def spoil(self: VAE, loss: torch.Tensor) -> None:
+        loss.backward()
         if self.opt_step == 1:
-            loss.backward()
-            bias = self.network.g_a.to_latent.bias
-            assert bias is not None
-            assert bias.grad is not None
-            bias.grad[0] = torch.nan
-        else:
-            loss.backward()
+            sound.extend(value.clone() for value in self.state_dict().values())
+            for part in self.network.children():
+                for weight in part.parameters():
+                    assert weight.grad is not None
+                    weight.grad.mul_(torch.nan)
 
     monkeypatch.setattr(VAE, "backward", spoil)
-    assert main(["fit", "--config", write(tmp_path, config(tmp_path, shard_folder, micro))]) == 1
-    saved = runs(tmp_path)[0] / "checkpoints" / "nonfinite-1.ckpt"
-    content = torch.load(saved, weights_only=True)
-    assert all(torch.isfinite(v).all() for v in content["state_dict"].values())
+    values = config(tmp_path, shard_folder, micro, optimizer=optimizer)
+    values["trainer"] |= trainer
+    values["run"]["checkpoint_minutes"] = minutes
+    if val:
+        values["data"]["val_images"] = str(val_folder)
+    assert main(["fit", "--config", write(tmp_path, values)]) == 1
+    assert "not finite at optimiser step 1; state saved in" in capsys.readouterr().err
+    (folder,) = runs(tmp_path)
+    content = torch.load(folder / "checkpoints" / "nonfinite-1.ckpt", weights_only=True)
+    assert all(map(torch.equal, content["state_dict"].values(), sound))
+    states = content["optimizer_states"][0]["state"].values()
+    assert all(torch.isfinite(value).all() for state in states for value in state.values())
+    found = RunFolder(folder).latest()
+    assert found is None or found[1]["tucodec"]["opt_step"] == 1
+    assert all("val/bpp" not in row for row in read_metrics(folder / "metrics.jsonl"))
 
 
 def test_validation_goes_on_when_the_network_cannot_be_frozen(

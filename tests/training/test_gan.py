@@ -19,10 +19,10 @@ from torch import Tensor
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.discriminator import Verdict
+from lightning_tucodec.nn.noise import Noise
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.game import Turn
 from lightning_tucodec.training.gan import GameError, GANCodec
-from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.runs.tracking import JsonlLogger, read_metrics
 from lightning_tucodec.training.runs.weights import network_weights
 from tests.support import MICRO
@@ -102,16 +102,15 @@ def test_the_gradient_at_the_reconstruction_is_what_was_asked_for(share: float) 
         seen: list[Tensor] = []
         original = game.network.forward
 
-        def watched(x: Tensor) -> Any:
-            output = original(x)
+        def watched(x: Tensor, noise: Noise) -> Any:
+            output = original(x, noise)
             output.x_hat.register_hook(seen.append)
             return output
 
         game.network.forward = watched  # type: ignore[method-assign]
         x = torch.rand(BATCH, 3, CROP, CROP)
         game.play(x, torch.arange(BATCH), Turn(False, True), 1.0)
-        with SampleNoise(game.seed, torch.arange(BATCH), x.device):
-            output = original(x)
+        output = original(x, Noise.of(game.seed, torch.arange(BATCH)))
         x_hat = output.x_hat.detach().requires_grad_()
         terms = game.loss(output._replace(x_hat=x_hat), x)
         (pull,) = torch.autograd.grad(256.0 * terms.distortion, x_hat)
@@ -146,10 +145,10 @@ def test_where_the_discriminator_always_wins_the_codec_plays_alone(
     game.discriminator = AlwaysRight()  # type: ignore[assignment]
     runner = trainer(tmp_path, 70)
     runner.fit(game, data(shard_folder))
-    # 18 batches alone, 27 with both (see test_game.py), then the codec alone.
+    # 18 batches alone, 27 with both (see test_game.py), then the codec alone; the rules know a batch later.
     assert game.opt_step == runner.global_step == 70
-    assert game.discriminator_steps == 18 + 27
-    assert game.images_seen == BATCH * (18 + 70)
+    assert game.discriminator_steps == 19 + 27
+    assert game.images_seen == BATCH * (19 + 70)
     assert game.gate.turn == Turn(False, True)
     assert capsys.readouterr().err.count("the codec is trained alone for 20 batches") == 1
 
@@ -164,7 +163,7 @@ def test_where_it_can_never_win_the_codec_waits_and_the_run_ends(
     with pytest.raises(GameError, match="trained alone for 30 batches"):
         runner.fit(game, data(shard_folder))
     assert game.opt_step == runner.global_step == 0
-    assert game.discriminator_steps == 29
+    assert game.discriminator_steps == 31
     assert all(map(torch.equal, before, game.network.parameters()))
     assert capsys.readouterr().err.count("the discriminator is trained alone for 3 batches") == 1
 
@@ -194,7 +193,7 @@ def test_steps_checkpoints_and_logs_count_the_codecs_steps_once(
     runner = trainer(tmp_path, 40, count, saver, logger=logger, log_every_n_steps=5)
     runner.fit(game, data(shard_folder))
     assert all(own == lightning for own, lightning in count.steps)
-    assert len(count.steps) == 18 + 40
+    assert len(count.steps) == 19 + 40
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in row]
     assert [row["opt_step"] for row in rows] == list(range(5, 41, 5))
     saved = sorted(int(path.stem.removeprefix("step=")) for path in tmp_path.glob("*.ckpt"))
@@ -254,7 +253,7 @@ def test_200_steps_killed_anywhere_end_like_the_straight_run(
     game = lively(**options)
     turns = set()
     rules = game._keep_rules
-    game._keep_rules = lambda means, turn: (turns.add(turn), rules(means, turn))  # type: ignore
+    game._keep_rules = lambda observed: (turns.add(observed.turn), rules(observed))  # type: ignore
     runner.fit(game, data(shard_folder))
     straight = final(runner, tmp_path / "straight.ckpt")
     assert game.opt_step == steps
@@ -468,9 +467,9 @@ def test_fit_stops_and_resumes_the_game(
     stopped = words("stopped")
     rules = GANCodec._keep_rules
 
-    def interrupt(self: GANCodec, means: dict[str, float], turn: Turn) -> None:
-        rules(self, means, turn)
-        if self.opt_step == 6 and turn.codec:
+    def interrupt(self: GANCodec, observed: Any) -> None:
+        rules(self, observed)
+        if self.opt_step == 6 and self.gate.turn.codec:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_tucodec.nn.codec import PRESETS, TucodecVAE
-from lightning_tucodec.training.optimizers import MuonAdam, muon_adam, orthogonalise
+from lightning_tucodec.training.optimizers import FusedAdam, MuonAdam, muon_adam, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 90), (90, 16)])
@@ -108,3 +108,66 @@ def test_resumed_steps_are_the_same() -> None:
     run(other, again, 2)
     for one, two in zip(network.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 90), (3, 90, 16)])
+def test_stacked_matrices_are_those_alone(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    alone = torch.stack([orthogonalise(matrix) for matrix in matrices])
+    torch.testing.assert_close(orthogonalise(matrices), alone, atol=1e-5, rtol=0)
+
+    weights = [nn.Parameter(matrix.unflatten(1, (-1, 2)).clone()) for matrix in matrices]
+    others = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    for weight, other in zip(weights, others, strict=True):
+        weight.grad = torch.randn_like(weight)
+        other.grad = weight.grad.clone()
+    for parameters in ([weights], [[other] for other in others]):
+        optimizer = MuonAdam([p for group in parameters for p in group], [], lr=0.1)
+        for group in parameters:  # a GPU's way, a CPU's
+            with torch.no_grad():
+                optimizer._muon_step(group, 0.1)
+    torch.testing.assert_close(weights, others, atol=1e-5, rtol=0)
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [value.clone() for state in optimizer.state.values() for value in state.values()]
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_step_that_is_called_off_changes_nothing(muon: bool) -> None:
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(3))]
+    optimizer: FusedAdam = (
+        MuonAdam(weights[:1], weights[1:], lr=0.1) if muon else FusedAdam(weights, lr=0.1)
+    )
+
+    def step(found: float, gradient: float) -> None:
+        optimizer.found_inf = torch.tensor(found)
+        for weight in weights:
+            weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+
+    step(0.0, 0.5)
+    before, state = [w.detach().clone() for w in weights], _state(optimizer)
+    step(1.0, torch.nan)
+    step(1.0, 0.5)
+    assert all(map(torch.equal, before, weights))
+    adam = [value for value in _state(optimizer) if value.ndim]
+    assert all(map(torch.equal, adam, [value for value in state if value.ndim]))
+    step(0.0, 0.5)
+    assert not any(map(torch.equal, before, weights))
+    assert all(torch.isfinite(weight).all() for weight in weights)
+
+
+def test_a_state_from_before_goes_on_fused() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    old = torch.optim.Adam([weight], lr=0.1, betas=(0.5, 0.99))
+    weight.grad = torch.ones(3)
+    old.step()
+    new = FusedAdam([weight], lr=0.1, betas=(0.5, 0.99))
+    new.load_state_dict(old.state_dict())
+    assert new.param_groups[0]["fused"]
+    new.found_inf = torch.tensor(1.0)
+    new.step()
+    assert float(new.state[weight]["step"]) == 1

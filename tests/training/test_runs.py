@@ -17,7 +17,6 @@ from hits import kill_at_step, start, wait
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.cards import SHIPPED
 from lightning_tucodec.training.beside import companions
-from lightning_tucodec.training.noise import SampleNoise
 from lightning_tucodec.training.runs import folder, identity
 from lightning_tucodec.training.runs.checkpoints import BackgroundWriter
 from lightning_tucodec.training.runs.folder import Manifest, RunFolder, read_metrics
@@ -169,22 +168,6 @@ def test_a_module_with_two_optimisers_is_stopped_and_goes_on(
     values["run"]["init_from"] = "tiny-mse-2"
     assert main(["fit", "--config", write(tmp_path / name, values)]) == 1
     assert "Duel has no warm start" in capsys.readouterr().err
-
-
-def test_noise_belongs_to_samples() -> None:
-    x = torch.zeros(4, 2, 3)
-    index = torch.arange(10, 14)
-
-    def draw(*parts: slice) -> torch.Tensor:
-        drawn = []
-        for part in parts:
-            with SampleNoise(1, index[part], x.device):
-                drawn.append(torch.rand_like(x[part]) + 2 * torch.rand_like(x[part]))
-        return torch.cat(drawn)
-
-    whole = draw(slice(0, 4))
-    assert torch.equal(whole, draw(slice(0, 1), slice(1, 4)))
-    assert len(whole.unique()) == whole.numel()
 
 
 def test_a_shipped_model_and_a_run_folder_are_warm_starts(

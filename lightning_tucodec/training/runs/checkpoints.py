@@ -223,7 +223,11 @@ class Checkpointing(pl.Callback):
         """On all ranks, since gathering the state may be collective.
 
         Batches tell states apart: one may end without a step of the optimiser that `opt_step` counts.
+
+        Raises:
+            NonFiniteLossError: what would be saved is the state of a training that is broken.
         """
+        trainer.lightning_module.check_finite()  # type: ignore[operator]
         if (batch := _batches(trainer)) != self._saved_batch:
             self._saved_batch = batch
             trainer.save_checkpoint(self.writer.folder.checkpoints / CHECKPOINTS[0], False)
@@ -327,8 +331,9 @@ class Checkpointing(pl.Callback):
         self._after_batch = {"rng": rng_state(), "loop": trainer.fit_loop.state_dict()}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """If it was owed, it is no more."""
+        """If it was owed, it is no more; a broken training is not measured."""
         if _is_within_fit(trainer):
+            pl_module.check_finite()
             self._repay(trainer)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
@@ -389,7 +394,7 @@ class Checkpointing(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Keep the state of a run whose loss was not finite for whoever looks for the cause."""
         if isinstance(exception, NonFiniteLossError):
-            path = self.writer.folder.checkpoints / f"nonfinite-{pl_module.opt_step}.ckpt"
+            path = self.writer.folder.checkpoints / f"nonfinite-{exception.step}.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
             self.writer.settle()
             exception.args = (f"{exception.args[0]}; state saved in {path}",)
