@@ -24,6 +24,12 @@ def reason(error: Exception) -> str:
     """An error on one line; that of a file as its name and what is wrong with it."""
     if isinstance(error, OSError) and error.strerror:
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+        if isinstance(error, NotADirectoryError | FileExistsError):
+            place = name
+            while place.strip("/") and not os.path.lexists(place):
+                place = os.path.dirname(place.rstrip("/"))
+            if os.path.lexists(place) and not os.path.isdir(place):
+                return redacted(f"{place}: is no folder; a folder is needed here")
         return redacted(f"{name}: {error.strerror}" if name else error.strerror)
     return redacted(str(error) or type(error).__name__)
 

@@ -1,5 +1,7 @@
-"""Real photographs, and the shape of a network of a few thousand weights."""
+"""Real photographs, the shape of a network of a few thousand weights, and what the parser has."""
 
+import argparse
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
@@ -30,3 +32,15 @@ def photo(name: str, width: int, height: int, left: int = 100, top: int = 60) ->
     with Image.open(str(files("skimage") / "data" / name)) as image:
         box = (left, top, left + width, top + height)
         return np.array(image.convert("RGB").crop(box))
+
+
+def options(
+    parser: argparse.ArgumentParser, *command: str
+) -> Iterator[tuple[str, argparse.Action]]:
+    """Every subcommand and each of its arguments."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                yield from options(inner, *command, name)
+        else:
+            yield " ".join(command), action

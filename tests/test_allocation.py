@@ -116,6 +116,13 @@ def test_infeasible_says_by_how_much_and_what_would_help(
         allocate(table(), "bytes", **limits)
 
 
+def test_a_limit_is_told_as_it_was_given() -> None:
+    """Not as what whole numbers of squared error allow: one pixel has 90.17 dB with an error of 3."""
+    given = dataclasses.replace(table(), pixels=np.full(len(table().images), 1000))
+    with pytest.raises(ConfigError, match=r"but 90\.000 dB are asked for"):
+        allocate(given, "bytes", min_psnr=90)
+
+
 def test_limits_that_exclude_each_other() -> None:
     given = table()
     with pytest.raises(ConfigError, match=r"all limits together.*squared error would be"):

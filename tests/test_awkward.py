@@ -3,11 +3,9 @@
 Which options there are, and which of them are paths and numbers, the parser itself says.
 """
 
-import argparse
 import itertools
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from PIL import Image
 
 from lightning_tucodec.cli import build_parser, main
 from lightning_tucodec.codecs.library import find
-from tests.support import photo
+from tests.support import options, photo
 
 MODEL = "tiny-mse-1"
 READING = [
@@ -255,18 +253,6 @@ def test_unusable(
 ) -> None:
     monkeypatch.chdir(files)
     check([word.format(value) for word in command.split()], files, capsys)
-
-
-def options(
-    parser: argparse.ArgumentParser, *command: str
-) -> Iterator[tuple[str, argparse.Action]]:
-    """Every subcommand and each of its arguments."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, inner in action.choices.items():
-                yield from options(inner, *command, name)
-        else:
-            yield " ".join(command), action
 
 
 def tried(command: str, rows: list[str]) -> set[str]:

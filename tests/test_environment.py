@@ -95,10 +95,18 @@ def test_a_plain_encoding_and_a_reader_that_has_gone(folder: Path) -> None:
     assert done.stderr.startswith("tucodec: ")
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("command", ["fit", "models"])
-def test_an_interrupt_while_it_imports(command: str, folder: Path) -> None:
-    """Everything that takes time is imported where Ctrl-C is answered; shown by a slow numpy and torch."""
+def test_an_interrupt_while_it_imports(command: str, wrapped: bool, folder: Path) -> None:
+    """Everything that takes time is imported where Ctrl-C is answered; shown by a slow numpy and torch.
+
+    A library, or Python 3.11 while it builds a class, makes an error of what it is interrupted by.
+    """
     slow = "import pathlib, time\npathlib.Path('at it').touch()\ntime.sleep(60)\n"
+    if wrapped:
+        slow = slow.replace(
+            "time.sleep(60)", "try: time.sleep(60)\nexcept BaseException: raise RuntimeError"
+        )
     for name in ("numpy", "torch"):
         (folder / f"{name}.py").write_text(slow)
     path = os.pathsep.join([str(folder), *sys.path])

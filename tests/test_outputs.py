@@ -45,6 +45,31 @@ TARGETS = [
     (f"bench effort photo.png --model {MODEL} --effort 1 --seconds --rows other.txt", "other.txt"),
     ("demo --out other", "other/index.html"),
 ]
+BELOW = [
+    f"{COMPRESS} -o photo.png/x.tuc",
+    f"{COMPRESS} -o photo.png/below/x.tuc",
+    f"{COMPRESS} -o new.tuc --recon photo.png/x.png",
+    "decompress photo.tuc -o photo.png/x.png",
+    f"{EVALUATE} -o photo.png/r.json",
+    "compare curve.json -o photo.png/r.html",
+    "export model.safetensors -o photo.png/m.safetensors",
+    "allocate photo.png --candidate jpeg:q=30 --max-bpp 9 --workers 1 -o photo.png/s",
+    "shards build photo.png --patch 16 --workers 1 --out photo.png/s",
+    "demo --out photo.png/d",
+]
+
+
+@pytest.mark.parametrize("line", BELOW)
+def test_a_file_in_the_way_of_a_folder_is_named(
+    line: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(line.split()) == 1
+    said = [text for text in capsys.readouterr().err.splitlines() if text.startswith("tucodec:")]
+    assert len(said) == 1
+    assert "photo.png: is no folder; a folder is needed here" in said[0]
+
+
 INPUTS = {"photo.png", "model.safetensors"}
 
 

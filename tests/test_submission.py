@@ -184,6 +184,10 @@ def stop_at_a_pipe(folder: Path) -> None:
     os.mkfifo(folder / "decode")
 
 
+def take_the_right_to_run(folder: Path) -> None:
+    (folder / "decode").chmod(0o644)
+
+
 def hide_a_folder(folder: Path) -> None:
     (folder / "streams/.hidden").mkdir()
 
@@ -226,6 +230,7 @@ def a_bomb(folder: Path) -> None:
         (leave_an_image_out, "2.png: has no stream"),
         (change_the_script, "decode: is not the script that"),
         (stop_at_a_pipe, "decode: is not a file"),
+        (take_the_right_to_run, "decode: cannot be executed; chmod +x decode"),
         (link_to_the_outside, "streams/more: not in the manifest"),
         (link_a_stream, "streams/0.bin (0.png): is a link, or lies behind one"),
         (hide_a_file_deep, "models/streams/0.bin: not in the manifest"),
@@ -439,6 +444,7 @@ def test_shares_and_arrays_that_cannot_be(
     for more, message in (
         (["--part", "3/2"], "there are parts 1 to 2"),
         (["--dry-run"], "belongs to --slurm"),
+        (["--slurm", "4", "--dry-run"], "--slurm 4: more jobs than images (3)"),
     ):
         assert cli.main([*words, *more]) == 1
         assert message in capsys.readouterr().err

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     try:
+        if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            # Until and after our time for it, Ctrl-C just ends the process: no traceback.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         _usable_streams()
         return _interruptible(list(sys.argv[1:] if argv is None else argv), argv is None)
     except KeyboardInterrupt:  # before the signals were ours
@@ -67,11 +71,16 @@ def _interruptible(words: list[str], own: bool) -> int:
     """
     from lightning_tucodec.io import processes
 
-    # A training saves itself when it is told to end: its signals are `training.preemption`'s.
-    saves_itself = bool(words) and words[0] == "fit"
-    with contextlib.nullcontext() if saves_itself else processes.interruptible():
+    saves_itself = words[:1] == ["fit"]
+    with processes.interruptible():
         try:
-            return _run(words)
+            if not saves_itself:
+                return _run(words)
+            with (
+                contextlib.suppress(ImportError),
+                processes.unwrapped(),
+            ):  # which `_run` meets again
+                import_module("lightning_tucodec.training.fit")
         except processes.INTERRUPTS as interrupt:
             status = getattr(interrupt, "status", 130)
             processes.announce()
@@ -79,22 +88,26 @@ def _interruptible(words: list[str], own: bool) -> int:
             if own:
                 processes.end(status)
             return status
+    # A training saves itself when it is told to end: its signals are `training.preemption`'s.
+    return _run(words)
 
 
 def _run(words: Sequence[str]) -> int:
     """The exit status of a command, whose errors are told."""
     from lightning_tucodec.cli.train import LIGHTNING
+    from lightning_tucodec.io.processes import unwrapped
 
     try:
-        if words and words[0] in LIGHTNING:
-            from lightning_tucodec.training.fit import main as lightning_main
+        with unwrapped():
+            if words and words[0] in LIGHTNING:
+                from lightning_tucodec.training.fit import main as lightning_main
 
-            status = lightning_main(words)
-        else:
-            arguments = build_parser().parse_args(words)
-            with _trusting(getattr(arguments, "trust", [])):
-                status = int(arguments.run(arguments))
-        sys.stdout.flush()
+                status = lightning_main(words)
+            else:
+                arguments = build_parser().parse_args(words)
+                with _trusting(getattr(arguments, "trust", [])):
+                    status = int(arguments.run(arguments))
+            sys.stdout.flush()
         return status
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]

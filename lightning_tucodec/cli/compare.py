@@ -10,6 +10,7 @@ from lightning_tucodec.cli.arguments import (
     count,
     location,
     positive,
+    whole,
 )
 
 
@@ -54,7 +55,10 @@ def register(subparsers: Subparsers) -> None:
         "--pictures", type=count, default=6, help="number of images in the gallery (6)"
     )
     parser.add_argument(
-        "--samples", type=count, default=500, help="bootstrap samples over the images (500)"
+        "--samples",
+        type=whole(1, 1_000_000),
+        default=500,
+        help="bootstrap samples over the images (500)",
     )
     parser.add_argument("--json", action="store_true", help="print the BD-rates as JSON")
 

@@ -101,7 +101,10 @@ def register(subparsers: Subparsers) -> None:
         help="search for symbols that code the image better; higher levels take longer (0)",
     )
     parser.add_argument(
-        "--recon", type=location, metavar="PNG", help="also write the decoded picture"
+        "--recon",
+        type=location,
+        metavar="PNG|DIR",
+        help="also write the picture that a decoder will show: a .png file, or a folder",
     )
     add_force(parser)
     parser.add_argument(

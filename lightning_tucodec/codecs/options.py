@@ -63,6 +63,12 @@ class Options:
         if not low <= value <= high:
             raise ConfigError(f"{self.codec_name}: {key}={value} is not within {low} … {high}")
 
+    def check_process(self) -> None:
+        """Raise `ConfigError` unless `threads` and `timeout`, if it is given, are possible."""
+        self.check_range("threads", 0, 256)
+        if getattr(self, "timeout", None) is not None:
+            self.check_range("timeout", 0.001, 1_000_000)
+
     def check_choice(self, key: str, *choices: str) -> None:
         """Raise `ConfigError` unless the field is one of the choices."""
         value = getattr(self, key)

@@ -81,7 +81,9 @@ def check_size(width: int, height: int) -> None:
     Raises:
         ImageInputError: a side or the area is outside the format's limits.
     """
-    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE and width * height <= MAX_PIXELS):
+    if width < 1 or height < 1:
+        raise ImageInputError(f"{width}×{height} pixels: the image is empty")
+    if width > MAX_SIDE or height > MAX_SIDE or width * height > MAX_PIXELS:
         raise ImageInputError(
             f"{width}×{height} pixels do not fit in a .tuc: at most {MAX_SIDE} a side "
             f"and {MAX_PIXELS} together"

@@ -135,6 +135,15 @@ class _Source:
     weight: Tensor
     bias: Tensor
     output_bits: int = FRACTION_BITS
+    factor: float = 1.0
+    """What the sum is multiplied by,"""
+    offset: float = 0.0
+    """and what is added to that; to be folded into weight and bias."""
+
+    def mapped(self) -> "_Source":
+        """With the map of the sum folded in."""
+        weight, bias = self.weight * self.factor, self.bias * self.factor + self.offset
+        return _Source(weight, bias, self.output_bits)
 
 
 def _tap_rows(layer: TapConv2d) -> Tensor:
@@ -160,8 +169,8 @@ def _sources(network: TucodecVAE) -> dict[str, _Source]:
     """Every affine map of the entropy path, by name.
 
     The first entropy-parameter layer is split into its Γ and its Υ part: the former is computed for
-    the whole plane at once. The last one is split into the means and the scale indices, whose map
-    from log b to table index is folded into the weights.
+    the whole plane at once. The last one is split into the means and the scale indices, which
+    have a map from log b to table index.
     """
     h_s, parameters = network.h_s, network.entropy_parameters
     sources: dict[str, _Source] = {}
@@ -189,9 +198,7 @@ def _sources(network: TucodecVAE) -> dict[str, _Source]:
     bias_mu, bias_scale = parameters.layer3.bias.chunk(2)
     sources["parameters.mu"] = _Source(weight_mu, bias_mu)
     sources["parameters.scale"] = _Source(
-        weight_scale * _LOG_SCALE_FACTOR,
-        bias_scale * _LOG_SCALE_FACTOR + _LOG_SCALE_OFFSET,
-        output_bits=0,
+        weight_scale, bias_scale, output_bits=0, factor=_LOG_SCALE_FACTOR, offset=_LOG_SCALE_OFFSET
     )
     return sources
 
@@ -203,7 +210,7 @@ def quantise_network(network: TucodecVAE) -> dict[str, Tensor]:
     For every layer `<name>.weight` int16[in, out], `<name>.bias` int64[out] and `<name>.shift` int32[1];
     also `sigmoid` int32. Γ and Υ parts of a sum share their shift, so that they add up.
     """
-    sources = _sources(network)
+    sources = {name: source.mapped() for name, source in _sources(network).items()}
     bits: dict[str, int] = {}
     for name, source in sources.items():
         peak = max(float(source.weight.abs().max()), 2.0**-9)

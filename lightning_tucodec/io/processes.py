@@ -50,6 +50,8 @@ class _Watch:
         self.taken = taken
         self.owner = os.getpid()
         self.told = False
+        self.number: int | None = None
+        """What it was told to end by."""
         self.announced = False
         self.ended = threading.Event()
         self.held = False
@@ -64,6 +66,7 @@ class _Watch:
             self.waiting = number
             return
         self.told = True
+        self.number = number
         raise Interrupted(number)
 
     def wait(self) -> None:
@@ -75,8 +78,7 @@ class _Watch:
             if data[0] in self.taken and signal.getsignal(data[0]) == self.handle:
                 until = time.monotonic() + _GRACE
                 if not self.ended.wait(_GRACE):
-                    if not self.announced:
-                        announce()
+                    announce()
                     _end(128 + data[0], until)
         os.close(self.reader)
 
@@ -116,6 +118,20 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
+def unwrapped() -> Iterator[None]:
+    """What is raised in this block after a signal is the interrupt, whatever a library has made of it.
+
+    Python 3.11 itself makes a RuntimeError of one that comes while it builds a class.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _watch is not None and _watch.number is not None:
+            raise Interrupted(_watch.number) from error
+        raise
+
+
+@contextmanager
 def _held() -> Iterator[None]:
     """What must not be broken off: signals are heeded when the block ends."""
     watch = _watch if threading.current_thread() is threading.main_thread() else None
@@ -131,10 +147,17 @@ def _held() -> Iterator[None]:
         watch.handle(watch.waiting, None)
 
 
-def announce() -> None:
-    """Say that this command was interrupted."""
+def announced() -> None:
+    """Take note that somebody has said that this command was interrupted."""
     if _watch is not None:
         _watch.announced = True
+
+
+def announce() -> None:
+    """Say that this command was interrupted, unless somebody has."""
+    if _watch is not None and _watch.announced:
+        return
+    announced()
     with suppress(OSError, ValueError):
         print("tucodec: interrupted", file=sys.stderr, flush=True)
 

@@ -235,7 +235,7 @@ class RoundQuantizer(Quantizer):
     def __init__(self, count: int = 200) -> None:
         super().__init__()
         self.count = count
-        integers = torch.arange(count, dtype=torch.float32) - count // 2
+        integers = torch.arange(-(count // 2), count - count // 2, dtype=torch.float32)
         self.register_buffer("integers", integers, persistent=False)
 
     def centres(self) -> Tensor:

@@ -156,6 +156,8 @@ def read_curve(path: str | Path) -> Curve:
             quality["ms_ssim_db"] = np.asarray(results["ms-ssim-db-rgb"], np.float64)
         elif "ms-ssim-rgb" in results:
             quality["ms_ssim_db"] = decibels(results["ms-ssim-rgb"])
+        if (bpp <= 0).any():
+            raise ValueError("a rate that is not above 0")
         if bpp.ndim != 1 or any(v.shape != bpp.shape for v in quality.values()) or not quality:
             raise ValueError("no quality, or not one value a rate")
         return Curve.of(content["name"], bpp, quality, " ".join(about.split()))
@@ -281,6 +283,9 @@ def read_results(path: str | Path) -> list[ImageCurves]:
         check_entries(rows, ("image", "codec"), ("bpp", "psnr", "ms_ssim"))
         if not rows:
             raise ValueError("no rows")
+        for key in ("bpp", "bytes", "width", "height"):
+            if any(isinstance(row.get(key), int | float) and row[key] <= 0 for row in rows):
+                raise ValueError(f"{key} of a row is not above 0")
         codecs = list(dict.fromkeys(row["codec"] for row in rows))
         images = list(dict.fromkeys(row["image"] for row in rows))
         values = {(row["image"], row["codec"]): row for row in rows}

@@ -235,7 +235,9 @@ def allocate(
     weights = {key: table.amounts(key) for key in limits}
     exists = table.bytes >= 0
     for key, limit in limits.items():
-        _check_reachable(table, key, weights[key], limit, exists)
+        asked = given[key]
+        assert asked is not None
+        _check_reachable(table, key, weights[key], limit, asked, exists)
     cost = table.amounts(minimise)
     if len(limits) == 1:
         (key,) = limits
@@ -476,9 +478,13 @@ def _check_reachable(
     quantity: Quantity,
     weight: NDArray[np.int64],
     limit: int,
+    asked: float,
     exists: NDArray[np.bool_],
 ) -> None:
-    """Refuse a limit that even the most favourable choice misses, with what would help."""
+    """Refuse a limit that even the most favourable choice misses, with what would help.
+
+    `asked` is the limit as it was given, of which `limit` is what whole numbers allow.
+    """
     filled = np.where(exists, weight, np.iinfo(np.int64).max)
     best = filled.argmin(1)
     least = int(filled.min(1).sum())
@@ -492,19 +498,19 @@ def _check_reachable(
         wanted = f"{limit} are allowed ({8 * limit / pixels:.4f} bpp), {least - limit} fewer"
         help_ = f"add a candidate coarser than {favourite}"
     elif quantity == "sse":
-        have, want = (psnr_from_sse(max(1, e), 3 * pixels) for e in (least, limit))
+        have = psnr_from_sse(max(1, least), 3 * pixels)
         reached = f"the best choice reaches {have:.3f} dB pooled PSNR"
-        wanted = f"{want:.3f} dB are asked for, {want - have:.3f} dB more"
+        wanted = f"{asked:.3f} dB are asked for, {asked - have:.3f} dB more"
         help_ = f"add a candidate finer than {favourite}; {worst} has the largest error"
     elif quantity == "ms_ssim":
-        have, want = (1 - e / (pixels * MS_SSIM_UNITS) for e in (least, limit))
+        have = 1 - least / (pixels * MS_SSIM_UNITS)
         reached = f"the best choice reaches an MS-SSIM of {have:.5f}"
-        wanted = f"{want:.5f} is asked for, {want - have:.5f} more"
+        wanted = f"{asked:.5f} is asked for, {asked - have:.5f} more"
         help_ = f"add a candidate finer than {favourite}; {worst} loses most"
     else:
-        have, want = least / SECONDS_UNITS, limit / SECONDS_UNITS
+        have = least / SECONDS_UNITS
         reached = f"the fastest choice decodes in {have:.4g} s"
-        wanted = f"{want:.4g} s are allowed, {have - want:.4g} s fewer"
+        wanted = f"{asked:.4g} s are allowed, {have - asked:.4g} s fewer"
         help_ = f"add a candidate faster than {favourite}; {worst} takes longest"
     raise ConfigError(f"cannot be met: {reached}, but {wanted}; {help_}")
 

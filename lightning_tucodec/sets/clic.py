@@ -9,6 +9,7 @@ import json
 import math
 import os
 import site
+import stat
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from lightning_tucodec.quality.decibels import psnr_from_sse
 from lightning_tucodec.sets.allocation import METHODS, Quantity, Table, relative_gap
 from lightning_tucodec.sets.evaluate import Row, allocation_table, compare, find_images, finite
 from lightning_tucodec.sets.manifest import (
+    DECODE,
     MANIFEST,
     Limits,
     byte_budget,
@@ -127,6 +129,8 @@ def verify(
             raise ConfigError(f"the original {entry['image']} is missing")
     wrong = [f"{name}: has no stream" for name in sorted(set(paths) - _names(manifest))]
     wrong += wrong_files(folder, manifest)
+    if os.path.isfile(folder / DECODE) and not (folder / DECODE).stat().st_mode & stat.S_IXUSR:
+        wrong.append(f"{DECODE}: cannot be executed; chmod +x {DECODE}")
     rows: list[Row] = []
     with temporary_folder() as out, closing(_decode_elsewhere(folder, out)) as results:
         decoded = zip(manifest["images"], results, strict=False)

@@ -331,6 +331,8 @@ def _submit(arguments: argparse.Namespace, candidates: Candidates) -> None:
     not for its success.
     """
     count: int = arguments.slurm
+    if count > len(candidates.paths):
+        raise ConfigError(f"--slurm {count}: more jobs than images ({len(candidates.paths)})")
     words = [*arguments.images, "--candidate", *arguments.candidate, "-o", arguments.out]
     limits = []
     for key in (

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lightning_tucodec.errors import ConfigError, ExternalToolError
+from lightning_tucodec.io.processes import Interrupted, announced
 from lightning_tucodec.sweeps.plan import Plan
 from lightning_tucodec.sweeps.queue import Job, outstanding, queued, submit
 from lightning_tucodec.sweeps.spec import Task
@@ -43,27 +44,32 @@ def run_here(arguments: argparse.Namespace) -> int:
             continue
         config = plan.finish_config(task)
         _note(plan, task, "start", None)
-        status = 1
+        status, told = 1, 0
         try:
             print(f"task {task.name}", file=sys.stderr)
-            status = _fit(config)
+            status, told = _fit(config)
             if status == UNMIRRORED:  # the training is complete; `fit` has said what is missing
                 result, status = UNMIRRORED, 0
         finally:
             _note(plan, task, "end", status)
+        if told and status in (0, 128 + told):
+            raise Interrupted(told)
         if status:
             return status
     print(plan.folder)
     return result
 
 
-def _fit(config: Path) -> int:
-    """Train in a process of its own, and return its exit status.
+def _fit(config: Path) -> tuple[int, int]:
+    """Train in a process of its own.
 
     Lightning starts the other ranks with the words and the environment of its own process; what one task
     leaves in them is nothing to the next. Whoever stops this process stops that one, which has its own
     session: it hears of Ctrl-C once, whether all were told or this process alone. Whoever kills it kills that
     one as well, since it watches.
+
+    Returns:
+        Its exit status; the signal that told this process to stop, or 0.
     """
     from lightning_tucodec.training.beside.companions import SIGNALS
 
@@ -73,7 +79,10 @@ def _fit(config: Path) -> int:
     def forward(number: int, frame: object) -> None:
         received.append(number)
         for child in children:
-            child.send_signal(number)
+            # To the training Ctrl-C is as TERM, which a Python that only starts does not answer with a
+            # traceback; the second one means: now.
+            first_interrupt = received == [signal.SIGINT]
+            child.send_signal(signal.SIGTERM if first_interrupt else number)
 
     previous = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
@@ -86,7 +95,12 @@ def _fit(config: Path) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
+    told = received[0] if received else 0
+    if told and status == 128 + signal.SIGTERM:  # by itself, not killed by the signal
+        announced()
+    if status < 0:
+        status = 128 - status
+    return 128 + told if told and status == 128 + signal.SIGTERM else status, told
 
 
 def _note(plan: Plan, task: Task, event: str, status: int | None) -> None:

@@ -32,7 +32,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_tucodec.errors import ConfigError, DatasetError, TucodecError, redacted
 from lightning_tucodec.io.files import expanded, read_text
-from lightning_tucodec.io.processes import when_parent_ends
+from lightning_tucodec.io.processes import announce, when_parent_ends
 from lightning_tucodec.nn.losses import check_crop
 from lightning_tucodec.quality.curves import read_named
 from lightning_tucodec.training.beside.companions import UNMIRRORED, Companion
@@ -63,6 +63,7 @@ from lightning_tucodec.training.runs.identity import arguments as class_argument
 from lightning_tucodec.training.runs.preemption import (
     PREEMPTED,
     Preemption,
+    SetupStopped,
     ValidationStopped,
     in_step,
 )
@@ -295,6 +296,7 @@ class TucodecCLI(LightningCLI):
         manifest = Manifest(folder)
         if not trainer.is_global_zero:
             manifest.wait_for_rank_0(lambda: self.preemption.received is not None)
+            self.preemption.begun = True
             self.resume = folder.latest()
             return
         if attempt_key() is None:  # the ranks that Lightning starts inherit it
@@ -311,6 +313,7 @@ class TucodecCLI(LightningCLI):
             manifest.check(identity(config))
         folder.write_config(config)
         images = 0 if self.resume is None else int(self.resume[1]["tucodec"]["images_seen"])
+        self.preemption.begun = True
         manifest.begin(config, step, trainer.world_size, images)
         self.cleanup.callback(self._finish_companions)
         self.cleanup.push(self._end)
@@ -621,6 +624,9 @@ def _main(arguments: Sequence[str], preemption: Preemption) -> int:
         raise ConfigError(" ".join(str(error).split())) from None
     except ValueError as error:
         raise _own_error(error) from None
+    except SetupStopped:
+        announce()
+        return PREEMPTED
     if arguments[0] == "fit" and cli.preempted:
         return PREEMPTED
     return UNMIRRORED if cli.unmirrored else 0

@@ -18,6 +18,7 @@ import yaml
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.sweeps import commands
 from lightning_tucodec.sweeps.plan import Plan, resolve_config
 from lightning_tucodec.sweeps.queue import Job, queued, submit
 from lightning_tucodec.sweeps.spec import Config, Task, read_sweep
@@ -731,6 +732,27 @@ def test_a_sweep_that_is_stopped_stops_its_task(
     (attempts,) = tmp_path.glob("sweeps/*/attempts/one-0.jsonl")
     last = json.loads(attempts.read_text().splitlines()[-1])
     assert last["status"] == (75 if number == signal.SIGTERM else None)
+
+
+def test_a_sweep_that_is_told_to_stop_between_two_tasks_stops(
+    tmp_path: Path,
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The signal comes when the first task has ended and the second one has not begun."""
+    write(tmp_path, {"one": {"config": "recipe.yaml", "grid": {"model.lmbda": [1.0, 2.0]}}})
+    monkeypatch.chdir(tmp_path)
+    begun: list[Path] = []
+
+    def fit(config: Path) -> tuple[int, int]:
+        begun.append(config)
+        return 0, signal.SIGINT
+
+    monkeypatch.setattr(commands, "_fit", fit)
+    assert main(["sweep", "run", "sweep.yaml"]) == 130
+    assert len(begun) == 1
+    assert capsys.readouterr().err.splitlines() == ["task one-0", "tucodec: interrupted"]
 
 
 def test_an_attempt_that_goes_on_elsewhere_ends(tmp_path: Path) -> None:

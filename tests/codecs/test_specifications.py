@@ -114,3 +114,13 @@ def test_commands_take_such_models(
     shutil.rmtree(folder)
     capsys.readouterr()
     assert main(["clic", "decode", "submission", "-o", "decoded"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["vvc:qp=40", "vvc+postfilter:qp=40", "hevc:qp=30", "av1-aom:q=30", "av1-svt:q=30"]
+)
+@pytest.mark.parametrize("option", ["timeout=0", "timeout=-1", "threads=-1", "threads=1000"])
+def test_limits_of_processes_are_possible_ones(name: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option.partition('=')[0]}=.* is not within"):
+        registry.codec(f"{name},{option}")
+    assert registry.codec(f"{name},timeout=60,threads=2").name == registry.codec(name).name

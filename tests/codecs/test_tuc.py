@@ -15,8 +15,9 @@ from lightning_tucodec.codecs.learned import codec as room
 from lightning_tucodec.codecs.learned import latents as layout
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.latents import strip_bounds
-from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
+from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze, shapes_only
 from lightning_tucodec.coding.container import pack, unpack
+from lightning_tucodec.coding.fixed_point import integer_layout, quantise_network
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO, photo
@@ -239,6 +240,31 @@ def test_coding_imports_no_training_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_listing_models_does_not_import_a_compiler() -> None:
+    """PyTorch's, which it imports for operations without storage and which takes longer than all the rest."""
+    code = (
+        "import sys\nfrom lightning_tucodec.cli import main\n"
+        "status = main(['models'])\nprint(status, 'torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1] == "0 False"
+
+
+def test_a_network_of_shapes_alone_has_those_of_a_whole_one(model: TucModel) -> None:
+    whole = model.network
+    with shapes_only():
+        shapes = TucodecVAE(whole.config)
+    found, expected = shapes.state_dict(), whole.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype)
+        assert found[name].is_meta
+    values = {name: (v.shape, v.dtype) for name, v in quantise_network(whole).items()}
+    assert integer_layout(shapes) == values
+
+
 @pytest.mark.parametrize("mode", ["no_grad", "inference", "float64", "autocast"])
 def test_the_modes_of_the_caller_change_nothing(mode: str) -> None:
     image = photo("coffee.png", 48, 40)
@@ -278,6 +304,12 @@ def test_activations_that_are_not_finite_are_named() -> None:
 def test_what_is_no_bytes_is_a_type_error(wrong: Any) -> None:
     with pytest.raises(TypeError, match="takes the bytes of a file"):
         tuc.decompress(wrong)
+
+
+@pytest.mark.parametrize("shape", [(0, 0, 3), (0, 8, 3), (8, 0, 3)])
+def test_an_empty_image_is_called_empty(model: TucModel, shape: tuple[int, int, int]) -> None:
+    with pytest.raises(tuc.ImageInputError, match="pixels: the image is empty"):
+        model.compress(np.zeros(shape, np.uint8))
 
 
 @pytest.mark.parametrize("effort", ["3", None, 1.5])

@@ -331,6 +331,29 @@ def edited(source: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -
     return target
 
 
+@pytest.mark.parametrize(("key", "value"), [("bpp", -0.5), ("bpp", 0), ("bytes", -1), ("width", 0)])
+def test_impossible_sizes_are_named(
+    key: str,
+    value: float,
+    evaluated: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = edited(
+        evaluated / "results.json", tmp_path / "odd.json", lambda row: row.update({key: value})
+    )
+    assert cli.main(["compare", str(path), "-o", str(tmp_path / "r.html")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tucodec: {path}: ")
+    assert f"{key} of a row is not above 0" in line
+
+
+def test_the_bootstrap_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["compare", "published:kodak", "-o", "r.html", "--samples", "1000000000"])
+    assert "it must be 1 at least and 1e+06 at most" in capsys.readouterr().err
+
+
 def test_an_image_without_a_psnr_is_named_and_left_out(evaluated: Path, tmp_path: Path) -> None:
     """As of a white image, or of a null: PSNR has no `cat`, MS-SSIM all."""
 

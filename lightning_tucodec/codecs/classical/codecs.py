@@ -222,6 +222,7 @@ class Hevc(VideoCodec):
     preset: str = "veryslow"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_range("qp", 0, 51)
         self.check_choice("chroma", *_SUBSAMPLING)
         presets = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow")
@@ -260,6 +261,7 @@ class Av1Aom(VideoCodec):
     speed: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_range("q", 0, 63)
         self.check_choice("chroma", *_SUBSAMPLING)
         self.check_range("speed", 0, 8)
@@ -294,6 +296,7 @@ class Av1Svt(VideoCodec):
     preset: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_range("q", 1, 63)
         self.check_range("preset", 0, 13)
 

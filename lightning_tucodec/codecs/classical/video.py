@@ -49,6 +49,9 @@ class VideoCodec(Options, ABC):
     """ffmpeg's muxer and bitstream filters for the bare stream."""
     demuxer: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        self.check_process()
+
     @property
     @abstractmethod
     def subsampling(self) -> str:

@@ -103,6 +103,7 @@ class H266(Options):
     timeout: float | None = field(default=None, kw_only=True, compare=False)
 
     def __post_init__(self) -> None:
+        self.check_process()
         self.check_range("qp", 0, 63)
         self.check_choice("preset", *PRESETS)
         self.check_choice("colour", *TRANSFORMS)

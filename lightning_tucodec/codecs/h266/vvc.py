@@ -63,6 +63,7 @@ class Vvc(VideoCodec):
     tools: str = "preset"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_range("qp", 0, 63)
         self.check_choice("preset", *PRESETS)
         self.check_range("chroma_qp_offset", -12, 12)

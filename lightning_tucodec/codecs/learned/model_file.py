@@ -11,7 +11,8 @@ SHA-256 of its config and tensors; the name and the card can be edited without c
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lightning_tucodec.codecs.cards import FORMAT, UNFIT, describe, identity, one_line
 from lightning_tucodec.coding.categorical import CategoricalTables, build_cdf
@@ -44,6 +46,36 @@ _TAIL = 2.0**-20
 """The table of z covers each channel up to this probability; the rest is escaped."""
 
 _INTEGER_PARTS = ("h_s.", "context.", "entropy_parameters.")
+
+
+_FILLS = frozenset({"kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_", "zero_", "fill_"})
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Nothing is filled with first values.
+
+    That takes most of the time on a device without storage, where PyTorch imports its compiler for it.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _FILLS:
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.arange and all(type(bound) is int for bound in args):
+            return torch.empty(len(range(*args)), dtype=kwargs.get("dtype", torch.int64))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Networks that are built in this block have shapes alone: no storage and no values.
+
+    So a small file cannot claim a large network.
+    """
+    with torch.device("meta"), _WithoutValues():
+        yield
 
 
 def check_tensors(
@@ -143,7 +175,7 @@ class ModelFile:
             shape, hyper = config.transform, config.hyper
             depths = [shape.head_blocks, shape.attention_trunk, shape.attention_mask]
             check_depths([*shape.blocks, *depths, config.context.levels], self.tensors)
-            with torch.device("meta"):
+            with shapes_only():
                 network = TucodecVAE(config)
             expected: dict[str, tuple[Sequence[int], torch.dtype | None]] = {
                 f"network.{key}": (value.shape, None)

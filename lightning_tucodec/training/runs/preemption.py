@@ -67,18 +67,25 @@ class ValidationStopped(Exception):
     """A signal came during a validation: the run is saved and goes on with that validation."""
 
 
+class SetupStopped(BaseException):
+    """A signal came before this attempt had begun: nothing is to be saved, nobody waits for this process."""
+
+
 class Preemption(pl.Callback):
     """Stops the trainer between two batches once any rank was told to stop.
 
     A context manager: inside it the signals are ours, from before the set-up to after the last save.
 
     Attributes:
+        begun: this attempt is in the manifest, or other processes count on this one. Before that a signal
+            raises SetupStopped: a server that does not answer may be waited for.
         received: the signal that this rank was sent.
         stopping: the one that all ranks have agreed to stop for.
         owes_validation: they stopped in a validation.
     """
 
     def __init__(self) -> None:
+        self.begun = "TUCODEC_ATTEMPT" in os.environ  # Lightning has started this rank
         self.received: signal.Signals | None = None
         self.stopping: signal.Signals | None = None
         self.owes_validation = False
@@ -106,6 +113,8 @@ class Preemption(pl.Callback):
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice at the keyboard: now
         self.received = signal.Signals(number)
+        if not self.begun:
+            raise SetupStopped
 
     @contextlib.contextmanager
     def abandoning(self) -> Iterator[None]:
