@@ -129,8 +129,8 @@ CASES = {
         runs("libvvenc"), TERM, True,
     ),
     "build": Case(
-        "shards build photos --out shards --patch 32 --max-overlap 0.5 --workers 2 --shard-size 64",
-        wrote("shards/shard-*.tar"), INT, True, True,
+        "shards build photos --out built --patch 32 --max-overlap 0.5 --workers 2 --shard-size 64",
+        wrote("built/shard-*.tar"), INT, True, True,
     ),
     "download": Case("shards verify s3://bucket/shards", connected, INT, False),
     "allocate": Case(
