@@ -180,6 +180,7 @@ CASES = {
     "sweep": Case("sweep run sweep.yaml", wrote("runs/*/checkpoints/*.ckpt"), INT, False, status=75),
     "sweep-imports": Case("sweep run sweep.yaml", runs("cli", "fit"), INT, True),
     "sweep-starts": Case("sweep run sweep.yaml", runs("cli", "fit"), INT, False, pause=0.0),
+    "warmup": Case("warmup", computes, INT, True),
     "export": Case(
         f"export {'model.safetensors ' * 40}-o x.safetensors",  # an average, which takes seconds
         opened("model.safetensors"), TERM, False, True,
@@ -192,7 +193,7 @@ PROMISED = 3.0
 
 
 QUICK = {
-    *("info", "models", "clic check", "bench complexity", "wandb-sync"),
+    *("info", "models", "import", "clic check", "bench complexity", "wandb-sync"),
     *(f"sweep {name}" for name in ("plan", "submit", "retry", "status", "resolve")),
     *("test",),  # `validate` under another name
 }
@@ -308,6 +309,8 @@ def test_a_signal_ends_it_at_once(name: str, material: Path, tmp_path: Path) -> 
         if path.name != "said":
             (tmp_path / path.name).symlink_to(path)
     environment = {"TMPDIR": str(tmp_path / "tmp")}
+    if name == "warmup":
+        environment["NUMBA_CACHE_DIR"] = str(tmp_path / "compiled")
     (tmp_path / "tmp").mkdir()
     with silent_server() as port:
         if case.busy is connected:
