@@ -105,7 +105,7 @@ class Case:
     pause: float = 0.5
     """Seconds after which it is well into it."""
     promised: float = 3.0
-    """Seconds to the end of its last process on a machine that has time; a training ends its batch and saves first."""
+    """Seconds to the end of its last process, on a machine that has time; a training saves itself first."""
 
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -179,7 +179,9 @@ CASES = {
         "fit --config recipe.yaml --mirror s3://bucket/runs", connected, TERM, True, status=75
     ),
     "validate": Case("validate --config recipe.yaml", opened("libtorch_cpu"), TERM, False),
-    "sweep": Case("sweep run sweep.yaml", wrote("runs/*/checkpoints/*.ckpt"), INT, False, status=75, promised=6.0),
+    "sweep": Case(
+        "sweep run sweep.yaml", wrote("runs/*/checkpoints/*.ckpt"), INT, False, status=75, promised=6.0
+    ),
     "sweep-imports": Case("sweep run sweep.yaml", runs("cli", "fit"), INT, True),
     "sweep-starts": Case("sweep run sweep.yaml", runs("cli", "fit"), INT, False, pause=0.0),
     "warmup": Case("warmup", computes, INT, True),
