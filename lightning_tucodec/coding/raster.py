@@ -7,8 +7,8 @@ A position (i, j) reads positions (i + Δi, j + Δj) with Δj + 3·Δi ≤ −1:
 depend on one another, and the diagonals in their order respect the raster order. The network needs no change.
 Since ŷ holds μ, the encoder too goes diagonal by diagonal, through the same integers.
 
-A stream of z holds its symbols channel by channel; one of y holds k diagonal by diagonal, from top to bottom
-inside a diagonal, all channels of a position together.
+A stream holds z's symbols, channel by channel, then k, diagonal by diagonal, from top to bottom inside a
+diagonal, all channels of a position together: as in `wavefront`.
 """
 
 from collections.abc import Callable
@@ -101,7 +101,7 @@ def try_out() -> None:
         1 << FRACTION_BITS,
     )
     z, y = np.zeros((1, 2, 2), np.int32), np.ones((2, 2, 1), np.float32)
-    assert (decode(model, *encode(model, z, y), 2, 2) == y).all()
+    assert (decode(model, encode(model, z, y), 2, 2) == y).all()
 
 
 _Take = Callable[[slice, Plane, Plane], NDArray[np.int32]]
@@ -146,7 +146,7 @@ def _walk(model: RasterModel, gamma: Plane, take: _Take) -> Plane:
     return plane[REACH:, REACH:-REACH]
 
 
-def encode(model: RasterModel, z: NDArray[np.int32], y: NDArray[np.float32]) -> tuple[bytes, bytes]:
+def encode(model: RasterModel, z: NDArray[np.int32], y: NDArray[np.float32]) -> bytes:
     """Code the latents of an image.
 
     Args:
@@ -155,7 +155,7 @@ def encode(model: RasterModel, z: NDArray[np.int32], y: NDArray[np.float32]) -> 
         y: float32 h×w×M, not yet rounded; h and w are `model.factor` times those of z.
 
     Returns:
-        The streams of y and of z.
+        The stream.
     """
     z = z.clip(-Z_LIMIT, Z_LIMIT)
     height, width, channels = y.shape
@@ -171,52 +171,54 @@ def encode(model: RasterModel, z: NDArray[np.int32], y: NDArray[np.float32]) -> 
 
     _walk(model, model.gamma(z), take)
     indices = symbols.reshape(-1) + np.int32(SYMBOL_LIMIT)
-    y_intervals = encode_laplace(
+    z_start, z_frequency = encode_table(z.reshape(z.shape[0], -1), model.categorical)
+    y_start, y_frequency = encode_laplace(
         indices, np.zeros_like(indices), scales.reshape(-1), gaussian_tables()
     )
-    z_intervals = encode_table(z.reshape(z.shape[0], -1), model.categorical)
-    return rans.encode(*y_intervals), rans.encode(*z_intervals)
+    return rans.encode(
+        np.concatenate([z_start, y_start]), np.concatenate([z_frequency, y_frequency])
+    )
 
 
-def decode(model: RasterModel, y: bytes, z: bytes, height: int, width: int) -> NDArray[np.float32]:
+def decode(model: RasterModel, stream: bytes, height: int, width: int) -> NDArray[np.float32]:
     """Decode the latents of an image.
 
     Args:
         model: the encoder's.
-        y, z: what `encode` returned.
+        stream: what `encode` returned.
         height, width: of z.
 
     Returns:
         ŷ, float32 h×w×M, the same on every machine.
 
     Raises:
-        CorruptStreamError: the streams are none that the encoder writes.
+        CorruptStreamError: the stream is not one that the encoder writes.
     """
-    y_decoder, z_decoder = rans.RansDecoder(y), rans.RansDecoder(z)
-    y_hat = take(model, y_decoder, z_decoder, height, width)
-    y_decoder.finish()
+    decoder = rans.RansDecoder(stream)
+    _, y_hat = take(model, decoder, height, width)
+    decoder.finish()
     return y_hat
 
 
 def take(
-    model: RasterModel, y: rans.RansDecoder, z: rans.RansDecoder, height: int, width: int
-) -> NDArray[np.float32]:
-    """The next latents of two streams; random bits give a sample of the model's own P.
+    model: RasterModel, decoder: rans.RansDecoder, height: int, width: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The next latents of a stream; random bits give a sample of the model's own P.
 
     Returns:
-        ŷ, see `decode`.
+        z, int32 Z×h×w, and ŷ, float32 h×w×M.
 
     Raises:
-        CorruptStreamError: a stream ended early; that of z has to end where it does.
+        CorruptStreamError: the stream ended early.
     """
-    channels = model.medians.size
-    symbols = decode_table(z, height * width, model.categorical).clip(-Z_LIMIT, Z_LIMIT)
-    z.finish()
+    z = decode_table(decoder, height * width, model.categorical)
+    z = z.clip(-Z_LIMIT, Z_LIMIT).reshape(-1, height, width)
     tables = gaussian_tables()
 
-    def next_symbols(here: slice, mean: Plane, scale: Plane) -> NDArray[np.int32]:
-        indices = decode_laplace(y, np.zeros(mean.size, np.int32), scale.reshape(-1), tables)
+    def symbols(here: slice, mean: Plane, scale: Plane) -> NDArray[np.int32]:
+        zeros = np.zeros(mean.size, np.int32)
+        indices = decode_laplace(decoder, zeros, scale.reshape(-1), tables)
         return indices.reshape(mean.shape) - np.int32(SYMBOL_LIMIT)
 
-    fixed = _walk(model, model.gamma(symbols.reshape(channels, height, width)), next_symbols)
-    return fixed.astype(np.float32) * np.float32(2.0**-FRACTION_BITS)
+    fixed = _walk(model, model.gamma(z), symbols)
+    return z, fixed.astype(np.float32) * np.float32(2.0**-FRACTION_BITS)

@@ -58,7 +58,7 @@ class ContextEngine:
 
     @torch.inference_mode()
     def encode(self, x: Tensor) -> list[bytes]:
-        """The segments [y, z] of an image.
+        """The segments of an image: one, of z and y.
 
         Args:
             x: float 1×3×H×W in [0, 1]; H and W multiples of the network's stride.
@@ -80,7 +80,7 @@ class ContextEngine:
         distance = np.rint(z[0].double().cpu().numpy() - medians)
         symbols = distance.clip(-raster.Z_LIMIT, raster.Z_LIMIT).astype(np.int32)
         values = y[0].permute(1, 2, 0).float().cpu().numpy()
-        return list(raster.encode(self.model, symbols, values))
+        return [raster.encode(self.model, symbols, values)]
 
     @torch.inference_mode()
     def decode(self, segments: Sequence[bytes], shape: tuple[int, int]) -> Tensor:
@@ -91,12 +91,11 @@ class ContextEngine:
             shape: height and width of z.
 
         Raises:
-            CorruptStreamError: the segments are none that `encode` writes.
+            CorruptStreamError: they are none that `encode` writes.
         """
-        if len(segments) != 2:
-            raise CorruptStreamError(f"{len(segments)} segments where y and z make 2")
-        y, z = segments
-        y_hat = raster.decode(self.model, y, z, *shape)
+        if len(segments) != 1:
+            raise CorruptStreamError(f"{len(segments)} segments where the exact engine writes one")
+        y_hat = raster.decode(self.model, segments[0], *shape)
         return torch.from_numpy(y_hat).permute(2, 0, 1)[None]
 
 
