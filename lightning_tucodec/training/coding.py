@@ -139,7 +139,7 @@ class CodingModule(ScheduledModule):
         if self.written is not None and chosen:
             row["real_bpp"] = 8 * len(self.written(output, x)) / pixels
         self.validation_rows.append(row)
-        if self.trainer.is_global_zero and self.trainer.loggers:
+        if self.trainer.loggers:
             self.keep_picture(int(batch["index"][0]), eight_bits(x), eight_bits(x_hat))
 
     def keep_picture(

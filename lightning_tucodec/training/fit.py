@@ -143,7 +143,7 @@ class _PlainProgress(pl.Callback):
             self._last = now
             shown = {k: f"{float(v):.4g}" for k, v in trainer.progress_bar_metrics.items()}
             words = " ".join(f"{k}={v}" for k, v in shown.items())
-            print(f"step {pl_module.opt_step}/{trainer.max_steps} {words}", file=sys.stderr)
+            print(f"step {pl_module.opt_step}/{pl_module.max_steps} {words}", file=sys.stderr)
 
 
 def slurm_environment() -> list[Any]:
@@ -174,10 +174,7 @@ def check_config(config: dict[str, Any]) -> None:
     check_numbers(config)
     check_options(config)
     for values, name in locations(config):
-        if "://" in values[name] and "***" in values[name]:
-            raise ConfigError(
-                f"{name}: {values[name]} has lost its credentials; give the URL again"
-            )
+        _check_location(name, values[name])
     if config["run"].get("wandb"):
         check_names(config["run"])
     if baseline := config["run"].get("baseline"):
@@ -186,6 +183,15 @@ def check_config(config: dict[str, Any]) -> None:
     crop = class_arguments(config, "data").get("crop")
     if recipe is not None and crop is not None:
         check_crop(recipe, crop)
+
+
+def _check_location(name: str, location: str) -> None:
+    if not location:
+        raise ConfigError(f"{name}: is empty; leave it out, or give a path or URL")
+    if "://" in location and "***" in location:
+        raise ConfigError(f"{name}: {location} has lost its credentials; give the URL again")
+    if location.startswith("file://") and re.search(r"\?\w+=", location):
+        raise ConfigError(f"{name}: a file:// URL has no parameters (?…=): {location}")
 
 
 class TucodecCLI(LightningCLI):
@@ -422,17 +428,42 @@ class TucodecCLI(LightningCLI):
         where = self.folder.path
         path: Path | None = None
         init_from = self._get(self.config, "run")["init_from"]
+        start = "starts"
         if self.resume is not None:
             path = self.resume[0]
-            print(f"run {where}: goes on at step {self.resume[1]['tucodec']['opt_step']}",
-                  file=sys.stderr)  # fmt: skip
-        else:
-            print(f"run {where}: starts", file=sys.stderr)
-            if init_from:
-                model.warm_start(init_from)
+            start = f"goes on at step {self.resume[1]['tucodec']['opt_step']}"
+        elif init_from:
+            model.warm_start(init_from)
+        if self.trainer.is_global_zero:
+            print(f"run {where}: {start}", file=sys.stderr)
+            if self.trainer.num_nodes > 1:
+                limit = getattr(self.trainer.strategy, "_timeout", None)
+                print(
+                    f"run {where}: waits for the processes of {self.trainer.num_nodes} nodes, "
+                    f"{self.trainer.world_size} in all{f', at most {limit}' if limit else ''}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         self.resume = None  # its tensors are not needed twice
-        with contextlib.suppress(ValidationStopped):
-            self.trainer.fit(model, datamodule, ckpt_path=path, weights_only=True)
+        try:
+            with contextlib.suppress(ValidationStopped):
+                self.trainer.fit(model, datamodule, ckpt_path=path, weights_only=True)
+        except torch.distributed.DistStoreError as error:
+            raise ConfigError(
+                f"trainer.num_nodes {self.trainer.num_nodes}, trainer.devices {self.trainer.num_devices}: "
+                f"not all processes have come ({' '.join(str(error).split())}); are all started?"
+            ) from None
+        if self.trainer.is_global_zero:
+            print(f"run {where}: {self._end_words()}", file=sys.stderr)
+
+    def _end_words(self) -> str:
+        step = f"step {self.model.opt_step}"
+        if self.preempted:
+            assert self.preemption.stopping is not None
+            return (
+                f"saved at {step} after {self.preemption.stopping.name}; the same command goes on"
+            )
+        return f"finished at {step}"
 
     def validate(
         self, model: TrainingModule, datamodule: pl.LightningDataModule, **kw: Any
@@ -485,7 +516,8 @@ class TucodecCLI(LightningCLI):
         text = self._parser(self.subcommand).dump(config, skip_none=False)
         plain: dict[str, Any] = yaml.safe_load(text)
         mirror = plain.pop("mirror", None)
-        plain["run"]["mirror"] = mirror or plain["run"]["mirror"]
+        if mirror is not None:
+            plain["run"]["mirror"] = mirror
         return flat(plain)
 
 

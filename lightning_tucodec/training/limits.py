@@ -17,7 +17,7 @@ _MODEL = {
 }  # fmt: skip
 _TRAINER = {
     "accumulate_grad_batches": (1, inf), "check_val_every_n_epoch": (1, inf), "devices": (-1, inf),
-    "gradient_clip_val": (0, inf), "limit_train_batches": (0, inf), "limit_val_batches": (0, inf),
+    "gradient_clip_val": (0, inf), "limit_train_batches": (_ABOVE_0, inf), "limit_val_batches": (0, inf),
     "log_every_n_steps": (0, inf), "max_epochs": (-1, inf), "num_nodes": (1, inf),
     "num_sanity_val_steps": (-1, inf), "val_check_interval": (_ABOVE_0, inf),
 }  # fmt: skip
@@ -33,6 +33,8 @@ def check_numbers(config: Any) -> None:
     Raises:
         ConfigError: which option it is and what it can be.
     """
+    if isinstance(seed := config.get("seed_everything"), bool):
+        raise ConfigError(f"seed_everything: must be a whole number, got {str(seed).lower()}")
     for name, value, least, most in _numbers(config):
         # Written so that a NaN is refused as well.
         if isinstance(value, int | float) and not least <= value <= most:

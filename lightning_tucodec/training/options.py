@@ -60,6 +60,10 @@ def check_options(config: dict[str, Any], command: str = "fit") -> None:
             f"trainer.devices {devices}: so many processes of a CPU's training on {cores()} processors "
             "only wait for one another"
         )
+    if command == "fit" and trainer.get("max_epochs") == 0:
+        raise ConfigError(
+            "trainer.max_epochs 0: nothing would be trained; -1 leaves it to max_steps"
+        )
     steps = trainer.get("max_steps")
     if command == "fit" and (steps is None or steps < 1):
         raise ConfigError(

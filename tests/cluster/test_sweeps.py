@@ -661,7 +661,7 @@ def test_a_sweep_runs_here_stage_by_stage(
     assert main(words) == 0
     assert not {"LOCAL_RANK", "TUCODEC_ATTEMPT"} & os.environ.keys()
     captured = capfd.readouterr()
-    assert len(re.findall("^run .* starts$", captured.err, re.MULTILINE)) == 4  # two ranks a task
+    assert len(re.findall("^run .* starts$", captured.err, re.MULTILINE)) == 2  # rank 0 speaks
     made = Plan.open(Path(captured.out.strip().splitlines()[-1]))
     assert [row.state for row in status(made, {})] == ["complete"] * 2
     for task in made.tasks.values():
@@ -753,6 +753,46 @@ def test_a_sweep_that_is_told_to_stop_between_two_tasks_stops(
     assert main(["sweep", "run", "sweep.yaml"]) == 130
     assert len(begun) == 1
     assert capsys.readouterr().err.splitlines() == ["task one-0", "tucodec: interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("history", "waits"),
+    [
+        ("", False),
+        ("start", True),
+        ("start begun", True),
+        ("start end", False),
+        ("start begun end", False),
+    ],
+)
+def test_an_attempt_waits_for_a_predecessor_without_an_end(
+    tmp_path: Path, history: str, waits: bool
+) -> None:
+    """As long as its node may take to see that it is superseded: on NFS a minute, and its look every 3 s."""
+    attempts = tmp_path / "slurm-logs" / "5.jsonl"
+    attempts.parent.mkdir()
+    attempts.write_text(
+        "".join(json.dumps({"event": word, "job": "5"}) + "\n" for word in history.split())
+    )
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sleep").write_text(
+        f'#!/bin/bash\necho "$1" >>{tmp_path}/pauses\nexec /bin/sleep 0.1\n'
+    )
+    (tools / "srun").write_text(f"#!/bin/bash\necho starts >>{tmp_path}/pauses\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "5"}
+    command = [str(REPOSITORY / "slurm" / "train.sh"), "c.yaml"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=env, cwd=tmp_path, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    pauses = (tmp_path / "pauses").read_text().split()
+    before = [float(pause) for pause in pauses[: pauses.index("starts")] if pause != "0.5"]
+    assert (sum(before) >= 60 + 2 * 3) == waits
+    events = [json.loads(line)["event"] for line in attempts.read_text().splitlines()]
+    assert events == [*history.split(), *(["lost"] if waits else []), "start", "end"]
 
 
 def test_an_attempt_that_goes_on_elsewhere_ends(tmp_path: Path) -> None:

@@ -187,3 +187,11 @@ def test_hit_in_every_phase(
             assert wait(start(command)) == -9
         assert main(command) == 0
     check(straight, folder)
+
+
+def test_saving_after_every_batch_changes_nothing(
+    straight: Path, begin: Start, tmp_path: Path
+) -> None:
+    """The last save is of the run's end too, with what the last hook of its last batch has done."""
+    assert main([*begin(tmp_path / "run"), "--run.checkpoint_minutes", "0"]) == 0
+    check(straight, runs(tmp_path / "run")[0])

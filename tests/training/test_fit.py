@@ -182,13 +182,47 @@ def test_a_terminated_process_saves_and_another_one_goes_on(
 
 
 def test_a_finished_run_does_nothing_more(
-    tmp_path: Path, shard_folder: Path, micro: dict[str, Any]
+    tmp_path: Path,
+    shard_folder: Path,
+    micro: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["fit", "--config", write(tmp_path, config(tmp_path, shard_folder, micro, steps=2))]
     assert main(words) == 0
-    before = (runs(tmp_path)[0] / "metrics.jsonl").read_text()
+    (folder,) = runs(tmp_path)
+    before = (folder / "metrics.jsonl").read_text()
+    assert f"run {folder}: finished at step 2" in capsys.readouterr().err.splitlines()
     assert main(words) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"run {folder}: goes on at step 2",
+        f"run {folder}: finished at step 2",
+    ]
     assert (runs(tmp_path)[0] / "metrics.jsonl").read_text() == before
+
+
+def test_a_node_that_never_comes_is_named(
+    tmp_path: Path,
+    shard_folder: Path,
+    micro: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)  # and what Lightning sets is gone afterwards
+    values = config(tmp_path, shard_folder, micro)
+    strategy = {"timeout": "0:00:01", "process_group_backend": "gloo"}
+    values["trainer"]["num_nodes"] = 2
+    values["trainer"]["strategy"] = {
+        "class_path": "pytorch_lightning.strategies.DDPStrategy",
+        "init_args": strategy,
+    }
+    assert main(["fit", "--config", write(tmp_path, values)]) == 1
+    first, waits, error = capsys.readouterr().err.splitlines()
+    assert first.endswith(": starts")
+    assert waits.endswith("waits for the processes of 2 nodes, 2 in all, at most 0:00:01")
+    assert error.startswith(
+        "tucodec: trainer.num_nodes 2, trainer.devices 1: not all processes have come"
+    )
 
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
@@ -532,6 +566,16 @@ def test_ms_ssim_recipe_refuses_small_patches(
     assert "got 64" in capsys.readouterr().err
 
 
+def test_an_empty_mirror_on_the_command_line_is_none(
+    tmp_path: Path, shard_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from a variable of a script that is not set: the run would be copied nowhere."""
+    path = write(tmp_path, config(tmp_path, shard_folder, {}))
+    assert main(["fit", "--config", path, "--mirror", ""]) == 1
+    assert "mirror: is empty" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "status", "text"),
     [
@@ -574,6 +618,11 @@ def test_ms_ssim_recipe_refuses_small_patches(
         ({"trainer": {"max_steps": -1, "max_epochs": 2}}, 1, "max_steps: must be 1 or more"),
         ({"model": {"learning_rate": 3}}, 2, "learning_rate"),
         ({"trainer": {"max_steps": "many"}}, 2, "max_steps"),
+        ({"trainer": {"max_epochs": 0}}, 1, "max_epochs 0: nothing would be trained"),
+        ({"run": {"mirror": ""}}, 1, "mirror: is empty"),
+        ({"data": {"val_images": ""}}, 1, "val_images: is empty"),
+        ({"run": {"mirror": "file:///x?token=a"}}, 1, "file:// URL has no parameters"),
+        ({"run": {"init_from": __file__}}, 1, "test_fit.py: neither a checkpoint of a run"),
     ],
 )
 def test_mistakes_get_one_clear_line(

@@ -36,6 +36,9 @@ def refused(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> 
     [
         ("seed_everything", -5),
         ("seed_everything", 2**32),
+        ("seed_everything", "true"),
+        ("seed_everything", "false"),
+        ("trainer.limit_train_batches", 0),
         ("run.threads", -1),
         ("data.num_workers", -1),
         ("data.batch_size", 0),
@@ -49,7 +52,7 @@ def test_fit_says_which_number_is_out_of_range(
     tmp_path: Path,
     values: dict[str, Any],
     option: str,
-    value: int,
+    value: int | str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["fit", "--config", write(tmp_path, values), f"--{option}={value}"]

@@ -60,6 +60,10 @@ def test_stopped_after_any_step(
     (folder,) = runs(tmp_path / "run")
     assert state(folder)["tucodec"]["opt_step"] == stop
     assert main(words) == 0
+    check(straight, folder)
+
+
+def check(straight: Path, folder: Path) -> None:
     first, second = state(straight), state(folder)
     for part in ("state_dict", "optimizer_states", "tucodec"):
         assert same(first[part], second[part]), part
@@ -67,3 +71,38 @@ def test_stopped_after_any_step(
     assert without_time(read_metrics(folder / "metrics.jsonl")) == expected
     pictures = [sorted(p.name for p in (f / "images").iterdir()) for f in (straight, folder)]
     assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("images", ["kept", "gone"])
+def test_stopped_in_the_validation_of_the_last_pass(
+    images: str,
+    tmp_path: Path,
+    shard_folder: Path,
+    val_folder: Path,
+    micro: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run ends by `max_epochs`: this validation is owed as well, and no step more."""
+    passes = ["--trainer.max_steps", "20", "--trainer.max_epochs", "4"]
+    straight = [*settings(tmp_path / "straight", shard_folder, val_folder, micro), *passes]
+    assert main(straight) == 0
+    words = [*settings(tmp_path / "run", shard_folder, val_folder, micro), *passes]
+    original = VAE.validation_step
+
+    def interrupt(self: VAE, *args: Any) -> None:
+        if self.opt_step == 4 * BATCHES_A_PASS:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VAE, "validation_step", interrupt)
+        assert main(words) == 75
+    (folder,) = runs(tmp_path / "run")
+    if images == "gone":
+        words += ["--data.val_images", "null"]
+    for _ in range(2):
+        assert main(words) == 0
+        assert state(folder)["tucodec"]["opt_step"] == 4 * BATCHES_A_PASS
+        assert state(folder)["epoch"] == state(runs(tmp_path / "straight")[0])["epoch"]
+    if images == "kept":
+        check(runs(tmp_path / "straight")[0], folder)

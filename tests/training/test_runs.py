@@ -115,7 +115,9 @@ def test_a_lock_whose_file_went_with_its_folder_is_none(tmp_path: Path) -> None:
         assert waiting.stdout.readline() == b"waits\n"
         time.sleep(0.5)
         assert waiting.poll() is None
-    assert waiting.communicate(timeout=60) == (b"", None)
+    output, told = waiting.communicate(timeout=60)
+    assert output == b""
+    assert f"run {folder.path}: waits for process {os.getpid()} on " in told.decode()
     assert waiting.returncode == 0
     assert not folder.path.exists()
 
@@ -130,7 +132,8 @@ def start_waiting(folder: RunFolder) -> "subprocess.Popen[bytes]":
         "with folder.locked():\n"
         "    assert f'process {os.getpid()} ' in (folder.path / '.lock').read_text()\n"
     )
-    return subprocess.Popen([sys.executable, "-c", code, str(folder.path)], stdout=subprocess.PIPE)
+    words = [sys.executable, "-c", code, str(folder.path)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_where_a_run_is_tracked_does_not_name_it(tmp_path: Path, shard_folder: Path) -> None:

@@ -73,8 +73,13 @@ def fit_on(
 
 @pytest.mark.parametrize(("ranks", "images"), [(2, 5), (3, 1)])
 def test_processes_measure_every_image_once(
-    ranks: int, images: int, tmp_path: Path, shard_folder: Path
+    ranks: int,
+    images: int,
+    tmp_path: Path,
+    shard_folder: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """The pictures are those that one process would keep, and one process speaks for all."""
     (tmp_path / "val").mkdir()
     for number in range(images):
         picture = photo("coffee.png", 40, 24, left=100 + 40 * number)
@@ -83,7 +88,13 @@ def test_processes_measure_every_image_once(
     values["data"].update(batch_size=6, val_images=str(tmp_path / "val"))
     values["trainer"]["val_check_interval"] = 1
     fit_on(ranks, ["fit", "--config", write(tmp_path, values)])
-    assert_measured_once(runs(tmp_path)[0], images)
+    (folder,) = runs(tmp_path)
+    assert_measured_once(folder, images)
+    names = {"step-00000001.png", "step-00000001-1.png", "step-00000001-2.png"}
+    kept = {path.name for path in (folder / "images").glob("*.png")}
+    assert kept == (names if images > 2 else {"step-00000001.png"})
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("run ")]
+    assert told == [f"run {folder}: starts", f"run {folder}: finished at step 1"]
 
 
 def assert_measured_once(folder: Path, images: int) -> None:

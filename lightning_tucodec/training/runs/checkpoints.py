@@ -282,17 +282,16 @@ class Checkpointing(pl.Callback):
         self.owes_validation = "lines" in checkpoint.get("run", {})
         if self.owes_validation:
             checkpoint["loops"]["fit_loop"] = _owing(loop)  # which Lightning loads after this
-            # It validates nothing where no step is left.
-            trainer.fit_loop.epoch_loop.max_steps += 1
+            # It validates nothing where no step or pass is left.
+            _extend(trainer, 1)
 
     def _repay(self, trainer: pl.Trainer) -> None:
         """The owed validation has its turn."""
         if self.owes_validation:
             self.owes_validation = False
-            loop = trainer.fit_loop.epoch_loop
-            loop.max_steps -= 1
+            _extend(trainer, -1)
             # Or else every later checkpoint would look like one made in a validation.
-            loop.val_loop.batch_progress.total.reset()
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """The module has its own methods back."""
@@ -308,6 +307,7 @@ class Checkpointing(pl.Callback):
         self.writer.publish()
         self._repay(trainer)
         if _is_over(trainer):
+            _end_pass(trainer)
             raise StopIteration
 
     def _end_batch(self, trainer: pl.Trainer) -> None:
@@ -370,6 +370,8 @@ class Checkpointing(pl.Callback):
         if not _is_within_fit(trainer):
             return
         restore_rng(self._after_batch["rng"])
+        if _is_over(trainer):
+            _end_pass(trainer)
         self.preemption.agree()
         if self.preemption.stopping:
             self._save(trainer)
@@ -411,7 +413,30 @@ def _is_within_fit(trainer: pl.Trainer) -> bool:
 
 
 def _is_over(trainer: pl.Trainer) -> bool:
-    return 0 <= trainer.max_steps <= trainer.global_step
+    loop = trainer.fit_loop
+    passes: Any = loop.epoch_progress.current
+    steps_done = 0 <= trainer.max_steps <= trainer.global_step
+    return steps_done or 0 <= (loop.max_epochs or -1) <= passes.processed
+
+
+def _end_pass(trainer: pl.Trainer) -> None:
+    """End a run whose last validation was owed: Lightning has counted its pass, and begun one more."""
+    trainer.should_stop = True
+    loop = trainer.fit_loop
+    batches: Any = loop.epoch_loop.batch_progress.current
+    if batches.processed == 0:
+        passes: tuple[Any, Any] = loop.epoch_progress.current, loop.epoch_progress.total
+        for count in passes:
+            count.processed -= 1
+            count.completed -= 1
+
+
+def _extend(trainer: pl.Trainer, by: int) -> None:
+    """Move the end of the run by a step and a pass."""
+    loop = trainer.fit_loop
+    loop.epoch_loop.max_steps += by
+    if loop.max_epochs is not None and loop.max_epochs > 0:
+        loop.max_epochs += by
 
 
 def _owing(loop: dict[str, Any]) -> dict[str, Any]:

@@ -151,16 +151,25 @@ class RunFolder:
 
     def _acquire(self, stream: TextIO, deadline: float) -> bool:
         """Whether the lock is ours; not if its last holder has taken the file away with the folder."""
+        told = False
         while True:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    stream.seek(0)
+                stream.seek(0)
+                holder = stream.read().strip() or "another process"
+                left = deadline - time.monotonic()
+                if left < 0:
                     raise ConfigError(
-                        f"{self.path}: {stream.read().strip() or 'another process'} trains this "
-                        "run; stop it first, or change the config"
+                        f"{self.path}: {holder} trains this run; stop it first, or change the config"
                     ) from None
+                if not told:
+                    told = True
+                    print(
+                        f"run {self.path}: waits for {holder}, which trains it, at most {left:.0f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 time.sleep(0.5)
             except OSError:  # a file system without locks
                 return True
