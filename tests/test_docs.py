@@ -195,7 +195,7 @@ def clear(page: Path) -> None:
     for line in commands(page):
         _, words = words_of(line)
         if (
-            words[1:2] in (["compress"], ["decompress"], ["export"], ["compare"])
+            words[1:2] in (["compress"], ["decompress"], ["export"], ["import"], ["compare"])
             or "stats" in words
         ):
             out = Path(words[words.index("-o") + 1])

@@ -1,7 +1,7 @@
 """Any network of CompressAI's form as a LightningModule: named in a recipe, nothing to write."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -170,6 +170,8 @@ class NetworkModule(CodingModule):
             padded(x, self.stride).contiguous(memory_format=self.layout), **options
         )
         try:
+            if not isinstance(output, Mapping):
+                raise TypeError(f"it returns a {type(output).__name__}")
             x_hat, likelihoods = output["x_hat"], dict(output["likelihoods"])
             if x_hat.shape[:2] != x.shape[:2] or not all(
                 len(v) == len(x) for v in likelihoods.values()

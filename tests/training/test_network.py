@@ -1,18 +1,25 @@
 """NetworkModule: every recipe of experiments/zoo at micro size, parity with CompressAI, bad inputs."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from compressai.losses import RateDistortionLoss
+from compressai.optimizers import net_aux_optimizer
 from hits import kill_at_step, start, wait
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.library import NetworkModel, load_any
 from lightning_tucodec.io.images import read_image
+from lightning_tucodec.nn.losses import make_loss
+from lightning_tucodec.training.network import NetworkOutput
 from lightning_tucodec.training.runs.folder import read_metrics
 from lightning_tucodec.training.runs.weights import network_weights
+from tests.campaigns import compressai_parity as parity
+from tests.support import photo
 from tests.training.test_fit import runs, same, state, without_time
 
 ZOO = sorted((Path(__file__).parents[2] / "experiments" / "zoo").glob("*.yaml"))
@@ -91,3 +98,153 @@ def test_a_family_is_trained_killed_resumed_exported_and_coded(
     assert all(
         torch.equal(loaded.network.state_dict()[k], v) for k, v in weights.items() if v.numel()
     )
+
+
+# --- Parity with CompressAI -------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The number of training batches", "ignore:You defined a `validation_step`"
+)
+@pytest.mark.parametrize("name", ["FactorizedPrior", "MeanScaleHyperprior"])
+def test_a_slice_of_the_parity_with_compressai(name: str) -> None:
+    module, difference = parity.trained(name, 4)
+    assert difference < 1e-5
+    image = photo("coffee.png", 192, 192)
+    (bpp, psnr), (own_bpp, own_psnr) = parity.evaluated(module, name, image)
+    header = 8 * 40 / 192**2  # of the container
+    assert bpp < own_bpp < bpp + header
+    assert own_psnr == pytest.approx(psnr, abs=0.01)
+
+
+def test_losses_are_compressais() -> None:
+    torch.manual_seed(0)
+    x, x_hat = torch.rand(2, 3, 192, 192), torch.rand(2, 3, 192, 192)
+    likelihoods = {"y": torch.rand(2, 4, 12, 12), "z": torch.rand(2, 4, 3, 3)}
+    output = {"x_hat": x_hat, "likelihoods": likelihoods}
+    for metric in ("mse", "ms-ssim"):
+        theirs = RateDistortionLoss(lmbda=0.5, metric=metric)(output, x)
+        terms = make_loss(f"compressai-{metric}", 0.5)(NetworkOutput(**output), x)
+        assert float(terms.loss) == pytest.approx(float(theirs["loss"]), rel=1e-5)
+        assert float(terms.bpp_y + terms.bpp_z) == pytest.approx(
+            float(theirs["bpp_loss"]), rel=1e-5
+        )
+
+
+def test_the_optimisers_are_compressais() -> None:
+    module, twin = parity.pair("MeanScaleHyperprior")
+    conf = {"net": {"type": "Adam", "lr": 1e-4}, "aux": {"type": "Adam", "lr": 1e-3}}
+    expected = net_aux_optimizer(twin, conf)
+    for own, theirs in zip(module.configure_optimizers(), expected.values(), strict=True):
+        shapes = [[p.shape for p in one.param_groups[0]["params"]] for one in (own, theirs)]
+        assert shapes[0] == shapes[1]
+        assert own.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
+
+
+# --- Bad input --------------------------------------------------------------------------------------
+
+BAD = """
+from compressai.models import MeanScaleHyperprior
+
+
+class Half:
+    pass
+
+
+class NoCoder(__import__("torch").nn.Module):
+    def forward(self, x):
+        return {}
+
+
+class Tensors(MeanScaleHyperprior):
+    def forward(self, x):
+        return x
+
+
+class Breaks(MeanScaleHyperprior):
+    def __init__(self, N):
+        raise RuntimeError("two\\nlines")
+"""
+
+
+@pytest.mark.parametrize(
+    ("network", "more", "told"),
+    [
+        ({"class_path": "bad_networks.Half"}, {}, "bad_networks.Half is no network"),
+        ({"class_path": "bad_networks.NoCoder"}, {}, "bad_networks.NoCoder has no method compress"),
+        ({"class_path": "bad_networks.Absent"}, {}, "bad_networks.Absent cannot be imported"),
+        ({"class_path": "absent.X"}, {}, "absent.X cannot be imported"),
+        ({"class_path": "bad_networks.Breaks", "init_args": {"N": 3}}, {}, "(N=3): two lines"),
+        ({"init_args": {"N": 8, "M": 8}}, {}, "a network is class_path and init_args"),
+        (
+            {"class_path": "compressai.models.MeanScaleHyperprior"},
+            {},
+            "does not take these arguments (none)",
+        ),
+        (
+            {"class_path": "bad_networks.Tensors", "init_args": {"N": 8, "M": 8}},
+            {},
+            "Tensors.forward does not return x_hat and likelihoods",
+        ),
+        (
+            {"class_path": "compressai.models.MeanScaleHyperprior", "init_args": {"N": 8, "M": 8}},
+            {"lmbda": None},
+            "model.lmbda is missing",
+        ),
+        (
+            {"class_path": "compressai.models.ScaleHyperpriorVbr", "init_args": {"N": 8, "M": 8}},
+            {},
+            "model.lmbda: this network has its own λ for each level",
+        ),
+        (
+            {"class_path": "compressai.models.MeanScaleHyperprior", "init_args": {"N": 8, "M": 8}},
+            {"recipe": "compressai-psnr"},
+            "recipe 'compressai-psnr' is unknown",
+        ),
+        (
+            {"class_path": "compressai.models.MeanScaleHyperprior", "init_args": {"N": 8, "M": 8}},
+            {"recipe": "compressai-ms-ssim"},
+            "needs crops of at least 192 pixels",
+        ),
+    ],
+)
+def test_bad_networks_are_one_line(
+    network: dict[str, Any],
+    more: dict[str, Any],
+    told: str,
+    tmp_path: Path,
+    shard_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bad_networks.py").write_text(BAD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "bad_networks", raising=False)
+    values = micro(ZOO[0])
+    options = {"network": network, "lmbda": 0.01, **more}
+    values["model"]["init_args"] = {k: v for k, v in options.items() if v is not None}
+    words = command(tmp_path / "run", values, shard_folder)
+    capsys.readouterr()
+    assert main(words) in (1, 2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("run ")]
+    assert len(lines) == 1
+    assert told in lines[0]
+
+
+def test_a_warm_start_is_of_the_same_network(
+    tmp_path: Path, shard_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = next(path for path in ZOO if path.stem == "mean_scale_hyperprior")
+    values = micro(recipe)
+    values["trainer"]["max_steps"] = 1
+    assert main(command(tmp_path / "one", values, shard_folder)) == 0
+    (run,) = runs(tmp_path / "one")
+    model = tmp_path / "m.safetensors"
+    assert main(["export", str(run), "-o", str(model)]) == 0
+    for source in (str(run), str(model)):
+        words = command(tmp_path / Path(source).stem, values, shard_folder)
+        assert main([*words, "--run.init_from", source]) == 0
+        arguments = "--model.init_args.network.init_args.N"
+        capsys.readouterr()
+        assert main([*words, "--run.init_from", source, arguments, "6"]) == 1
+        assert "another network (differs in " in capsys.readouterr().err.splitlines()[-1]

@@ -73,7 +73,9 @@ def from_specification(options: str) -> NetworkModel:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     card = (("source", f"{name} of CompressAI's zoo, trained for {metric}"),)
-    file = _imported(path, modified, name, None if several else int(quality), ",".join(shown), card)
+    # Weights of one's own have sizes of their own.
+    sizes = None if several or weights else int(quality)
+    file = _imported(path, modified, name, sizes, ",".join(shown), card)
     try:
         return NetworkModel(file, quality=quality if several else None)
     except ConfigError as error:
