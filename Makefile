@@ -6,13 +6,19 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 AREA ?= streams
 
-.PHONY: demo test lint install campaign docs clean
+.PHONY: demo test gpu lint install campaign docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/tucodec demo --out demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Tests and benches that need a CUDA GPU, within 9 minutes; results in docs/gpu.json. It installs nothing: it takes the
+# packages of $(GPU_PYTHON), and names those that are missing. Without a GPU it says so.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:
+	$(GPU_PYTHON) -m tests.gpu
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -19,6 +19,12 @@ settings.load_profile("deterministic")
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is marked `gpu` is collected everywhere."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU here; `make gpu` runs it where there is one")
+
+
 @pytest.fixture(scope="session")
 def cat() -> NDArray[np.uint8]:
     """75×101 pixels, both sides odd."""

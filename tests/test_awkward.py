@@ -43,7 +43,8 @@ READING = [
     "bench entropy --models {} --peers",
     "bench shards --photos {} --count 1",
     "bench loader --photos {} --count 1",
-    "bench train --photos {} --steps 1",
+    "bench fit --photos {} --steps 1",
+    "bench train --photos {} --steps 1 --crop 64",
     "clic verify {} --originals photo.png",
     "clic verify submission --originals {}",
     "clic compare {} --originals photo.png",
@@ -140,7 +141,8 @@ NUMBERS = [
     *(f"bench {kind} --{name} {{}}" for kind in ("codec", "entropy") for name in
       ("bpp", "repeats", "size 64")),
     *(f"bench {kind} --{name} {{}}" for kind in ("shards", "loader") for name in ("count", "repeats")),
-    *(f"bench train --{name} {{}}" for name in ("steps", "repeats")),
+    *(f"bench fit --{name} {{}}" for name in ("steps", "repeats")),
+    *(f"bench train --{name} {{}}" for name in ("steps", "repeats", "batch", "crop", "workers")),
     *(f"shards build photo.png --out x --{name} {{}}" for name in
       ("patch", "count", "shard-size", "seed", "workers", "part", "long-edge", "scales", "max-overlap",
        "min-contrast", "duplicate-bits")),

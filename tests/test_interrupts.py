@@ -171,7 +171,8 @@ CASES = {
         "bench entropy --models tiny --peers --size 512 768 --repeats 9999", computes, INT, True
     ),
     "bench-loader": Case("bench loader --count 60 --repeats 999", computes, TERM, False),
-    "bench-train": Case("bench train --steps 5000", runs("bare loop"), INT, True),
+    "bench-fit": Case("bench fit --steps 5000", runs("bare loop"), INT, True),
+    "bench-train": Case("bench train --steps 5000", computes, INT, True),
     # Trainings save themselves, also in a sweep; before they train there is nothing to save.
     "fit": Case("fit --config recipe.yaml", opened("libtorch_cpu"), INT, True),
     "fit-remote": Case("fit --config remote.yaml", connected, INT, False, status=75),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lightning_tucodec.bench.subjects import PEERS, Peer, Subject, picture, sampled, trained
-from lightning_tucodec.bench.timing import in_turns, machine, rows_of
+from lightning_tucodec.bench.timing import check_device, in_turns, machine, rows_of, synchronise
 from lightning_tucodec.codecs.library import find
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.io import processes
@@ -33,15 +33,15 @@ Actions = dict[str, Callable[[], Any]]
 
 
 def subjects_of(
-    models: Sequence[str], rates: Sequence[float], pixels: NDArray[np.uint8]
+    models: Sequence[str], rates: Sequence[float], pixels: NDArray[np.uint8], device: str = "cpu"
 ) -> list[Subject]:
-    """Presets at every rate, any other name as a trained model."""
+    """Presets at every rate, any other name as a trained model; their transforms run on `device`."""
     subjects = []
     for name in models:
         if name in PRESETS:
-            subjects += [sampled(name, bpp, pixels) for bpp in rates]
+            subjects += [sampled(name, bpp, pixels, device) for bpp in rates]
         else:
-            subjects.append(trained(name, pixels))
+            subjects.append(trained(name, pixels, device))
     return subjects
 
 
@@ -52,6 +52,7 @@ def run(
     size: tuple[int, int] = SIZE,
     image: str | None = None,
     repeats: int = 5,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """The rows, what was coded, the split of the time, what importing costs, and the machine.
 
@@ -62,9 +63,14 @@ def run(
         size: height and width of the generated picture.
         image: a photograph to use instead.
         repeats: of every action.
+        device: where our transforms run, "cpu" or "cuda".
+
+    Raises:
+        ConfigError: there is no such device.
     """
+    check_device(device)
     pixels = read_image(image) if image else picture(*size)
-    subjects = subjects_of(models, rates, pixels)
+    subjects = subjects_of(models, rates, pixels, device)
     others = [Peer(name, rates[0], pixels) for name in peers]
     actions: Actions = {}
     with temporary_folder() as folder:
@@ -107,7 +113,7 @@ def run(
         "import_beyond_torch_s": import_seconds(repeats),
         "size": f"{pixels.shape[1]}x{pixels.shape[0]}",
         "threads": torch.get_num_threads(),
-        "machine": machine(),
+        "machine": machine(device),
     }
 
 
@@ -122,8 +128,8 @@ def _actions(subject: Subject, folder: Path) -> Actions:
     height, width = subject.pixels.shape[:2]
     network = model.network
     x = torch.from_numpy(subject.pixels).permute(2, 0, 1)[None].float().div(255)
-    x = network.pad(x).contiguous(memory_format=model.layout)
-    y_hat = model.dequantise(torch.from_numpy(latents.y)[None])
+    x = network.pad(x).contiguous(memory_format=model.layout).to(model.device)
+    y_hat = model.dequantise(torch.from_numpy(latents.y)[None].to(model.device))
     file = folder / f"{len(subject.data)}-{subject.name}.tuc"
     file.write_bytes(subject.data)
     coded = subject.data
@@ -131,10 +137,12 @@ def _actions(subject: Subject, folder: Path) -> Actions:
     @torch.inference_mode()
     def g_a() -> None:
         network.g_a(x)
+        synchronise(model.device.type)
 
     @torch.inference_mode()
     def g_s() -> None:
         network.g_s(y_hat)
+        synchronise(model.device.type)
 
     def encode() -> None:
         model.analyse(subject.pixels)

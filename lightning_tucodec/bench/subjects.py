@@ -111,13 +111,13 @@ class Subject:
         return forth, back
 
 
-def trained(name: str, pixels: NDArray[np.uint8]) -> Subject:
+def trained(name: str, pixels: NDArray[np.uint8], device: str = "cpu") -> Subject:
     """A shipped or exported model with the latents of the picture."""
-    model = load(name)
+    model = load(name, device)
     return Subject(model.name, model, pixels, model.analyse(pixels))
 
 
-def sampled(preset: str, bpp: float, pixels: NDArray[np.uint8]) -> Subject:
+def sampled(preset: str, bpp: float, pixels: NDArray[np.uint8], device: str = "cpu") -> Subject:
     """An untrained preset whose P has `bpp`, with symbols drawn from P.
 
     Raises:
@@ -137,7 +137,7 @@ def sampled(preset: str, bpp: float, pixels: NDArray[np.uint8]) -> Subject:
     def draw(step: int) -> tuple[TucModel, Latents, float]:
         """The model with its scales `step` table entries up, symbols of it and their bpp."""
         changed = {**tensors, bias: tensors[bias] + (step << shift)}
-        model = TucModel(ModelFile(f"{preset}, {bpp} bpp", file.config, changed, {}))
+        model = TucModel(ModelFile(f"{preset}, {bpp} bpp", file.config, changed, {}), device)
         rows, z, bits = [], [], 0
         for top, bottom in strip_bounds(height, width):
             # 24 bits a symbol are more than P has at any of these rates.

@@ -8,6 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from lightning_tucodec.errors import ConfigError
+
 
 def in_turns(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each action; the actions take turns, so that a busy moment hits all alike."""
@@ -36,9 +40,28 @@ def rows_of(
     ]
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
     """The kind of machine that the times belong to."""
-    return f"{platform.machine()}, {os.cpu_count()} cores"
+    text = f"{platform.machine()}, {os.cpu_count()} cores"
+    return f"{text}, {torch.cuda.get_device_name()}" if device.startswith("cuda") else text
+
+
+def check_device(device: str) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: choose cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no GPU here")
+
+
+def synchronise(device: str) -> None:
+    """Wait for what a device has been told to do, so that a time is that of the work."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
 def asked(

@@ -1,181 +1,318 @@
-"""What a run costs beside its network: `tucodec fit` against a bare Lightning loop on the same batches.
+"""How fast a training step is, and what it waits for: `tucodec bench train`.
 
-Both train the same module on the same shards, in turns, in processes of their own. The fit has everything
-on: identity, metrics, W&B offline, a mirror, signals and saves. A step's time is from the end of one batch to
-the end of the next.
+The same network is trained on the same crops in turns: by this package's module under Lightning, and by
+the loop of CompressAI's `examples/train.py` (float32 batches, Adam, clipping to 1, a look at the loss every
+ten steps). Time is taken over many steps at once, with the device's queue empty at both ends.
 """
 
-import itertools
-import json
-import os
+import resource
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-from tqdm import tqdm
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipelines.options import BuildOptions
 from data_pipelines.shards import build
 from lightning_tucodec.bench.data import photographs
-from lightning_tucodec.bench.timing import asked, machine, rows_of
-from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.io import processes
+from lightning_tucodec.bench.timing import check_device, machine, rows_of, synchronise
+from lightning_tucodec.io.processes import cores
 from lightning_tucodec.io.temporary import temporary_folder
+from lightning_tucodec.nn.noise import Noise
+from lightning_tucodec.training.data import PatchDataModule, PlanLoader, RankBatches
 from lightning_tucodec.training.vae import VAE
 
-BARE, FIT, SAVING = "bare loop", "fit", "fit, saving all the time"
+PEER = "CompressAI's example loop"
 
-WARM_STEPS = 10
-"""Steps at the start that do not count."""
+WARM_STEPS = 3
+"""Steps at the start of each turn that do not count."""
+
+_LMBDA = 0.0130
 
 
-class TimedVAE(VAE):
-    """Notes when each batch ended and which began a save; leaves both in the file $TUCODEC_BENCH."""
+def defaults(device: str) -> tuple[int, int]:
+    """Batch and crop that a device of this kind is measured with."""
+    return (16, 256) if device.startswith("cuda") else (4, 128)
 
-    def on_fit_start(self) -> None:
-        """Begin."""
-        super().on_fit_start()
-        self.ends: list[float] = []
-        self.saves: list[int] = []
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A callback's save, before the end of its batch is noted."""
-        super().on_save_checkpoint(checkpoint)
-        self.saves.append(len(self.ends))
+def matmul_peak(device: str, dtype: torch.dtype, repeats: int = 10) -> float:
+    """FLOP/s of the fastest of some products of two square matrices: what a step's share is taken of."""
+    side = 8192 if device.startswith("cuda") else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(3 + repeats):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds[3:])
+
+
+def step_flops(module: VAE, batch: int, crop: int) -> int:
+    """FLOPs of forward and backward of a step, as PyTorch counts them: products and convolutions.
+
+    Nothing is computed: the tensors have shapes and no values.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        x = torch.zeros(batch, 3, crop, crop)
+        noise = Noise.of(0, torch.arange(batch))
+        module.loss(module.network(x, noise), x).loss.backward()
+    return counter.get_total_flops()
+
+
+class _Clock(pl.Callback):
+    """Seconds of a step: from the end of the last warm one to the end of the last one."""
+
+    def __init__(self, device: str, steps: int) -> None:
+        self.device, self.steps = device, steps
+        self.done = 0
+        self.seconds = 0.0
+
+    def tick(self) -> None:
+        """A step was enqueued."""
+        self.done += 1
+        if self.done in (WARM_STEPS, WARM_STEPS + self.steps):
+            synchronise(self.device)
+            self.seconds = time.perf_counter() - self.seconds
+        if self.done == WARM_STEPS + self.steps:
+            self.seconds /= self.steps
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Callbacks have done their part before this is called."""
-        self.ends.append(time.perf_counter())
-
-    def on_train_end(self) -> None:
-        """Leave the times."""
-        text = json.dumps({"ends": self.ends, "saves": self.saves})
-        Path(os.environ["TUCODEC_BENCH"]).write_text(text, encoding="utf-8")
+        """Lightning's."""
+        self.tick()
 
 
-def _config(
-    shards: Path, folder: Path, model: dict[str, Any], steps: int, saving: bool
-) -> dict[str, Any]:
-    return {
-        "seed_everything": 0,
-        "run": {
-            "name": "bench",
-            "runs_dir": str(folder / "runs"),
-            "mirror": str(folder / "mirror"),
-            "wandb": True,
-            "threads": 1,
-            "checkpoint_minutes": 1e-9 if saving else 5.0,
-        },
-        "model": {
-            "class_path": "lightning_tucodec.bench.train.TimedVAE",
-            "init_args": model,
-        },
-        "data": {"shards": str(shards), "batch_size": 8, "crop": 128},
-        "trainer": {
-            "accelerator": "cpu", "devices": 1, "max_steps": steps, "max_epochs": -1,
-            "log_every_n_steps": 10, "num_sanity_val_steps": 0, "enable_model_summary": False,
-            "check_val_every_n_epoch": None, "val_check_interval": steps,
-        },
-    }  # fmt: skip
+class _Repeated:
+    """The first batch of a loader, again and again, from the device's own memory."""
+
+    def __init__(self, loader: PlanLoader, device: str) -> None:
+        self.batches = loader.batches
+        self.batch = {k: v.to(device) for k, v in next(iter(loader)).items()}
+        loader.close()
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield dict(self.batch)
 
 
-_BARE = """
-import sys, torch, yaml, pytorch_lightning as pl
-from lightning_tucodec.bench.train import TimedVAE
-from lightning_tucodec.training.data import PatchDataModule
-torch.set_num_threads(1)
-config = yaml.safe_load(open(sys.argv[1]))
-pl.seed_everything(0)
-trainer = pl.Trainer(**config["trainer"], logger=False, enable_checkpointing=False,
-                     enable_progress_bar=False)
-trainer.fit(TimedVAE(**config["model"]["init_args"]), PatchDataModule(**config["data"]))
-"""
+class _Resident(PatchDataModule):
+    """Data that nobody waits for."""
+
+    device = "cpu"
+    repeated: _Repeated | None = None
+
+    def train_dataloader(self) -> Any:
+        """One batch for ever."""
+        if self.repeated is None:
+            self.repeated = _Repeated(super().train_dataloader(), self.device)
+        return self.repeated
 
 
-def _train(command: list[str], folder: Path) -> tuple[list[float], int]:
-    """Seconds of each step of one training, and how many of these steps began a save."""
-    out = folder / "times.json"
-    environment = {**os.environ, "TUCODEC_BENCH": str(out), "WANDB_MODE": "offline"}
-    done = processes.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        raise ConfigError(f"a training of the bench failed: {done.stderr.strip()[-500:]}")
-    times = json.loads(out.read_text(encoding="utf-8"))
-    seconds = [after - before for before, after in itertools.pairwise(times["ends"])][WARM_STEPS:]
-    return seconds, sum(WARM_STEPS < step < len(times["ends"]) for step in times["saves"])
+class _Floats(Dataset[Tensor]):
+    """The same crops in the same order, as torchvision's ToTensor makes them."""
+
+    def __init__(self, batches: RankBatches) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, position: int) -> Tensor:
+        """float32 3×C×C in [0, 1]."""
+        pixels = np.empty(self.batches.shape, np.uint8)
+        self.batches.read(position, pixels)
+        return torch.from_numpy(pixels[0]).permute(2, 0, 1).contiguous().float().div(255)
+
+
+def example_loop(
+    network: nn.Module, batches: Iterable[Tensor], device: str, tick: Callable[[], None], steps: int
+) -> None:
+    """Train as CompressAI's `examples/train.py` does.
+
+    Args:
+        network: answers with what has CompressAI's form in `as_dict()`; it has no auxiliary loss.
+        batches: float32 N×3×H×W on the host.
+        device: of the network.
+        tick: called after every step.
+        steps: how many.
+    """
+    network.train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    for number, x in zip(range(steps), batches, strict=False):
+        x = x.to(device)
+        optimizer.zero_grad()
+        output = network(x).as_dict()
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        likelihoods = output["likelihoods"].values()
+        bpp = sum(-values.log2().sum() / pixels for values in likelihoods)
+        mse = nn.functional.mse_loss(output["x_hat"], x)
+        loss = _LMBDA * 255**2 * mse + bpp
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        if number % 10 == 0:
+            _ = loss.item(), mse.item(), bpp.item()
+        tick()
+
+
+class _Bench:
+    """What is trained on what, each in a turn.
+
+    Args:
+        shards: of patches that are not smaller than the crops.
+        model: arguments of `VAE`.
+    """
+
+    def __init__(
+        self, shards: Path, model: dict[str, Any], device: str, batch: int, crop: int,
+        steps: int, workers: int,
+    ) -> None:  # fmt: skip
+        self.model, self.device, self.steps, self.workers = model, device, steps, workers
+        self.data = {"shards": str(shards), "batch_size": batch, "crop": crop}
+        self.memory: dict[str, list[float]] = {}
+
+    def module(self, **options: Any) -> VAE:
+        """Equal networks, whatever was trained before."""
+        torch.manual_seed(0)
+        return VAE(**{**self.model, **options})
+
+    def ours(self, precision: str, compiled: bool, resident: bool) -> float:
+        """Seconds of a step of `VAE` under Lightning's trainer."""
+        clock = _Clock(self.device, self.steps)
+        kind = _Resident if resident else PatchDataModule
+        data = kind(**self.data, num_workers=self.workers)  # type: ignore[arg-type]
+        if isinstance(data, _Resident):
+            data.device = self.device
+        trainer = pl.Trainer(
+            accelerator="gpu" if self.device.startswith("cuda") else "cpu", devices=1,
+            precision=precision, max_steps=WARM_STEPS + self.steps, max_epochs=-1,  # type: ignore[arg-type]
+            callbacks=[clock], logger=False, log_every_n_steps=10, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+            limit_val_batches=0, plugins=[LightningEnvironment()],
+        )  # fmt: skip
+        trainer.fit(self.module(**({"compile": True} if compiled else {})), datamodule=data)
+        return clock.seconds
+
+    def theirs(self) -> float:
+        """Seconds of a step of CompressAI's loop on the same network."""
+        clock = _Clock(self.device, self.steps)
+        loader = PatchDataModule(**{**self.data, "batch_size": 1}).train_dataloader()  # type: ignore[arg-type]
+        batches: DataLoader[Tensor] = DataLoader(
+            _Floats(loader.batches), self.data["batch_size"], num_workers=self.workers,  # type: ignore[arg-type]
+            pin_memory=self.device.startswith("cuda"), generator=torch.Generator(),
+            multiprocessing_context="fork" if self.workers else None,
+        )  # fmt: skip
+        network = self.module().network.to(self.device)
+        example_loop(network, batches, self.device, clock.tick, WARM_STEPS + self.steps)
+        return clock.seconds
+
+    def timed(self, name: str, action: Callable[[], float]) -> float:
+        """What `action` returns; keeps the peak of the GPU's memory."""
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        seconds = action()
+        if self.device.startswith("cuda"):
+            self.memory.setdefault(name, []).append(torch.cuda.max_memory_allocated() / 1e6)
+        return seconds
 
 
 def run(
-    source: str | None,
+    source: str | None = None,
     preset: str = "tiny",
-    steps: int = 60,
+    steps: int = 20,
     repeats: int = 3,
+    device: str = "cpu",
+    batch: int | None = None,
+    crop: int | None = None,
+    workers: int | None = None,
+    compiled: bool = False,
     codec: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Steps of the bare loop, of a fit, and of a fit that begins a save whenever the last one is written.
+    """Images a second, the share of time that waits for data, FLOP/s, their share of a product's, memory.
 
-    The last shows what a step costs during which a checkpoint is copied, written and mirrored. A ratio is
-    that of two medians of one turn; what is held to a bound is the median over the turns.
+    The share that waits: how much shorter a step is whose batch lies in the device's memory already.
 
     Args:
         source: photographs; by default generated ones.
         preset: size of the network.
-        steps: of each training; the first ten do not count.
+        steps: of each turn that count.
         repeats: turns.
+        device: "cpu" or "cuda".
+        batch, crop: by default those of `defaults`.
+        workers: decoding processes; by default the cores but one, at most 16.
+        compiled: ours as one compiled graph as well.
         codec: replaced fields of the preset, see `training.vae.resolve_codec`.
 
     Raises:
-        ConfigError: no step would count.
+        ConfigError: there is no such device.
     """
-    if steps < WARM_STEPS + 2:
-        raise ConfigError(f"--steps {steps}: the first {WARM_STEPS + 1} do not count")
+    check_device(device)
+    usual = defaults(device)
+    batch, crop = batch or usual[0], crop or usual[1]
+    workers = min(16, cores() - 1) if workers is None else workers
+    precisions = ["32-true", "bf16-mixed"] if device == "cuda" else ["32-true"]
     model = {"preset": preset, "codec": codec}
-    times: dict[str, list[list[float]]] = {name: [] for name in (BARE, FIT, SAVING)}
-    saves = 0
     with temporary_folder() as scratch:
         source = source or str(photographs(scratch / "photographs", 8))
-        shards = scratch / "shards"
-        build([source], str(shards), BuildOptions(patch=128, count=64, shard_size=16))
-        for turn, kind in tqdm(list(itertools.product(range(repeats), times)), unit="training"):
-            folder = scratch / f"{turn}-{kind}"
-            folder.mkdir()
-            config = _config(shards, folder, model, steps, kind == SAVING)
-            path = folder / "config.yaml"
-            path.write_text(yaml.safe_dump(config), encoding="utf-8")
-            fit = ["-m", "lightning_tucodec.cli", "fit", "--config", str(path)]
-            words = ["-c", _BARE, str(path)] if kind == BARE else fit
-            seconds, begun = _train([sys.executable, *words], folder)
-            times[kind].append(seconds)
-            saves += begun if kind == SAVING else 0
-    by_turn = {
-        kind: [
-            statistics.median(a) / statistics.median(b)
-            for a, b in zip(found, times[BARE], strict=True)
-        ]
-        for kind, found in times.items()
-    }
-    ratios = {kind: statistics.median(found) for kind, found in by_turn.items()}
-    counted = sum(map(len, times[SAVING]))
+        count = max(64, 4 * batch)
+        options = BuildOptions(patch=crop, count=count, shard_size=16)
+        build([source], str(scratch / "shards"), options)
+        bench = _Bench(scratch / "shards", model, device, batch, crop, steps, workers)
+        actions: dict[str, Callable[[], float]] = {PEER: bench.theirs}
+        for precision in precisions:
+            for graph in (False, True) if compiled else (False,):
+                name = f"ours, {precision}{', compiled' if graph else ''}"
+                actions[name] = partial(bench.ours, precision, graph, False)
+                actions[f"{name}, batch at hand"] = partial(bench.ours, precision, graph, True)
+        times: dict[str, list[float]] = {name: [] for name in actions}
+        for _ in range(repeats):
+            for name, action in actions.items():
+                times[name].append(bench.timed(name, action))
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    flops = step_flops(bench.module(), batch, crop)
+    peaks = {precision: matmul_peak(device, _dtype(precision)) for precision in precisions}
+    ours = [name for name in actions if f"{name}, batch at hand" in actions]
+
+    def peak(name: str) -> float:
+        return peaks[next((p for p in precisions if p in name), "32-true")]
+
     return {
-        "rows": rows_of(
-            {kind: [s for seconds in found for s in seconds] for kind, found in times.items()},
-            {kind: {BARE: ratios[kind]} for kind in (FIT, SAVING)},
-        ),
-        "asked": [
-            asked("what fit adds to a step", ratios[FIT] - 1, at_most=0.03),
-            asked(
-                "what saving and mirroring add to it",
-                ratios[SAVING] / ratios[FIT] - 1,
-                at_most=0.10,
-            ),
-        ],
-        "steps that began a save": f"{saves} of {counted}",
-        "ratios by turn": {kind: [round(r, 3) for r in by_turn[kind]] for kind in (FIT, SAVING)},
+        "rows": rows_of(times, {name: {PEER: median[name] / median[PEER]} for name in ours}),
+        "asked": [],
+        "images_per_s": {name: round(batch / median[name], 2) for name in actions},
+        "share_waiting_for_data": {
+            name: round(max(0.0, 1 - median[f"{name}, batch at hand"] / median[name]), 3)
+            for name in ours
+        },
+        "flop_per_step": flops,
+        "flop_per_s": {name: flops / median[name] for name in actions},
+        "matmul_peak_flop_per_s": peaks,
+        "share_of_matmul_peak": {
+            name: round(flops / median[name] / peak(name), 4) for name in actions
+        },
+        "peak_memory_mb": {name: round(max(found)) for name, found in bench.memory.items()}
+        or {"the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024},
+        "batch": f"{batch} crops of {crop}x{crop}",
         "preset": preset,
-        "machine": machine(),
+        "workers": workers,
+        "threads": torch.get_num_threads(),
+        "machine": machine(device),
     }
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision.startswith("bf16") else torch.float32

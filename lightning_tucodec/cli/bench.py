@@ -159,6 +159,7 @@ def _add_coding(commands: Subparsers) -> None:
         add("--repeats", type=count, default=5)
         add_json(parser)
         if name == "codec":
+            add("--device", default="cpu", choices=("cpu", "cuda"), help="of our transforms (cpu)")
             add("--image", type=location, help="use this photograph instead of a generated picture")
             add("--large", action="store_true",
                 help="instead: peak memory of 6000×4000 pixels with the last of --models")  # fmt: skip
@@ -181,7 +182,7 @@ def run_coding(arguments: argparse.Namespace) -> int:
     elif arguments.large:
         result = codec.large(arguments.models[-1])
     else:
-        result = codec.run(image=arguments.image, **options)
+        result = codec.run(image=arguments.image, device=arguments.device, **options)
     return show(result, codec.table_text, arguments)
 
 
@@ -208,20 +209,41 @@ def run_data(arguments: argparse.Namespace) -> int:
 
 
 def _add_train(commands: Subparsers) -> None:
-    parser = command(
+    fit = command(
+        commands,
+        "fit",
+        run_fit,
+        "`fit` with everything switched on against a bare Lightning loop",
+    )
+    train = command(
         commands,
         "train",
         run_train,
-        "`fit` with everything switched on against a bare Lightning loop",
+        "a training step: images/s, waiting for data, FLOP/s, beside CompressAI's example loop",
     )
-    add = parser.add_argument
-    add("--photos", type=location, metavar="SRC", help="photographs (default: generated ones)")
-    add("--preset", default="tiny", choices=("tiny", "fast", "paper"))
-    add("--steps", type=count, default=60, help="steps of each training")
-    add("--repeats", type=count, default=3)
+    for parser, steps in ((fit, 60), (train, 20)):
+        add = parser.add_argument
+        add("--photos", type=location, metavar="SRC",
+            help="photographs (default: generated ones)")  # fmt: skip
+        add("--preset", default="tiny", choices=("tiny", "fast", "paper"))
+        add("--steps", type=count, default=steps, help="steps of each training (%(default)s)")
+        add("--repeats", type=count, default=3)
+        add_json(parser)
+    add = train.add_argument
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--batch", type=count, help="crops a step (4; on a GPU 16)")
+    add("--crop", type=count, help="side of the crops (128; on a GPU 256)")
+    add("--workers", type=whole(0, 1024), help="decoding processes (the cores but one, at most 16)")
     add("--peer", action="store_true",
         help="instead: a step of tiny beside CompressAI's joint model with as many parameters")  # fmt: skip
-    add_json(parser)
+
+
+def run_fit(arguments: argparse.Namespace) -> int:
+    """`tucodec bench fit`."""
+    from lightning_tucodec.bench import fit, timing
+
+    result = fit.run(arguments.photos, arguments.preset, arguments.steps, repeats=arguments.repeats)
+    return show(result, timing.table_text, arguments)
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -232,6 +254,13 @@ def run_train(arguments: argparse.Namespace) -> int:
         result = train_peer.run(repeats=arguments.repeats)
     else:
         result = train.run(
-            arguments.photos, arguments.preset, arguments.steps, repeats=arguments.repeats
+            arguments.photos,
+            arguments.preset,
+            arguments.steps,
+            arguments.repeats,
+            arguments.device,
+            arguments.batch,
+            arguments.crop,
+            arguments.workers,
         )
     return show(result, timing.table_text, arguments)
