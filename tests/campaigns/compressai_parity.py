@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m tests.campaigns.compressai_parity --steps 300
 
-Both loops start from the same weights and see the same crops and the same noise (PyTorch is seeded
-before each step). Prints, for each network, the largest relative difference of the losses, bpp and PSNR of
-both evaluations, and the median processor seconds of a step, both loops in turns.
+Both loops start from the same weights and see the same crops and the same noise (PyTorch is seeded before
+each step). Prints, for each network, the median and the largest relative difference of the losses, and the
+same of CompressAI's loop from itself with weights one rounding away (the control); bpp and PSNR of both
+evaluations; the median processor seconds of a step, both loops in turns.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def ours(module: NetworkModule, batches: list[Tensor]) -> list[tuple[float, floa
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_steps=2 * len(batches), max_epochs=-1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[watch], limit_val_batches=0,
+        callbacks=[watch], limit_val_batches=0, log_every_n_steps=1,
     )  # fmt: skip
     trainer.fit(module, loader)
     return watch.rows
@@ -117,14 +118,28 @@ def pair(name: str) -> tuple[NetworkModule, nn.Module]:
     return module, twin
 
 
-def trained(name: str, steps: int) -> tuple[NetworkModule, float]:
-    """Ours after training, and the largest relative difference of a loss from CompressAI's loop."""
+def trained(name: str, steps: int) -> tuple[NetworkModule, list[float]]:
+    """Ours after training, and the relative difference of each step's loss from CompressAI's loop."""
     module, twin = pair(name)
     batches = crops(steps)
     expected = [loss for loss, _ in theirs(twin, batches)]
-    found = [loss for loss, _ in ours(module, batches)]
-    assert len(found) == steps
-    return module, max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+    return module, _differences([loss for loss, _ in ours(module, batches)], expected)
+
+
+def _differences(found: list[float], expected: list[float]) -> list[float]:
+    return [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
+
+
+def control(name: str, steps: int) -> list[float]:
+    """How far CompressAI's loop is from itself when every weight starts one rounding away."""
+    batches, losses = crops(steps), []
+    for factor in (1.0, 1 + 2**-23):
+        _, twin = pair(name)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(factor)
+        losses.append([loss for loss, _ in theirs(twin, batches)])
+    return _differences(losses[1], losses[0])
 
 
 def evaluated(
@@ -163,11 +178,14 @@ def main() -> None:
     torch.set_num_threads(1)
     image = photo("coffee.png", 512, 384, 0, 0)
     for name in [arguments.only] if arguments.only else NETWORKS:
-        module, difference = trained(name, arguments.steps)
+        module, differences = trained(name, arguments.steps)
+        own = control(name, arguments.steps)
         (bpp, psnr), (own_bpp, own_psnr) = evaluated(module, name, image)
         their_step, our_step = step_seconds(name, arguments.timed)
         row = {
-            "network": name, "steps": arguments.steps, "loss_difference": difference,
+            "network": name, "steps": arguments.steps,
+            "loss": {"median": statistics.median(differences), "max": max(differences)},
+            "control": {"median": statistics.median(own), "max": max(own)},
             "bpp": bpp, "own_bpp": own_bpp, "psnr": psnr, "own_psnr": own_psnr,
             "step": their_step, "own_step": our_step, "times_faster": their_step / our_step,
         }  # fmt: skip
