@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from lightning_tucodec.cli import main
+from lightning_tucodec.io.processes import cores
 from tests.support import photo
 
 TUCODEC = [sys.executable, "-m", "lightning_tucodec.cli"]
@@ -122,6 +123,20 @@ def test_an_interrupt_while_it_imports(command: str, wrapped: bool, folder: Path
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "tucodec: interrupted\n")
+
+
+def test_processors_are_counted_where_there_is_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert cores() == (os.cpu_count() or 1)
+    package = Path(__file__).parents[1]
+    users = [
+        path.relative_to(package).as_posix()
+        for folder in ("lightning_tucodec", "tests", "data_pipelines", "experiments")
+        for path in (package / folder).rglob("*.py")
+        if "os.sched_getaffinity(" in path.read_text() and path != Path(__file__)
+    ]
+    assert users == ["lightning_tucodec/io/processes.py"]
 
 
 def test_no_folder_named_tilde(

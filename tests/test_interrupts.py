@@ -363,6 +363,32 @@ def test_nothing_outlives_it_that_still_imports(tmp_path: Path) -> None:
     assert (tmp_path / "said").read_text() == ""
 
 
+STARTS = """
+import pathlib, sys, time
+if "fit" in sys.orig_argv:
+    pathlib.Path("at it").touch()
+    time.sleep(60)
+"""
+
+
+def test_a_task_whose_python_only_starts_hears_term(tmp_path: Path) -> None:
+    """To Ctrl-C it would answer with a traceback; shown by a Python that takes long to start."""
+    Image.fromarray(photo("coffee.png", 96, 64)).save(tmp_path / "photo.png")
+    words = ["shards", "build", str(tmp_path / "photo.png"), "--out", str(tmp_path / "shards")]
+    assert main([*words, "--patch", "32", "--count", "4", "--workers", "1"]) == 0
+    (tmp_path / "sitecustomize.py").write_text(STARTS)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "sweep.yaml").write_text("name: s\nstages: {one: {config: recipe.yaml}}\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    with started("sweep run sweep.yaml", tmp_path, PYTHONPATH=path) as command:
+        until(lambda: (tmp_path / "at it").exists() or command.process.poll() is not None, 120)
+        command.process.send_signal(INT)
+        until(lambda: command.process.poll() is not None and not command.processes(), 15)
+    assert command.process.returncode == 130
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said[-2:] == ["task one-0", "tucodec: interrupted"]
+
+
 def left(folder: Path) -> list[Path]:
     """Temporary files."""
     found = [path for path in folder.rglob("*") if ".tucodec." in path.name]

@@ -122,7 +122,8 @@ def pixels_ms_ssim(image: np.ndarray, shown: np.ndarray) -> float | None:
     if not ms_ssim_scales(*image.shape[:2]):
         return None
     x, y = (
-        torch.from_numpy(np.ascontiguousarray(a)).permute(2, 0, 1)[None] for a in (image, shown)
+        torch.from_numpy(np.require(a, requirements=["C", "W"])).permute(2, 0, 1)[None]
+        for a in (image, shown)
     )
     with torch.no_grad():
         return float(ms_ssim(x, y))

@@ -86,7 +86,8 @@ def _planes(image: Image) -> "torch.Tensor":
     """1×3×H×W in [0, 1]."""
     import torch
 
-    return torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    writable = np.require(image, requirements=["C", "W"])
+    return torch.from_numpy(writable).permute(2, 0, 1)[None].float() / 255
 
 
 def _need_weights(measure: str, name: str) -> None:

@@ -9,7 +9,6 @@ what they come to for a million patches if both grow in proportion, go to docs/c
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from data_pipelines.options import BuildOptions
 from data_pipelines.shards import build
 from data_pipelines.tasks import progress
 from data_pipelines.verify import verify
+from lightning_tucodec.io.processes import cores
 from lightning_tucodec.io.temporary import atomic_write
 from tests.campaigns.data import RESULTS
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=cores())
     parser.add_argument("--scratch", help="folder with 2.5 GB of room (default: the system's)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)

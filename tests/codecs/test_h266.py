@@ -1,5 +1,6 @@
 """H.266 in `.tuc` files: parameter sets, gate, rate control, command line."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from lightning_tucodec.codecs.h266 import parameter_sets
 from lightning_tucodec.codecs.h266.codec import H266, NO_MODEL, OFFSETS, without_filter
 from lightning_tucodec.codecs.h266.postfilter import FilterModel, apply, fit
 from lightning_tucodec.codecs.h266.vvc import PRESETS, TOOLS, Vvc
-from lightning_tucodec.codecs.library import load, load_any
+from lightning_tucodec.codecs.learned.model_file import ModelFile
+from lightning_tucodec.codecs.library import find, load, load_any
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.coding.container import CodecKind, Container, pack, unpack
 from lightning_tucodec.errors import (
@@ -183,6 +185,29 @@ def test_bands_leave_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
     assert banded.shape == whole.shape
     assert np.abs(banded.astype(int) - whole).max() <= 1
     assert np.mean(banded != whole) < 1e-3
+
+
+@pytest.mark.parametrize("mode", ["inference", "float64", "autocast", "device"])
+def test_the_modes_of_the_caller_change_no_filter(mode: str) -> None:
+    planes = rgb_to_planes(pad(PHOTO, 2, 16), transform="orthonormal")
+    known = FilterModel(ModelFile.load(find("vvc-postfilter")))
+    weights = known.fit(planes, 40, "orthonormal", pad(PHOTO, 2, 16))
+    shown = known.apply(planes, 40, "orthonormal", weights)
+    with contextlib.ExitStack() as stack:
+        if mode == "float64":
+            torch.set_default_dtype(torch.float64)
+            stack.callback(torch.set_default_dtype, torch.float32)
+        else:
+            modes = {
+                "inference": torch.inference_mode,
+                "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+                "device": lambda: torch.device("meta"),
+            }
+            stack.enter_context(modes[mode]())
+        model = FilterModel(known.file)
+        assert model.fit(planes, 40, "orthonormal", pad(PHOTO, 2, 16)) == weights
+        assert np.array_equal(model.apply(planes, 40, "orthonormal", weights), shown)
+    assert not any(value.is_inference() for value in model.network.parameters())
 
 
 def test_turned_chroma_comes_back() -> None:

@@ -11,14 +11,16 @@ import torch
 from PIL import Image
 
 import lightning_tucodec as tuc
+from lightning_tucodec.codecs import library
 from lightning_tucodec.codecs.learned import codec as room
 from lightning_tucodec.codecs.learned import latents as layout
 from lightning_tucodec.codecs.learned.codec import TucModel
-from lightning_tucodec.codecs.learned.latents import strip_bounds
+from lightning_tucodec.codecs.learned.latents import own_modes, strip_bounds
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze, shapes_only
 from lightning_tucodec.coding.container import pack, unpack
 from lightning_tucodec.coding.fixed_point import integer_layout, quantise_network
 from lightning_tucodec.nn.codec import TucodecVAE
+from lightning_tucodec.quality.metrics import pixels_ms_ssim
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO, photo
 
@@ -266,11 +268,12 @@ def test_a_network_of_shapes_alone_has_those_of_a_whole_one(model: TucModel) -> 
     assert integer_layout(shapes) == values
 
 
-@pytest.mark.parametrize("mode", ["no_grad", "inference", "float64", "autocast"])
+@pytest.mark.parametrize("mode", ["no_grad", "inference", "float64", "autocast", "device"])
 def test_the_modes_of_the_caller_change_nothing(mode: str) -> None:
     image = photo("coffee.png", 48, 40)
-    expected = [tuc.load("tiny-mse-1").compress(image, effort=effort) for effort in (0, 1)]
-    model = TucModel(tuc.load("tiny-mse-1").file)
+    known = tuc.load("tiny-mse-1")
+    expected = [known.compress(image, effort=effort) for effort in (0, 1)]
+    bits = known.estimated_bits(image)
     state = torch.random.get_rng_state()
     with contextlib.ExitStack() as stack:
         if mode == "float64":
@@ -281,9 +284,13 @@ def test_the_modes_of_the_caller_change_nothing(mode: str) -> None:
                 "no_grad": torch.no_grad,
                 "inference": torch.inference_mode,
                 "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+                "device": lambda: torch.device("meta"),
             }
             stack.enter_context(modes[mode]())
+        model = TucModel(ModelFile.load(library.find("tiny-mse-1")))
         assert [model.compress(image, effort=effort) for effort in (0, 1)] == expected
+        assert TucModel(model.file).estimated_bits(image) == bits
+        assert TucModel(model.file).bit_map(image).sum() == pytest.approx(bits, rel=1e-6)
         shown = np.asarray(model.decompress(expected[0]))
     assert (shown == np.asarray(tuc.load("tiny-mse-1").decompress(expected[0]))).all()
     # The network serves training afterwards, though it was built inside.
@@ -291,6 +298,36 @@ def test_the_modes_of_the_caller_change_nothing(mode: str) -> None:
     loss.backward()
     assert all(value.grad is not None for value in model.network.g_a.parameters())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_threads_do_not_give_each_other_the_callers_type() -> None:
+    """The default type is the process's: who ends first must leave it to the others."""
+    first, second = own_modes(), own_modes()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with contextlib.ExitStack() as outer:
+            outer.enter_context(first)
+            inner = contextlib.ExitStack()
+            inner.enter_context(second)
+            outer.close()
+            assert torch.get_default_dtype() == torch.float32
+            inner.close()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_arrays_that_may_not_be_written_to() -> None:
+    """As those of Pillow are; PyTorch warns of them, which is an error here."""
+    image = photo("coffee.png", 48, 40).copy()
+    image.flags.writeable = False
+    model = tuc.load("tiny-mse-1")
+    torch.set_warn_always(True)
+    try:
+        assert model.compress(image, effort=1) == model.compress(image.copy(), effort=1)
+        assert pixels_ms_ssim(image, image) == 1.0
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_activations_that_are_not_finite_are_named() -> None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lightning_tucodec.codecs.cards import UNFIT, one_line
 from lightning_tucodec.codecs.colour import Planes, planes_to_float, to_eight_bits
+from lightning_tucodec.codecs.learned.latents import own_modes
 from lightning_tucodec.codecs.learned.model_file import (
     ModelFile,
     check_depths,
@@ -60,6 +61,7 @@ def _bands(network: PostFilter, picture: DecodedPicture) -> Iterator[tuple[slice
         yield rows, network.ensemble(band)[:, :, :, top - first : rows.stop - first]
 
 
+@own_modes()
 @torch.inference_mode()
 def fit(
     network: PostFilter, planes: Planes, qp: float, transform: str, image: NDArray[np.uint8]
@@ -75,6 +77,7 @@ def fit(
     return (normal.weights()[0] * WEIGHT_STEPS).to(torch.int8).numpy()
 
 
+@own_modes()
 @torch.inference_mode()
 def apply(
     network: PostFilter, planes: Planes, qp: float, transform: str, weights: NDArray[np.int8]
@@ -133,6 +136,7 @@ class FilterModel:
         return shape
 
     @once_property
+    @own_modes()
     def network(self) -> PostFilter:
         """The network in eval mode.
 

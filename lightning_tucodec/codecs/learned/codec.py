@@ -104,6 +104,7 @@ class TucModel:
         return network.to(memory_format=_layout(network.config.transform)).to(self.device)
 
     @once_property
+    @own_modes()
     def layout(self) -> torch.memory_format:
         """How the activations of the network lie in memory."""
         return _layout(self.network.config.transform)
@@ -116,15 +117,18 @@ class TucModel:
         return network.to(memory_format=_layout(network.config.transform)).to(self.device)
 
     @once_property
+    @own_modes()
     def entropy_model(self) -> wavefront.EntropyModel:
         """The integers that decide bits."""
         return self.file.entropy_model()
 
     @once_property
+    @own_modes()
     def _halo_analysis(self) -> tiles.Halo:
         return tiles.measure(self.network.g_a, 3, STRIDE, 1)
 
     @once_property
+    @own_modes()
     def _halo_synthesis(self) -> tiles.Halo:
         return tiles.measure(
             self.network.g_s, self.network.config.transform.latent_channels, 1, STRIDE
@@ -240,6 +244,7 @@ class TucModel:
         latents = self.analyse(pixels)
         return Coded(self.write(latents, width, height), latents)
 
+    @own_modes()
     def write(self, latents: Latents, width: int, height: int) -> bytes:
         """The `.tuc` file of the latents of an H×W image; the same ones give the same bytes."""
         bounds = strip_bounds(*latents.y.shape[:2])
@@ -260,6 +265,7 @@ class TucModel:
         """
         return with_effort(self, effort).code(as_pixels(image)).data
 
+    @own_modes()
     def read(
         self, container: Container, salvage: bool = False
     ) -> tuple[NDArray[np.int32], list[int]]:
@@ -343,12 +349,14 @@ class TucModel:
         """
         return Image.fromarray(self.decode_pixels(unpack(data)))
 
+    @own_modes()
     @torch.inference_mode()
     def estimated_bits(self, pixels: NDArray[np.uint8]) -> float:
         """Bits of the floating-point likelihoods of `forward()`, for an H×W×3 image."""
         _, y, z = self.network.rate(self._latent([pixels]))
         return float(-(y.log2().sum(dtype=torch.float64) + z.log2().sum(dtype=torch.float64)))
 
+    @own_modes()
     @torch.inference_mode()
     def bit_map(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
         """The same at each position of y, h×w; the bits of a z are spread over its positions of y."""
@@ -362,6 +370,7 @@ class TucModel:
         share: NDArray[np.float64] = spread / np.bincount(cell.ravel())[cell]
         return bits_y + share
 
+    @own_modes()
     @torch.inference_mode()
     def bits_of(self, latents: Latents) -> float:
         """Bits of the floating-point likelihoods of given symbols, as a file of them holds them."""

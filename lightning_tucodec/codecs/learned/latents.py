@@ -1,8 +1,9 @@
 """What the learned codec and the search for better symbols share: latents, strips, what an image may be."""
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -111,21 +112,44 @@ def mark(pixels: NDArray[np.uint8], strips: Sequence[int]) -> list[tuple[int, in
     return marked
 
 
+_CPU = torch.device("cpu")
+
+
+class _Float32:
+    """float32 as PyTorch's default type while anybody is inside: it is of all threads, unlike the modes."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.callers = torch.float32
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.callers = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                torch.set_default_dtype(self.callers)
+
+
+_float32 = _Float32()
+
+
 @contextmanager
 def own_modes() -> Iterator[None]:
     """PyTorch as it starts, whatever modes the caller is in: coding gives the same everywhere."""
-    dtype = torch.get_default_dtype()
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
+        # Only where it is needed: the mode costs time at each call.
+        nullcontext() if torch.get_default_device() == _CPU else _CPU,
+        _float32,
     ):
-        if dtype == torch.float32:
-            yield
-            return
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
+        yield

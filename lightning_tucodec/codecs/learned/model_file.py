@@ -219,14 +219,19 @@ class ModelFile:
         _ = self.checked
         laplace = {k: v.numpy() for k, v in _part(self.tensors, "laplace").items()}
         table = _part(self.tensors, "categorical")
-        return EntropyModel(
-            IntegerEntropyModel(_part(self.tensors, "entropy")),
-            LaplaceTables(**laplace),
-            CategoricalTables(
-                table["cumulative"].numpy().astype(np.uint32), table["offset"].numpy()
-            ),
-            self.tensors["medians"].numpy(),
-        )
+        try:
+            return EntropyModel(
+                IntegerEntropyModel(_part(self.tensors, "entropy")),
+                LaplaceTables(**laplace),
+                CategoricalTables(
+                    table["cumulative"].numpy().astype(np.uint32), table["offset"].numpy()
+                ),
+                self.tensors["medians"].numpy(),
+            )
+        except (*UNFIT, ModelFileError) as error:
+            raise ModelFileError(
+                f"model {self.name}: its content is inconsistent ({one_line(error)})"
+            ) from None
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

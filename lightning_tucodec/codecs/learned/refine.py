@@ -417,4 +417,5 @@ def _choose(present: Tensor, options: list[tuple[Tensor, Tensor]]) -> tuple[Tens
 
 def _planes(pixels: NDArray[np.uint8]) -> Tensor:
     """H×W×3 uint8 to 1×3×H×W in [0, 1]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div_(255)
+    writable = np.require(pixels, requirements=["C", "W"])  # of others PyTorch warns
+    return torch.from_numpy(writable).permute(2, 0, 1)[None].float().div_(255)
