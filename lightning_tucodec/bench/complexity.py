@@ -1,9 +1,13 @@
-"""Parameters and multiply-accumulates of the presets, beside CompressAI's autoregressive networks."""
+"""Parameters and multiply-accumulates of the presets, beside CompressAI's; FLOPs of a training step."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_tucodec.nn.codec import PRESETS, TucodecVAE
 from lightning_tucodec.nn.complexity import SIDE, Complexity, kmac_per_pixel, millions, of_network
+from lightning_tucodec.nn.noise import Noise
+from lightning_tucodec.training.vae import VAE
 
 
 def of_preset(name: str) -> Complexity:
@@ -56,3 +60,15 @@ def markdown(rows: list[Complexity]) -> str:
         for row in rows
     ]
     return "\n".join(lines)
+
+
+def step_flops(module: VAE, batch: int, crop: int) -> int:
+    """FLOPs of forward and backward of a step, as PyTorch counts them: products and convolutions.
+
+    Nothing is computed: the tensors have shapes and no values.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        x = torch.zeros(batch, 3, crop, crop)
+        noise = Noise.of(0, torch.arange(batch))
+        module.loss(module.network(x, noise), x).loss.backward()
+    return counter.get_total_flops()

@@ -25,13 +25,22 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data_pipelines.options import BuildOptions
 from data_pipelines.patches import decode_patch, encode_patch
 from data_pipelines.shards import build
+from lightning_tucodec.bench.complexity import step_flops
 from lightning_tucodec.bench.timing import asked, in_turns, machine, rows_of
 from lightning_tucodec.io import processes
+from lightning_tucodec.io.processes import cores
 from lightning_tucodec.io.temporary import temporary_folder
 from lightning_tucodec.training.input.shards import ShardReader
 
 PATCH = 256
 BATCH = 16
+
+NODE_CORES, NODE_GPUS = 16, 8
+
+GPU_FLOP_PER_S = 3e14
+"""Assumed of a GPU in training: about a third of what bf16 products reach on an H100 at best, 989 TFLOP/s.
+`tucodec bench train --device cuda` measures it.
+"""
 
 
 def photographs(folder: Path, count: int) -> Path:
@@ -204,6 +213,7 @@ def run_loader(
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    busy = min(workers, cores())  # more workers than cores decode no faster
     with temporary_folder() as scratch:
         source = source or str(photographs(scratch / "photographs", max(4, count // 12)))
         for encoding in ("webp", "png", "raw"):
@@ -254,8 +264,30 @@ def run_loader(
         asked("plan of 10^9 samples: memory, MB", plan["peak_mb"], at_most=20.0),
         asked("first batch of 1,000 shards, s", max(first.values()), at_most=2.0),
     ]  # fmt: skip
+    a_core = {
+        row["name"]: row["samples_per_s"] / busy for row in rows if row["name"].startswith("ours")
+    }
     return {"rows": rows, "asked": bounds, "first_batch_s": first, "workers": workers,
-            "plan": plan, "machine": machine()}  # fmt: skip
+            "plan": plan, **node(a_core), "machine": machine()}  # fmt: skip
+
+
+def node(a_core: dict[str, float]) -> dict[str, Any]:
+    """What the cores of a node could feed, and what its GPUs would eat, images of 256×256 a second.
+
+    Args:
+        a_core: images a second that one core decodes, by name.
+    """
+    from lightning_tucodec.nn.codec import PRESETS
+    from lightning_tucodec.training.vae import VAE
+
+    gpus = NODE_GPUS * GPU_FLOP_PER_S
+    return {
+        f"{NODE_CORES}_cores_feed_per_s": {n: round(NODE_CORES * v) for n, v in a_core.items()},
+        f"{NODE_GPUS}_gpus_eat_per_s": {
+            name: round(gpus / step_flops(VAE(preset=name), 1, PATCH)) for name in PRESETS
+        },
+        "assumed_flop_per_s_of_a_gpu": GPU_FLOP_PER_S,
+    }
 
 
 def _first_batch(scratch: Path) -> dict[str, float]:
@@ -302,9 +334,11 @@ def run_plan(samples: int = 10**9) -> dict[str, float]:
 def _ours(shards: Path, workers: int) -> Iterator[Any]:
     from lightning_tucodec.training.data import PatchDataModule
 
-    loader = PatchDataModule(str(shards), BATCH, num_workers=workers, flip=False).train_dataloader()
+    data = PatchDataModule(str(shards), BATCH, num_workers=workers, flip=False)
+    loader = data.train_dataloader()
     while True:
-        yield from loader
+        for batch in loader:
+            yield data.on_after_batch_transfer(batch, 0)
 
 
 def _plain(shards: Path, workers: int) -> Iterator[Any]:

@@ -18,17 +18,15 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipelines.options import BuildOptions
 from data_pipelines.shards import build
+from lightning_tucodec.bench.complexity import step_flops
 from lightning_tucodec.bench.data import photographs
 from lightning_tucodec.bench.timing import check_device, machine, rows_of, synchronise
 from lightning_tucodec.io.processes import cores
 from lightning_tucodec.io.temporary import temporary_folder
-from lightning_tucodec.nn.noise import Noise
 from lightning_tucodec.training.data import PatchDataModule, PlanLoader, RankBatches
 from lightning_tucodec.training.vae import VAE
 
@@ -57,18 +55,6 @@ def matmul_peak(device: str, dtype: torch.dtype, repeats: int = 10) -> float:
         synchronise(device)
         seconds.append(time.perf_counter() - start)
     return 2 * side**3 / min(seconds[3:])
-
-
-def step_flops(module: VAE, batch: int, crop: int) -> int:
-    """FLOPs of forward and backward of a step, as PyTorch counts them: products and convolutions.
-
-    Nothing is computed: the tensors have shapes and no values.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        x = torch.zeros(batch, 3, crop, crop)
-        noise = Noise.of(0, torch.arange(batch))
-        module.loss(module.network(x, noise), x).loss.backward()
-    return counter.get_total_flops()
 
 
 class _Clock(pl.Callback):

@@ -98,11 +98,11 @@ class RankBatches:
         whole = RankBatches(self.reader, self.plan, count, self.crop, self.flip)
         pixels = np.empty(whole.shape, np.uint8)
         whole.read(0, pixels)
-        return _planes(pixels)
+        return as_floats(torch.from_numpy(pixels)).contiguous()
 
     def tensors(self, pixels: NDArray[np.uint8]) -> Batch:
-        """The arrays that `read` filled, as a batch that shares no memory with them."""
-        return {"image": _planes(pixels)}
+        """The arrays that `read` filled, as a batch that shares no memory with them: image uint8."""
+        return {"image": _for_transfer(pixels)}
 
     def places(self, start: int) -> list[tuple[int, int, int, bool]]:
         """Of each sample of the share: its number, left and top of the crop, whether to flip it."""
@@ -169,7 +169,7 @@ class PlanLoader:
         return -(-self.batches.plan.samples // self.batches.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield image float32 N×3×crop×crop in [0, 1] and index int64 N, up to the pass's end."""
+        """Yield image uint8 N×crop×crop×3 and index int64 N, up to the pass's end."""
         size = self.batches.batch_size
         for _ in range(self._pass - self.position // size % self._pass):
             batch = self._next()
@@ -246,12 +246,18 @@ class PlanLoader:
         self._stream = iter(loader)
 
 
-def _planes(pixels: NDArray[np.uint8]) -> torch.Tensor:
-    """uint8 N×H×W×3 to float32 N×3×H×W in [0, 1], a copy."""
-    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+def as_floats(image: torch.Tensor) -> torch.Tensor:
+    """uint8 N×H×W×3 to float32 N×3×H×W in [0, 1], channels last, on the same device."""
+    return image.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+
+
+def _for_transfer(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    """A copy; where there is a GPU, in memory that it reads while the host goes on."""
+    if torch.cuda.is_available():
+        pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+        return pinned.copy_(torch.from_numpy(pixels))
     # numpy's memory, because PyTorch's is given back and mapped anew for every batch.
-    result = torch.from_numpy(np.empty(planes.shape, np.float32))
-    return result.copy_(planes).div_(255)
+    return torch.from_numpy(pixels.copy())
 
 
 class _SharedBatches(Dataset[tuple[int, int]]):
@@ -367,10 +373,10 @@ def check_crop_size(config: dict[str, Any]) -> None:
     if config["data"].get("class_path", DEFAULT_DATA) != DEFAULT_DATA:
         return
     data = arguments(config, "data")
-    _crop_within(data.get("crop"), ShardIndex.read(Storage(data["shards"])).patch)
+    crop_within(data.get("crop"), ShardIndex.read(Storage(data["shards"])).patch)
 
 
-def _crop_within(crop: int | None, patch: int) -> int:
+def crop_within(crop: int | None, patch: int) -> int:
     """The side of crops, out of patches of a side; None is the whole patch.
 
     Raises:
@@ -415,6 +421,8 @@ def in_order(dataset: Dataset[Any], rank: int = 0, world_size: int = 1) -> DataL
 
 class PatchDataModule(pl.LightningDataModule):
     """Training patches from shards, validation on whole images.
+
+    Bytes go to the device as they are; a module's batch is made there, see `on_after_batch_transfer`.
 
     `batches_class` defines the content of a sample.
 
@@ -467,7 +475,7 @@ class PatchDataModule(pl.LightningDataModule):
             self._loader = None
 
     def train_dataloader(self) -> PlanLoader:
-        """Batches of image float32 N×3×crop×crop in [0, 1] and index int64 N (global positions).
+        """Batches of image uint8 N×crop×crop×3 and index int64 N (global positions), on the host.
 
         One fit uses one loader, so that reloading does not reset the position.
 
@@ -479,7 +487,7 @@ class PatchDataModule(pl.LightningDataModule):
             return self._loader
         reader = ShardReader(self.shards, self.cache_dir, int(self.cache_gb * 1e9))
         rank, world_size = self._place()
-        crop = _crop_within(self.crop, reader.index.patch)
+        crop = crop_within(self.crop, reader.index.patch)
         if self.batch_size < world_size:
             raise ConfigError(
                 f"batch_size {self.batch_size} is the global batch; it leaves some of the "
@@ -500,6 +508,12 @@ class PatchDataModule(pl.LightningDataModule):
         if limit is not None:
             self._loader.limit(limit)
         return self._loader
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """What modules get: image float32 N×3×crop×crop in [0, 1], channels last, made on the device."""
+        if batch["image"].dtype == torch.uint8:
+            batch["image"] = as_floats(batch["image"])
+        return batch
 
     @classmethod
     def check_validation(cls, location: str) -> int:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_tucodec.bench import timing, train
+from lightning_tucodec.bench import data, timing, train
+from lightning_tucodec.bench.complexity import step_flops
 from lightning_tucodec.nn.noise import Noise
 from lightning_tucodec.training.vae import VAE
 from tests.support import MICRO
@@ -32,8 +33,8 @@ def test_speed_beside_compressais_loop(photo_folder: Path) -> None:
 def test_flops_are_counted_without_computing() -> None:
     """The same number as of a step that is computed."""
     module = VAE(codec=MICRO)
-    flops = train.step_flops(module, 2, 64)
-    assert flops == 2 * train.step_flops(module, 1, 64)
+    flops = step_flops(module, 2, 64)
+    assert flops == 2 * step_flops(module, 1, 64)
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
         module.loss(module.network(x, Noise.of(0, torch.arange(2))), x).loss.backward()
@@ -48,3 +49,12 @@ def test_the_examples_loop_trains() -> None:
     train.example_loop(network, [x] * 5, "cpu", lambda: ticks.append(1), 3)
     assert len(ticks) == 3
     assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+def test_what_a_node_feeds_and_eats() -> None:
+    found = data.node({"ours, webp": 100.0})
+    assert found["16_cores_feed_per_s"] == {"ours, webp": 1600}
+    eaten = found["8_gpus_eat_per_s"]
+    assert eaten["paper"] < eaten["fast"] < eaten["tiny"]
+    flops = step_flops(VAE(preset="fast"), 1, data.PATCH)
+    assert eaten["fast"] == round(8 * data.GPU_FLOP_PER_S / flops)

@@ -133,22 +133,37 @@ def test_an_iteration_ends_with_the_pass_and_the_next_goes_on(shards: Path) -> N
     assert rest[0]["index"].tolist() == list(range(180, 200))
 
 
-def test_batches_are_float_in_unit_range_and_stay_inside_the_patch(shards: Path) -> None:
+def test_batches_are_bytes_and_stay_inside_the_patch(shards: Path) -> None:
     one = loader(shards, 64)
     batch = next(iter(one))
-    assert batch["image"].shape == (64, 3, 24, 24)
-    assert batch["image"].dtype == torch.float32
+    assert batch["image"].shape == (64, 24, 24, 3)
+    assert batch["image"].dtype == torch.uint8
     assert batch["index"].dtype == torch.int64
     reader = one.batches.reader
     samples = one.batches.plan.indices(batch["index"].numpy())
     flips = 0
     for image, sample in zip(batch["image"], samples.tolist(), strict=True):
-        crop = (image * 255).round().to(torch.uint8).numpy().transpose(1, 2, 0)
+        crop = image.numpy()
         patch = reader.pixels(sample)
         straight, mirrored = _contains(patch, crop), _contains(patch, crop[:, ::-1])
         assert straight or mirrored
         flips += mirrored and not straight
     assert 16 < flips < 48
+
+
+def test_modules_get_floats_that_the_device_makes(shards: Path) -> None:
+    """A sample goes over the bus as its bytes and its position; the values are exact."""
+    data = PatchDataModule(str(shards), 8, crop=24)
+    sent = next(iter(data.train_dataloader()))
+    assert sum(value.nbytes for value in sent.values()) == 8 * (3 * 24 * 24 + 8)
+    batch = data.on_after_batch_transfer(dict(sent), 0)
+    assert batch["image"].dtype == torch.float32
+    assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+    expected = sent["image"].numpy().transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+    assert np.array_equal(batch["image"].numpy(), expected)
+    assert torch.equal(data.train_dataloader().batches.first(8), batch["image"])
+    whole = {"image": torch.rand(1, 3, 30, 40), "index": torch.zeros(1)}
+    assert data.on_after_batch_transfer(whole, 0) is whole
 
 
 def _contains(patch: Any, crop: Any) -> bool:
