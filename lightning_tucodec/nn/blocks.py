@@ -42,6 +42,17 @@ def transposed3x3(channels_in: int, channels_out: int, factor: int = 2) -> nn.Co
     return layer
 
 
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Repeat the right and bottom border of N×C×H×W until both sides are multiples."""
+    # Not by F.pad's "replicate": its gradient has no deterministic kernel on a GPU, and Inductor mistakes its
+    # layout on a CPU, channels-last.
+    for axis in (3, 2):
+        if missing := -x.shape[axis] % multiple:
+            border = x.narrow(axis, x.shape[axis] - 1, 1)
+            x = torch.cat([x, *[border] * missing], axis)
+    return x
+
+
 def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a layer, under autocast in float32: bfloat16 holds 8 bits, values of y and μ need more."""
     device = x.device.type

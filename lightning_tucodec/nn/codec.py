@@ -13,9 +13,8 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_tucodec.nn.blocks import Block, Upsampling
+from lightning_tucodec.nn.blocks import Block, Upsampling, pad_to_multiple
 from lightning_tucodec.nn.context import CausalContext, ContextConfig
 from lightning_tucodec.nn.hyperprior import (
     EntropyParameters,
@@ -158,8 +157,7 @@ class TucodecVAE(nn.Module):
     @staticmethod
     def pad(x: Tensor) -> Tensor:
         """Repeat the right and bottom border until both sides are multiples of 16."""
-        height, width = x.shape[-2:]
-        return F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+        return pad_to_multiple(x, STRIDE)
 
     def parameters_of(self, z_hat: Tensor, y_hat: Tensor) -> LaplaceParameters:
         """(μ, log b) of every element of ŷ from ẑ and from earlier positions of ŷ."""

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lightning_tucodec.nn.blocks import conv3x3, in_float32, transposed3x3
+from lightning_tucodec.nn.blocks import conv3x3, in_float32, pad_to_multiple, transposed3x3
 from lightning_tucodec.nn.context import POINT, TapConv2d, leaky
 
 HYPER_STRIDE = 4
@@ -58,9 +57,7 @@ class HyperAnalysis(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """Pads to a multiple of 4 by repeating the border, then reduces."""
-        height, width = y.shape[-2:]
-        y = F.pad(y, (0, -width % HYPER_STRIDE, 0, -height % HYPER_STRIDE), mode="replicate")
-        x = self.conv2(leaky(self.conv1(y)))
+        x = self.conv2(leaky(self.conv1(pad_to_multiple(y, HYPER_STRIDE))))
         x = self.conv4(leaky(self.conv3(x)))
         return self.conv5(x)
 

@@ -75,7 +75,8 @@ class Noise(NamedTuple):
             stream: which of the independent noises.
         """
         elements = like[0].numel()
-        blocks = torch.arange(-(-elements // 4), device=like.device)
+        # Masked, because Inductor folds multiples of a bare `arange` into an index, in 32 bits on a CPU.
+        blocks = torch.arange(-(-elements // 4), device=like.device) & _WORD
         positions = self.positions[:, None]
         counter = blocks, stream, positions & _WORD, positions >> 32
         bits = torch.stack(torch.broadcast_tensors(*philox(counter, self.key)), -1)

@@ -225,9 +225,9 @@ def _blur(maps: Tensor) -> Tensor:
 
 def _halve(maps: Tensor) -> Tensor:
     """2×2 means; an odd side first repeats its last row or column."""
-    height, width = maps.shape[-2:]
-    if height % 2 or width % 2:
-        maps = F.pad(maps, (0, width % 2, 0, height % 2), mode="replicate")
+    for axis in (3, 2):  # `nn.blocks.pad_to_multiple` says why not by F.pad
+        if maps.shape[axis] % 2:
+            maps = torch.cat([maps, maps.narrow(axis, maps.shape[axis] - 1, 1)], axis)
     return F.avg_pool2d(maps, 2)
 
 

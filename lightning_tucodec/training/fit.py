@@ -35,6 +35,7 @@ from lightning_tucodec.io.files import expanded, read_text
 from lightning_tucodec.io.processes import announce, when_parent_ends
 from lightning_tucodec.nn.losses import check_crop
 from lightning_tucodec.quality.curves import read_named
+from lightning_tucodec.training.arithmetic import Arithmetic, arithmetic
 from lightning_tucodec.training.beside.companions import UNMIRRORED, Companion
 from lightning_tucodec.training.beside.pull import check_writable, pull
 from lightning_tucodec.training.beside.wandb_view import check_names, mode
@@ -114,6 +115,7 @@ class RunConfig:
         baseline: curve that W&B's summary holds BD-rates against: FILE#NAME of a `results.json` of
             `tucodec evaluate`, or the FILE of a published curve.
         threads: CPU threads; None leaves PyTorch's choice.
+        arithmetic: of a GPU: "reproducible", or "fast" (TF32, fastest kernels), see `training.arithmetic`.
     """
 
     name: str = "vae"
@@ -128,6 +130,7 @@ class RunConfig:
     tags: list[str] | None = None
     baseline: str | None = None
     threads: int | None = None
+    arithmetic: Arithmetic = "reproducible"
 
 
 class _PlainProgress(pl.Callback):
@@ -252,6 +255,7 @@ class TucodecCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Loggers, callbacks and signals of a run."""
+        self.cleanup.enter_context(arithmetic(self._get(self.config, "run")["arithmetic"]))
         if self.subcommand != "fit":
             return self._build_trainer(logger=False, enable_checkpointing=False, **kwargs)
         config = self._plain_config()

@@ -236,7 +236,7 @@ class GANCodec(CodecModule):
         """
         noise = Noise.of(self.seed, index)
         with torch.set_grad_enabled(turn.codec):
-            output = self.network(x, noise)
+            output = self.code(x, noise)
         # The cut between the two sides: what they ask of x̂ comes together here, and nowhere else.
         x_hat = output.x_hat.detach().float().requires_grad_(turn.codec)
         terms = self.loss(output._replace(x_hat=x_hat), x)

@@ -34,7 +34,9 @@ State outside of optimisers, parameters and buffers goes through Lightning's `on
 
 import contextlib
 import json
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +225,21 @@ class ScheduledModule(TrainingModule):
         self.clip_norm = clip_norm
         self._broken_at: Tensor | None = None
         self.validation_rows: list[dict[str, float]] = []
+
+    def whole(self, function: Callable[..., Any], compiles: bool) -> Callable[..., Any]:
+        """A function of the training step as one compiled graph, for one size of crops; or as it is.
+
+        Raises:
+            ConfigError: a CPU's graphs need a C++ compiler, and there is none.
+        """
+        if not compiles:
+            return function
+        compiler = os.environ.get("CXX", "g++")
+        if not torch.cuda.is_available() and shutil.which(compiler) is None:
+            raise ConfigError(
+                f"model.compile: needs a C++ compiler, and there is no {compiler} here"
+            )
+        return torch.compile(function, fullgraph=True, dynamic=False)
 
     def learning_rate(self, step: int, max_steps: int) -> float:
         """Learning rate of the optimiser step that follows `step` steps."""

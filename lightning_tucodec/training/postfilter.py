@@ -71,6 +71,7 @@ class PostFilterModule(ScheduledModule):
             foreseen and the rest is noise to whoever learns from the original; what a good filter makes
             of the crop has none of it (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015).
         teacher_share: of what is learned from, between the original (0) and the teacher's picture (1).
+        compile: see `training.vae.CodecModule`.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class PostFilterModule(ScheduledModule):
         ema: float = 0.998,
         teacher: str | None = None,
         teacher_share: float = 0.8,
+        compile: bool = False,
     ) -> None:
         super().__init__(lr, final_lr, warmup_steps, decay_start, clip_norm)
         try:
@@ -99,6 +101,7 @@ class PostFilterModule(ScheduledModule):
         # A FilterModel is no module, so the teacher is in no checkpoint.
         self.teacher = None if teacher is None else load_filter(teacher)
         self.teacher_share = teacher_share
+        self.ratios = self.whole(self._ratios, compile)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Muon for the residual blocks, Adam for the rest."""
@@ -132,15 +135,22 @@ class PostFilterModule(ScheduledModule):
         """Relative squared error of one batch of crops."""
         picture, image = _picture(batch), batch["image"]
         target = self._target(picture, image)
-        shown = _shown(self.network(picture), picture, target)
-        plain = _errors(picture.plain, image) + _FLOOR
-        ratio = (_errors(shown, target) + _FLOOR) / plain
-        loss = ratio.mean()
+        ratio, gained = self.ratios(picture, image, target)
+        loss: Tensor = ratio.mean()
         self.images_seen += len(ratio) * self.trainer.world_size
         if self.logging_is_due:
-            gain = -10 * ((_errors(shown.detach(), image) + _FLOOR) / plain).log10().mean()
+            gain = -10 * gained.log10().mean()
             self.log_step({"train/loss": loss, "train/gain": gain}, {"gain": gain})
         return loss
+
+    def _ratios(
+        self, picture: DecodedPicture, image: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Errors over those of the plain conversion, (N,): to the target, and to the original."""
+        shown = _shown(self.network(picture), picture, target)
+        plain = _errors(picture.plain, image) + _FLOOR
+        gained = (_errors(shown.detach(), image) + _FLOOR) / plain
+        return (_errors(shown, target) + _FLOOR) / plain, gained
 
     @torch.no_grad()
     def _target(self, picture: DecodedPicture, image: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lightning_tucodec.nn.codec import (
     config_to_dict,
 )
 from lightning_tucodec.nn.klt import start_as_klt
+from lightning_tucodec.nn.losses import RateDistortion
 from lightning_tucodec.nn.noise import Noise
 from lightning_tucodec.training.coding import CodingModule
 from lightning_tucodec.training.data import PatchDataModule
@@ -127,6 +128,9 @@ class CodecModule(CodingModule):
         real_files: number of validation images, from the first, that are coded to real files; None: all.
             The transforms run on the training's device, the entropy coder on the CPU.
         klt_start: start without `run.init_from` from `start_as_klt` of the first training crops.
+        compile: train by one compiled graph of network and loss. It rounds otherwise, so that such a run has
+            another name. The first step takes minutes. Validation is not compiled: each size of images would
+            be anew.
     """
 
     def __init__(
@@ -147,6 +151,7 @@ class CodecModule(CodingModule):
         klt_start: bool = False,
         muon_iterations: int = 5,
         real_files: int | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             *(recipe, lmbda, lr, final_lr, warmup_steps, decay_start, clip_norm, seed, real_files)
@@ -173,6 +178,15 @@ class CodecModule(CodingModule):
         self.optimizer, self.muon_iterations = optimizer, muon_iterations
         self.used_centres = torch.zeros(self.network.config.centres, dtype=torch.int64)
         self.network.to(memory_format=torch.channels_last)
+        self.code = self.whole(self._code, compile)
+        self.terms = self.whole(self._terms, compile)
+
+    def _code(self, x: Tensor, noise: Noise) -> CodecOutput:
+        output: CodecOutput = self.network(x, noise)
+        return output
+
+    def _terms(self, x: Tensor, noise: Noise) -> RateDistortion:
+        return self.loss(self._code(x, noise), x)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimiser for everything: the prior of z needs no auxiliary loss."""
@@ -301,8 +315,7 @@ class VAE(CodecModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Rate and distortion of one batch of crops."""
         x = batch["image"].contiguous(memory_format=torch.channels_last)
-        output = self.network(x, Noise.of(self.seed, batch["index"]))
-        terms = self.loss(output, x)
+        terms: RateDistortion = self.terms(x, Noise.of(self.seed, batch["index"]))
         self.images_seen += x.shape[0] * self.trainer.world_size
         self.log_terms(terms)
         return terms.loss

@@ -1,5 +1,7 @@
 """Noise as a function of (seed, position, stream, element)."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -44,15 +46,18 @@ def test_a_batch_may_be_divided_in_any_way() -> None:
     )
 
 
-def test_compiled_it_is_the_same_to_the_bit() -> None:
-    x = torch.zeros(3, 2, 9, 4)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_it_is_the_same_to_the_bit(backend: str) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("Inductor needs a C++ compiler")
+    x = torch.zeros(3, 2, 50, 40)
 
     def draw(noise: Noise) -> torch.Tensor:
         return noise.uniform(x, QUANTIZER)
 
     torch.compiler.reset()
     noise = Noise.of(7, torch.tensor([0, 5, 2**33 + 1]))
-    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(draw, fullgraph=True, backend=backend)
     assert torch.equal(compiled(noise), draw(noise))
 
 

@@ -47,7 +47,7 @@ _RUN = ("name", "project")
 _UNNAMED_DATA = {"shards", "val_images", "num_workers", "cache_dir", "cache_gb"}
 """Where and how a run computes, which does not decide what comes out."""
 
-_LATER = {"muon_iterations": 5, "real_files": None}
+_LATER = {"muon_iterations": 5, "real_files": None, "compile": False}
 """Options of models and data that came after runs had been named, with what those runs did: unnamed there."""
 
 _LOCATIONS = {

@@ -1,0 +1,122 @@
+"""Network and loss are one graph, in training and evaluation, for all presets and quantisers."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.nn.noise import Noise
+from lightning_tucodec.nn.postfilter import SIZES
+from lightning_tucodec.training.postfilter import PostFilterModule, _picture
+from lightning_tucodec.training.vae import VAE
+from tests.support import MICRO
+from tests.training.test_traffic import precoded
+
+THIN: dict[str, Any] = {
+    "tiny": MICRO,
+    "fast": {**MICRO, "transform.widths": [6, 8, 10, 12], "context.levels": 1},
+    "paper": {**MICRO, "transform.widths": [8, 8, 8, 8], "context.levels": 2},
+}
+"""The presets' graphs with few channels."""
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-5)
+
+
+def gradients(module: torch.nn.Module) -> list[Tensor | None]:
+    found = [None if p.grad is None else p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind", "backend"),
+    [
+        ("tiny", "centres", "aot_eager"), ("fast", "centres", "eager"), ("paper", "centres", "eager"),
+        ("tiny", "companded", "eager"), ("tiny", "round", "eager"), ("tiny", "noise", "eager"),
+        ("tiny", "hard", "eager"),
+    ],
+)  # fmt: skip
+def test_codec_and_loss(preset: str, kind: str, backend: str) -> None:
+    """No break in the graph; `aot_eager` traces the backward pass too."""
+    torch.manual_seed(0)
+    proxy = {"rate_proxy": "hard"} if kind == "hard" else {"quantizer": kind}
+    module = VAE(
+        preset=preset, codec={**THIN[preset], **proxy}, recipe="transparent",
+        frozen=["g_a"] if kind == "hard" else None,
+    )  # fmt: skip
+    x = torch.rand(2, 3, 48, 80).contiguous(
+        memory_format=torch.channels_last
+    )  # sides that are padded
+    noise = Noise.of(0, torch.tensor([3, 2**33]))
+    graph = torch.compile(module._terms, fullgraph=True, backend=backend)
+    # Evaluation differs between quantisers only in rounding; one that is written out is enough.
+    for training in (True,) if kind in ("companded", "noise", "hard") else (True, False):
+        module.train(training)
+        with torch.set_grad_enabled(training):
+            eager, whole = module._terms(x, noise), graph(x, noise)
+        close(tuple(whole), tuple(eager))
+        if training:
+            eager.loss.backward()
+            expected = gradients(module)
+            whole.loss.backward()
+            close(gradients(module), expected)
+
+
+def test_ms_ssim_is_part_of_the_graph() -> None:
+    torch.manual_seed(0)
+    module = VAE(codec=MICRO, recipe="ssim", lmbda=0.4)
+    x, noise = torch.rand(1, 3, 208, 208), Noise.of(0, torch.tensor([1]))
+    graph = torch.compile(module._terms, fullgraph=True, backend="eager")
+    close(tuple(graph(x, noise)), tuple(module._terms(x, noise)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_post_filter_and_loss(size: str) -> None:
+    torch.manual_seed(0)
+    module = PostFilterModule(size, network={"channels": 8, "blocks": 2})
+    batch = next(precoded())
+    arguments = _picture(batch), batch["image"], batch["image"]
+    graph = torch.compile(module._ratios, fullgraph=True, backend="eager")
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            close(graph(*arguments), module._ratios(*arguments))
+
+
+def test_the_option_compiles_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    original = torch.compile
+
+    def compile(function: Any, **options: Any) -> Any:
+        calls.append(options)
+        return original(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        module = PostFilterModule(network={"channels": 8, "blocks": 1}, compile=compiled)
+        module._trainer = SimpleNamespace(log_every_n_steps=0, world_size=1)  # type: ignore[assignment]
+        module.training_step(next(precoded()), 0).backward()
+        assert module.images_seen == 2
+        assert any(gradient is not None for gradient in gradients(module))
+        assert all("_orig_mod" not in name for name in module.state_dict())
+        assert calls == [{"fullgraph": True, "dynamic": False}] * compiled
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"model\.compile: .* there is no no-such-compiler here"):
+        PostFilterModule(network={"channels": 8, "blocks": 1}, compile=True)
