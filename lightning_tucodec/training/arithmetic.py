@@ -17,9 +17,9 @@ def arithmetic(kind: Arithmetic) -> Iterator[None]:
     `trainer.benchmark` and `trainer.deterministic`, where they are given, have the last word.
 
     Args:
-        kind: "reproducible": products of float32 in float32, deterministic kernels, no choice of kernels by the
-            clock, so that a resumed run ends with the bits of the straight one. "fast": products of float32 in
-            TF32 (10 bits of mantissa), whatever kernel cuDNN finds fastest for these shapes.
+        kind: "reproducible": products of float32 in float32, deterministic kernels, no choice of kernels by
+            the clock, so that a resumed run ends with the bits of the straight one. "fast": products of
+            float32 in TF32 (10 bits of mantissa), whatever kernel cuDNN finds fastest for these shapes.
     """
     if not torch.cuda.is_available():
         yield
