@@ -363,6 +363,43 @@ def test_nothing_outlives_it_that_still_imports(tmp_path: Path) -> None:
     assert (tmp_path / "said").read_text() == ""
 
 
+DROPPED = """
+import ctypes, os, signal, time
+from lightning_tucodec.io import processes
+
+class Object:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def compare(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    return 0
+
+try:
+    with processes.interruptible():
+        if CALLBACK:
+            kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+            ctypes.CDLL(None).qsort((ctypes.c_int * 2)(), 2, 4, kind(compare))
+        else:
+            Object()
+        time.sleep(60)
+except processes.Interrupted as interrupt:
+    raise SystemExit(interrupt.status)
+"""
+
+
+@pytest.mark.parametrize("callback", [True, False])
+def test_an_interrupt_where_python_drops_exceptions_is_told_again(
+    callback: bool, tmp_path: Path
+) -> None:
+    """In a function that C calls, as numba's while it loads compiled code, and in a destructor."""
+    program = DROPPED.replace("CALLBACK", str(callback))
+    with process([sys.executable, "-c", program], tmp_path) as command:
+        assert command.process.wait(60) == 130
+    # Without the announcement of the watch, which would have ended it when its time was over.
+    assert (tmp_path / "said").read_text() == ""
+
+
 STARTS = """
 import pathlib, sys, time
 if "fit" in sys.orig_argv:

@@ -36,6 +36,7 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
+        self.number = number
         self.status = 128 + number
 
 
@@ -56,6 +57,7 @@ class _Watch:
         self.ended = threading.Event()
         self.held = False
         self.waiting: int | None = None
+        self.again: threading.Timer | None = None
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
 
@@ -68,6 +70,18 @@ class _Watch:
         self.told = True
         self.number = number
         raise Interrupted(number)
+
+    def lost(self, number: int) -> None:
+        """The interrupt came where Python drops what is raised: tell it once more, a moment later.
+
+        That is so in a destructor and in a function that C calls, as while numba loads compiled code.
+        """
+        self.told = False
+        thread = threading.main_thread().ident
+        assert thread is not None
+        self.again = threading.Timer(0.01, signal.pthread_kill, (thread, number))
+        self.again.daemon = True
+        self.again.start()
 
     def wait(self) -> None:
         """In a thread: end the process when the main one does not within its time.
@@ -103,12 +117,25 @@ def interruptible() -> Iterator[None]:
     watch = _watch = _Watch(taken)
     threading.Thread(target=watch.wait, name="tucodec-interrupts", daemon=True).start()
     wakeup = signal.set_wakeup_fd(watch.writer, warn_on_full_buffer=False)
+    hook = sys.unraisablehook
+
+    def dropped(what: "sys.UnraisableHookArgs") -> None:
+        if isinstance(what.exc_value, Interrupted):
+            watch.lost(what.exc_value.number)
+        else:
+            hook(what)
+
+    sys.unraisablehook = dropped
     try:
         for number in taken:
             signal.signal(number, watch.handle)
         yield
     finally:
         watch.told = True  # from here on nothing is broken off any more
+        if watch.again is not None:
+            watch.again.cancel()
+            watch.again.join()
+        sys.unraisablehook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
