@@ -125,6 +125,23 @@ def test_an_interrupt_while_it_imports(command: str, wrapped: bool, folder: Path
     assert (process.returncode, said) == (130, "tucodec: interrupted\n")
 
 
+def test_a_name_that_is_not_utf8_costs_no_line(folder: Path) -> None:
+    """Neither its own nor those after it, in tables and on the terminal."""
+    (folder / "photos").mkdir()
+    for name in (b"bad\xff.png", b"z.png"):
+        shutil.copy(folder / "photo.png", folder / "photos" / os.fsdecode(name))
+    lines = [
+        "tucodec evaluate photos --codec jpeg:q=30 -o r.json --workers 1 > table",
+        "tucodec compress photos -o tuc/ --model tiny-mse-1",
+    ]
+    done = shell(" && ".join(lines), folder, PYTHONIOENCODING="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert len((folder / "r.csv").read_text().splitlines()) == 3
+    printed = [line.partition(" -> ")[0] for line in done.stdout.splitlines()]
+    assert sorted(printed) == [r"photos/bad\udcff.png", "photos/z.png"]
+    assert sorted(os.listdir(os.fsencode(folder / "tuc"))) == [b"bad\xff.tuc", b"z.tuc"]
+
+
 def test_processors_are_counted_where_there_is_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS."""
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
