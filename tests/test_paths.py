@@ -11,9 +11,8 @@ import pytest
 from lightning_tucodec.cli import build_parser, main
 from lightning_tucodec.codecs import library, registry
 from lightning_tucodec.io.files import expanded
-from lightning_tucodec.sweeps.plan import resolve_config
+from lightning_tucodec.training.configuration import RunConfig, resolve
 from lightning_tucodec.training.data import PatchDataModule
-from lightning_tucodec.training.fit import RunConfig
 from lightning_tucodec.training.gan import GANCodec
 from lightning_tucodec.training.network import NetworkModule
 from lightning_tucodec.training.postfilter import PostFilterModule, PrecodedDataModule
@@ -24,7 +23,7 @@ NO_PATHS = {
     # Codecs' specifications: see test_models_in_specifications.
     "allocate --candidate", "evaluate --codec", "shards precode --codec",
     # Values inside, which are expanded as those of a configuration.
-    "sweep plan --set", "sweep submit --set", "sweep run --set",
+    "sweep plan --set", "sweep submit --set", "sweep run --set", "doctor options",
     # Names and texts.
     "bench h266 --preset", "compare --anchor", "compare --title", "compress --preset",
     "evaluate --metrics", "export --name", "import --args", "import --name",
@@ -150,7 +149,7 @@ def test_models_in_specifications(home: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_values_of_a_sweep_are_expanded(home: Path) -> None:
-    config = resolve_config({"run": {"runs_dir": GIVEN}, "data": {"shards": GIVEN}})
+    config = resolve({"run": {"runs_dir": GIVEN}, "data": {"shards": GIVEN, "batch_size": 1}})
     assert config["run"]["runs_dir"] == config["data"]["shards"] == expanded(GIVEN)
 
 

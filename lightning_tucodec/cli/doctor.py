@@ -18,6 +18,7 @@ def register(subparsers: Subparsers) -> None:
     add("--config", type=location, metavar="YAML", help="configuration file of `fit`")
     add("--mirror", type=location, metavar="URL", help="mirror URL, as for `fit`")
     add("--script", type=location, metavar="FILE", help="a batch script, or an sbatch command")
+    add("options", nargs="*", metavar="OPTION", help="after `--`: further options of `fit`")
     add_json(parser)
 
 
@@ -26,11 +27,12 @@ def run(arguments: argparse.Namespace) -> int:
     from lightning_tucodec.training.doctor import examine, table_text
 
     config = None
-    if arguments.config:
-        from lightning_tucodec.sweeps.plan import resolve_config
+    if arguments.config or arguments.options:
+        from lightning_tucodec.training.configuration import resolve
 
-        config = resolve_config(read_yaml(arguments.config))
-        config["run"]["mirror"] = arguments.mirror or config["run"].get("mirror")
+        mirror = [] if arguments.mirror is None else ["--mirror", arguments.mirror]
+        layers = [read_yaml(arguments.config)] if arguments.config else []
+        config = resolve(*layers, words=[*mirror, *arguments.options])
     findings = examine(config, Path(arguments.script) if arguments.script else None)
     if os.environ.get("SLURM_PROCID", "0") == "0":
         if arguments.json:

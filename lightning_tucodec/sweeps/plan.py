@@ -1,14 +1,10 @@
 """Plans: the folder of a sweep, its configurations and the outcome of its tasks."""
 
 import hashlib
-import io
 import json
 import os
-import re
-import tempfile
 import uuid
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,13 +55,13 @@ class Plan:
         Raises:
             ConfigError: the sweep, or a configuration in it, cannot work.
         """
-        from lightning_tucodec.training.fit import check_config
+        from lightning_tucodec.training.configuration import check_config, resolve
 
         name, drafts = read_sweep(sweep, overrides)
         resolved: dict[Task, Config] = {}
         for task, draft in drafts.items():
             try:
-                resolved[task] = resolve_config(*draft.layers())
+                resolved[task] = resolve(*draft.layers())
                 check_config(resolved[task])
                 RunFolder.of(resolved[task])  # looks at shards and weights; better now than in jobs
             except TucodecError as error:
@@ -166,41 +162,6 @@ def _write_final(folder: Path, task: Task, config: Config) -> None:
 def _dump(path: Path, content: Any) -> None:
     with atomic_write(path, "w") as stream:
         yaml.safe_dump(content, stream, sort_keys=False, allow_unicode=True)
-
-
-def resolve_config(*layers: Config) -> Config:
-    """A configuration as `tucodec fit` understands it, with all defaults filled in.
-
-    Args:
-        layers: contents of its files; later ones win as those of `fit --config A --config B`.
-
-    Raises:
-        ConfigError: it is not one.
-    """
-    from lightning_tucodec.training.fit import main as fit
-    from lightning_tucodec.training.runs.identity import expand_locations, flat
-
-    out, err = io.StringIO(), io.StringIO()
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["fit"]
-        for number, layer in enumerate(layers):
-            path = Path(folder, f"{number}.yaml")
-            path.write_text(yaml.safe_dump(layer), encoding="utf-8")
-            words += ["--config", str(path)]
-        with redirect_stdout(out), redirect_stderr(err):
-            try:
-                status = fit([*words, "--print_config"])
-            except SystemExit as end:  # how that option ends
-                status = int(end.code or 0)
-        if status:
-            message = re.sub(
-                rf"{folder}/\d+\.yaml", "configuration", " ".join(err.getvalue().split())
-            )
-            raise ConfigError(message.removeprefix("tucodec fit: "))
-    resolved: Config = yaml.safe_load(out.getvalue())
-    resolved.pop("config", None)
-    expand_locations(resolved)
-    return flat(resolved)
 
 
 def _tag(config: Config, sweep: str, task: Task) -> None:

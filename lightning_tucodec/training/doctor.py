@@ -110,7 +110,7 @@ def check_data(config: dict[str, Any]) -> Check:
 
 def check_start(config: dict[str, Any]) -> Check:
     """The checkpoint or weights that the run would start from."""
-    from lightning_tucodec.training.fit import check_config
+    from lightning_tucodec.training.configuration import check_config
     from lightning_tucodec.training.runs.folder import Manifest, RunFolder
     from lightning_tucodec.training.runs.identity import identity
 

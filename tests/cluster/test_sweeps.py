@@ -19,10 +19,11 @@ import yaml
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.sweeps import commands
-from lightning_tucodec.sweeps.plan import Plan, resolve_config
+from lightning_tucodec.sweeps.plan import Plan
 from lightning_tucodec.sweeps.queue import Job, queued, submit
 from lightning_tucodec.sweeps.spec import Config, Task, read_sweep
 from lightning_tucodec.sweeps.status import status
+from lightning_tucodec.training.configuration import resolve
 from lightning_tucodec.training.runs.folder import RunFolder
 from lightning_tucodec.training.runs.identity import flat
 from tests.campaigns.cluster import REPOSITORY, lives, wait_for, write_recipe
@@ -211,8 +212,9 @@ def test_several_files_are_read_as_fit_reads_them(
     with pytest.raises(SystemExit):
         main(["fit", *(word for name in names for word in ("--config", name)), "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
-    printed.pop("config", None)
-    assert resolve_config(*draft.layers()) == flat(printed)
+    for name in ("config", "mirror"):  # `--mirror` stands in `run` once it is resolved
+        printed.pop(name, None)
+    assert resolve(*draft.layers()) == flat(printed)
 
 
 @pytest.mark.parametrize("base", [{}, {"class_path": VAE}])
@@ -230,7 +232,7 @@ def test_values_go_into_either_way_to_write_a_class(recipe: Path, base: Config, 
     }
     stage = {"config": "recipe.yaml", "set": values}
     (draft,) = read_sweep(write(recipe.parent, {"one": stage}))[1].values()
-    model = resolve_config(*draft.layers())["model"]
+    model = resolve(*draft.layers())["model"]
     assert model["codec"] == {**codec, "quantizer": "round", "hyper.channels": 9}
     assert (model["lr"], model["lmbda"]) == (0.5, 200.0)
     assert draft.get("model.codec.hyper.channels") == 9

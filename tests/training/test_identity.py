@@ -12,7 +12,7 @@ import yaml
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import TucodecError
-from lightning_tucodec.sweeps.plan import resolve_config
+from lightning_tucodec.training.configuration import resolve
 from lightning_tucodec.training.runs.identity import arguments, identity, run_id
 from tests.support import MICRO
 from tests.training.test_fit import RECIPES, config, runs, state, write
@@ -47,7 +47,7 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     for path in RECIPES:
         draft = yaml.safe_load(path.read_text())
         arguments(draft, "data")["shards"] = str(shards)
-        configs[path.stem] = resolve_config(draft)
+        configs[path.stem] = resolve(draft)
     return configs
 
 
@@ -176,7 +176,7 @@ def test_paths_of_a_config_are_expanded_by_fit_and_by_what_looks_ahead(
     values = config(tmp_path, shard_folder, MICRO, steps=3)
     values["data"].update(shards="~/shards", val_images="$HOME/pictures")
     values["run"].update(runs_dir="~/runs", mirror="$HOME/mirror")
-    foreseen = resolve_config(values)
+    foreseen = resolve(values)
     assert main(["fit", "--config", write(tmp_path, values)]) == 0
     (folder,) = runs(home)
     assert f"test-{run_id(foreseen)}" == folder.name

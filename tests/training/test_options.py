@@ -8,8 +8,7 @@ import pytest
 from pytorch_lightning.cli import LightningCLI
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.sweeps.plan import resolve_config
-from lightning_tucodec.training.fit import RunConfig
+from lightning_tucodec.training.configuration import RunConfig, resolve
 from lightning_tucodec.training.options import REFUSED
 from tests.support import MICRO
 from tests.training.test_fit import config, write
@@ -50,7 +49,7 @@ VALUES: dict[str, Any] = {
 
 
 def test_each_option_is_honoured_or_refused(tmp_path: Path, shard_folder: Path) -> None:
-    resolved = resolve_config(config(tmp_path, shard_folder, MICRO))
+    resolved = resolve(config(tmp_path, shard_folder, MICRO))
     refused = REFUSED.keys() | {"ckpt_path"}
     assert refused == VALUES.keys()
     trainer = {f"trainer.{name}" for name in resolved["trainer"]}

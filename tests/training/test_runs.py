@@ -293,6 +293,21 @@ def test_doctor_names_what_would_fail_and_what_to_do(
             assert lines[number + 1].strip().startswith("→")
 
 
+def test_doctor_takes_the_options_of_fit(
+    tmp_path: Path, shard_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["doctor", "--config", write(tmp_path, config(tmp_path, shard_folder, MICRO))]
+
+    assert main([*call, "--json", "--", "--run.name", "another"]) == 0
+    findings = {f["name"]: f["text"] for f in json.loads(capsys.readouterr().out)}
+    assert "/another-" in findings["run"]
+    assert main([*call, "--", "--data.crop", "1000"]) == 1
+    assert "crop" in capsys.readouterr().out
+    assert main([*call, "--", "--model.nonsense", "3"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nonsense" in line
+
+
 def test_doctor_says_a_damaged_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("run: [")

@@ -52,6 +52,7 @@ def in_step(run: Callable[[], int], preemption: "Preemption") -> int:
         print(f"tucodec: {error}", file=sys.stderr)
         status = 1
     except Exception:
+        preemption.begun = True  # from here on a signal is an answer, also to a set-up that failed
         traceback.print_exc()
         status = PREEMPTED if preemption.is_echo() else 1
     for number in SIGNALS:
