@@ -126,29 +126,39 @@ class CodingModule(ScheduledModule):
         pixels = x.shape[-1] * x.shape[-2]
         bits_y, bits_z = output.bits()
         x_hat = (output.x_hat.clamp(0, 1) * 255).round() / 255
+        read = numbers_of(
+            {
+                "index": batch["index"][0],
+                "bits_y": bits_y.mean(),
+                "bits_z": bits_z.mean(),
+                "psnr": psnr(x_hat, x).mean(),
+                "ms_ssim": ms_ssim(x_hat, x).mean(),
+                "loss": self.loss(output, x).loss,
+            }
+        )
         row = {
-            "index": float(batch["index"][0]),
-            "bpp_y": float(bits_y.mean()) / pixels,
-            "bpp_z": float(bits_z.mean()) / pixels,
-            "psnr": float(psnr(x_hat, x).mean()),
-            "ms_ssim": float(ms_ssim(x_hat, x).mean()),
+            "index": read["index"],
+            "bpp_y": read["bits_y"] / pixels,
+            "bpp_z": read["bits_z"] / pixels,
+            "psnr": read["psnr"],
+            "ms_ssim": read["ms_ssim"],
             **self.watch(output),
-            "loss": float(self.loss(output, x).loss),
+            "loss": read["loss"],
         }
         chosen = self.real_files is None or row["index"] < self.real_files
         if self.written is not None and chosen:
             row["real_bpp"] = 8 * len(self.written(output, x)) / pixels
         self.validation_rows.append(row)
-        if self.trainer.loggers:
-            self.keep_picture(int(batch["index"][0]), eight_bits(x), eight_bits(x_hat))
+        # What is not kept does not leave the device.
+        if self.trainer.loggers and (number := int(row["index"])) < PICTURES:
+            self.keep_picture(number, eight_bits(x), eight_bits(x_hat))
 
     def keep_picture(
         self, number: int, original: NDArray[np.uint8], shown: NDArray[np.uint8]
     ) -> None:
-        """Original and reconstruction side by side, of the first images."""
-        if number < PICTURES:
-            panels = np.concatenate([original, shown], axis=1)
-            write_png(self.picture_path(str(number) if number else ""), panels)
+        """Original and reconstruction side by side."""
+        panels = np.concatenate([original, shown], axis=1)
+        write_png(self.picture_path(str(number) if number else ""), panels)
 
     def means(self, rows: list[dict[str, float]]) -> dict[str, float]:
         """Means over the images."""
@@ -173,6 +183,12 @@ class CodingModule(ScheduledModule):
         total = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
         assert isinstance(total, Tensor)
         return total
+
+
+def numbers_of(values: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars of float32 or less, by name; the device is waited for once."""
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    return dict(zip(values, stacked.tolist(), strict=True))
 
 
 def eight_bits(x: Tensor) -> NDArray[np.uint8]:

@@ -336,12 +336,9 @@ class WholeImages(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
-        """Image float32 1×3×H×W in [0, 1], index int64 1."""
-        planes = np.ascontiguousarray(read_image(self.files[item]).transpose(2, 0, 1))
-        return {
-            "image": torch.from_numpy(planes)[None].to(torch.float32).div_(255),
-            "index": torch.tensor([item]),
-        }
+        """Image uint8 1×H×W×3, index int64 1."""
+        pixels = np.ascontiguousarray(read_image(self.files[item]))[None]
+        return {"image": _for_transfer(pixels), "index": torch.tensor([item])}
 
 
 def check_validation(config: dict[str, Any]) -> int | None:
@@ -510,7 +507,7 @@ class PatchDataModule(pl.LightningDataModule):
         return self._loader
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """What modules get: image float32 N×3×crop×crop in [0, 1], channels last, made on the device."""
+        """What modules get: image float32 N×3×H×W in [0, 1], channels last, made on the device."""
         if batch["image"].dtype == torch.uint8:
             batch["image"] = as_floats(batch["image"])
         return batch
@@ -525,7 +522,7 @@ class PatchDataModule(pl.LightningDataModule):
         return check_images(location)
 
     def val_dataloader(self) -> Any:
-        """Whole images: image float32 1×3×H×W, index int64 1; see `in_order` on repeats."""
+        """Whole images: image uint8 1×H×W×3, index int64 1; see `in_order` on repeats."""
         if self.val_images is None:
             return []
         return in_order(WholeImages(self.val_images), *self._place())

@@ -128,13 +128,13 @@ def signal_in_image(number: int, measured: Path) -> None:
     original, measure = TucodecVAE.rate, VAE._measure
     calls = 0
 
-    def rate(self: TucodecVAE, y: torch.Tensor) -> Any:
+    def rate(self: TucodecVAE, y: torch.Tensor, noise: Any = None) -> Any:
         nonlocal calls
         if not self.training:
             calls += 1
             if calls == number:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, y)
+        return original(self, y, noise)
 
     def _measure(self: VAE, batch: Any) -> None:
         measure(self, batch)
@@ -214,3 +214,25 @@ def test_a_real_file_is_made_of_the_latents_at_hand(
         original, measured = np.split(pair, 2, axis=1)
         assert data == model.encode(original)
         assert np.abs(shown.astype(int) - measured).max() <= 1  # rounding of fixed-point centres
+
+
+def test_an_image_is_one_read_of_the_device(val_folder: Path) -> None:
+    """All numbers of a row at once; beside it, what `watch` counts and the file's symbols."""
+    from types import SimpleNamespace
+
+    from lightning_tucodec.training.data import PatchDataModule
+    from tests.training.traffic import Traffic
+
+    torch.manual_seed(0)
+    module = VAE(codec=MICRO, real_files=0).eval()
+    module._trainer = SimpleNamespace(loggers=[])  # type: ignore[assignment]
+    data = PatchDataModule("", 1, val_images=str(val_folder))
+    module.on_validation_epoch_start()
+    for batch in data.val_dataloader():
+        batch = data.on_after_batch_transfer(batch, 0)
+        with torch.no_grad(), Traffic() as traffic:
+            module.validation_step(batch, 0)
+        own = {k: n for k, n in traffic.reads.items() if "training/coding.py" in k}
+        assert sum(own.values()) == 1, traffic.reads
+    assert [row["index"] for row in module.validation_rows] == [0.0, 1.0]
+    assert "real_bpp" not in module.validation_rows[0]
