@@ -29,6 +29,7 @@ from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.codecs.learned.model_file import freeze
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.io.temporary import atomic_write
+from lightning_tucodec.training.arithmetic import arithmetic
 from lightning_tucodec.training.input.resident import ResidentDataModule, pack
 from lightning_tucodec.training.runs.weights import load_checkpoint
 from lightning_tucodec.training.vae import VAE
@@ -104,8 +105,6 @@ def fit(
 ) -> VAE:  # fmt: skip
     """One piece of a training."""
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     module = VAE(preset=plan["preset"], lmbda=plan["lmbda"], codec=network, **MODEL)
     data = ResidentDataModule(str(crops), plan["batch"], plan["crop"])
     trainer = pl.Trainer(
@@ -114,7 +113,8 @@ def fit(
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, limit_val_batches=0, plugins=[LightningEnvironment()],
     )  # fmt: skip
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    with arithmetic("fast"):
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     return module
 
 

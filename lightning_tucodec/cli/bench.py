@@ -234,6 +234,11 @@ def _add_train(commands: Subparsers) -> None:
     add("--batch", type=count, help="crops a step (4; on a GPU 16)")
     add("--crop", type=count, help="side of the crops (128; on a GPU 256)")
     add("--workers", type=whole(0, 1024), help="decoding processes (the cores but one, at most 16)")
+    add(
+        "--compile",
+        action="store_true",
+        help="ours as one compiled graph (on a GPU bf16-mixed alone)",
+    )
     add("--peer", action="store_true",
         help="instead: a step of tiny beside CompressAI's joint model with as many parameters")  # fmt: skip
 
@@ -262,5 +267,6 @@ def run_train(arguments: argparse.Namespace) -> int:
             arguments.batch,
             arguments.crop,
             arguments.workers,
+            arguments.compile,
         )
     return show(result, timing.table_text, arguments)

@@ -22,7 +22,8 @@ RESULTS = ROOT / "docs" / "gpu.json"
 
 NEEDED = {
     "torch": "2.11", "pytorch-lightning": "2.6.4", "numba": "0.60", "einops": "0.8", "safetensors": "0.5",
-    "numpy": "1.26", "pillow": "11.3", "pyyaml": "6", "tqdm": "4.66", "fsspec": "2025.3", "pytest": "8.3",
+    "numpy": "1.26", "pillow": "11.3", "pyyaml": "6", "tqdm": "4.66", "fsspec": "2025.3", "webdataset": "1.0",
+    "imagehash": "4.3", "pytest": "8.3",
     "hypothesis": "6.120",
 }  # fmt: skip
 """All that is needed; CompressAI is not: its example loop is written out."""
@@ -60,7 +61,13 @@ class Session:
 
     def __init__(self, results: Path, minutes: float) -> None:
         self.results, self.end = results, time.monotonic() + 60 * minutes - RESERVE
-        self.found: dict[str, Any] = {"tests": {}, "train": {}, "codec": {}, "left_out": []}
+        self.found: dict[str, Any] = {
+            "tests": {},
+            "train": {},
+            "codec": {},
+            "compiled": {},
+            "left_out": [],
+        }
 
     @property
     def left(self) -> float:
@@ -120,7 +127,18 @@ def where() -> dict[str, Any]:
 
 def tests(session: Session, chosen: Sequence[str]) -> None:
     """Run the tests; their counts and the names of those that failed."""
-    words = ["-m", "pytest", "-p", "no:cacheprovider", "-ra", "--tb=short", *chosen]
+    # The project's filters name modules that need not be here.
+    words = [
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "filterwarnings=default",
+        "-ra",
+        "--tb=short",
+    ]
+    words += chosen
     start = time.monotonic()
     output = session.run("tests", words)
     if output is None:
@@ -140,16 +158,18 @@ def tests(session: Session, chosen: Sequence[str]) -> None:
     }
 
 
-def bench(session: Session, part: str, preset: str, words: Sequence[str]) -> None:
-    """One bench of one preset."""
-    name = f"bench {part} {preset}"
+def bench(
+    session: Session, part: str, preset: str, words: Sequence[str], key: str | None = None
+) -> None:
+    """One bench of one preset, kept under `key`, or under the bench's own name."""
+    name = f"bench {part} {preset}{f', {key}' if key else ''}"
     output = session.run(name, ["-m", "lightning_tucodec.cli", "bench", part, *words, "--json"], 10)
-    if output is None:
-        return
-    if session.status:
-        session.found["left_out"].append(f"{name}: ended with status {session.status}")
-        return
-    session.found[part][preset] = json.loads(output)
+    if output is not None:
+        if session.status:
+            session.found["left_out"].append(f"{name}: ended with status {session.status}")
+        else:
+            session.found[key or part][preset] = json.loads(output)
+    session.keep()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,14 +211,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--repeats",
             "1",
         ]
-        training = small if rehearse else ["--device", "cuda"]
+        training = small if rehearse else ["--device", "cuda", "--repeats", "2"]
         coding = ["--peers", "--repeats", "1" if rehearse else "5"]
         coding += ["--size", "64", "64"] if rehearse else ["--device", "cuda"]
-        for preset in PRESETS[:1] if rehearse else PRESETS:
+        presets = PRESETS[:1] if rehearse else PRESETS
+        for preset in presets:
             bench(session, "train", preset, ["--preset", preset, *training])
-            session.keep()
             bench(session, "codec", preset, ["--models", preset, "--bpp", "0.5", *coding])
-            session.keep()
+        for preset in (
+            () if rehearse else presets
+        ):  # last, because compiling may take all that is left
+            words = ["--preset", preset, *training, "--compile"]
+            bench(session, "train", preset, words, "compiled")
     except subprocess.TimeoutExpired:
         session.found["left_out"].append("benches: kernels were still being compiled")
         session.keep()
