@@ -156,7 +156,7 @@ def read_curve(path: str | Path) -> Curve:
             quality["ms_ssim_db"] = np.asarray(results["ms-ssim-db-rgb"], np.float64)
         elif "ms-ssim-rgb" in results:
             quality["ms_ssim_db"] = decibels(results["ms-ssim-rgb"])
-        if (bpp <= 0).any():
+        if (np.isfinite(bpp) & (bpp <= 0)).any():
             raise ValueError("a rate that is not above 0")
         if bpp.ndim != 1 or any(v.shape != bpp.shape for v in quality.values()) or not quality:
             raise ValueError("no quality, or not one value a rate")

@@ -268,24 +268,25 @@ def _expanded_config(words: Sequence[str]) -> list[str]:
 
 
 def _named_classes(words: Sequence[str]) -> set[str]:
-    """The groups, of model and data, whose class the words or their configuration files name."""
-    found = set()
+    """The groups, of model and data, whose class is named where a word or file first mentions them.
+
+    Where arguments come first, they are the default class's until another class takes them over.
+    """
+    named: dict[str, bool] = {}
     for word, following in zip(words, [*words[1:], ""], strict=True):
         option, sign, value = word.partition("=")
         value = value if sign else following
         for group in ("model", "data"):
-            if option in (f"--{group}", f"--{group}.class_path"):
-                found.add(group)
+            if option == f"--{group}" or option.startswith(f"--{group}."):
+                named.setdefault(group, option in (f"--{group}", f"--{group}.class_path"))
         if option in ("--config", "-c"):
             with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
                 content = yaml.safe_load(Path(value).read_bytes())
                 groups = content if isinstance(content, dict) else {}
-                found |= {
-                    group
-                    for group in ("model", "data")
-                    if isinstance(groups.get(group), dict) and "class_path" in groups[group]
-                }
-    return found
+                for group in {"model", "data"} & groups.keys():
+                    given = groups[group]
+                    named.setdefault(group, isinstance(given, dict) and "class_path" in given)
+    return {group for group, is_named in named.items() if is_named}
 
 
 def _in_plain_words(message: str) -> str:
