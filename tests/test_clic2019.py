@@ -40,7 +40,8 @@ FOLDER = Path(__file__).parent.parent / "experiments" / "clic2019"
 def test_entries(
     entry: str, variables: dict[str, str], candidates: list[str], limits: list[str], tmp_path: Path
 ) -> None:
-    Image.fromarray(photo("coffee.png", 40, 40)).save(tmp_path / "a.png")
+    for size in (40, 41, 42):  # as many images as jobs
+        Image.fromarray(photo("coffee.png", size, 40)).save(tmp_path / f"{size}.png")
     words = [str(FOLDER / entry), str(tmp_path), "-o", str(tmp_path / "out")]
     done = subprocess.run(
         [*words, "--slurm", "3", "--dry-run"],

@@ -57,6 +57,7 @@ from lightning_tucodec.training.runs.preemption import (
     SetupStopped,
     ValidationStopped,
     in_step,
+    several_processes,
 )
 from lightning_tucodec.training.runs.tracking import Counters, JsonlLogger
 from lightning_tucodec.training.runs.weights import load_checkpoint
@@ -260,7 +261,7 @@ class TucodecCLI(ConfiguredCLI):
             status = 1
             lines = redacted(str(error)).strip().splitlines() or [type(error).__name__]
             text = lines[-1][:500]
-            step = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+            step = several_processes()
             # What is raised where a connection is closed; TERM may have come before or come yet.
             if step and isinstance(error, RuntimeError) and self.preemption.is_echo():
                 text = f"{ECHO}: {text}"
@@ -419,7 +420,9 @@ def _main(arguments: Sequence[str], preemption: Preemption) -> int:
         print(f"tucodec {arguments[0]}: {error}", file=sys.stderr)
         return 2
     except SetupStopped:
-        announce()
+        # In a step of several processes another one may say why it is being ended: that stays the last line.
+        if not several_processes():
+            announce()
         return PREEMPTED
     if arguments[0] == "fit" and cli.preempted:
         return PREEMPTED

@@ -95,6 +95,8 @@ class TrainingModule(pl.LightningModule):
     @property
     def logging_is_due(self) -> bool:
         """Whether this training step's values are written: worth a wait for the device and the ranks."""
+        if self._trainer is None:  # a bench steps it by hand
+            return False
         every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
         return every > 0 and (self.opt_step + 1) % every == 0
 

@@ -30,6 +30,11 @@ _PEER_SECONDS = 30.0
 """How long after the death of one process srun's TERM may take to reach the others."""
 
 
+def several_processes() -> bool:
+    """Whether this is one process of several in a Slurm step."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
 def in_step(run: Callable[[], int], preemption: "Preemption") -> int:
     """The exit status of one process of a Slurm step.
 
@@ -43,7 +48,7 @@ def in_step(run: Callable[[], int], preemption: "Preemption") -> int:
         run: what the process does; returns a status.
         preemption: knows whether it was told to stop.
     """
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+    if not several_processes():
         return run()
     preemption.__enter__()
     try:
