@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 from lightning_tucodec.errors import DatasetError
 from lightning_tucodec.io.processes import INTERRUPTS, end_on_interrupt, interrupt_children
+
+_TMPDIR_MAX = 70
 
 
 def run_tasks(
@@ -41,7 +44,9 @@ def _results(
             function(*task)
             yield
         return
-    context = multiprocessing.get_context("forkserver")
+    # A fork server listens on a socket below TMPDIR, whose whole name must not exceed 107 bytes.
+    short = len(os.fsencode(tempfile.gettempdir())) <= _TMPDIR_MAX
+    context = multiprocessing.get_context("forkserver" if short else "spawn")
     context.set_forkserver_preload(["data_pipelines.shards", "webdataset.writer", "imagehash"])
     pool = ProcessPoolExecutor(workers, context, initializer=_die_with_parent)
     wait_for_all = True

@@ -502,3 +502,32 @@ def test_defaults_are_checked() -> None:
         BuildOptions(patch=256, long_edge=200).check()
     with pytest.raises(ConfigError, match="format"):
         BuildOptions(encoding="gif").check()
+
+
+def test_a_long_tmpdir_holds_no_socket_and_needs_none(photo_folder: Path, tmp_path: Path) -> None:
+    """Slurm's job folders, or pytest's, may be longer than a socket's name can be."""
+    far = tmp_path / ("x" * 60) / ("y" * 40)
+    far.mkdir(parents=True)
+    words = ["shards", "build", str(photo_folder), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "lightning_tucodec.cli",
+            *words,
+            "--patch",
+            "32",
+            "--workers",
+            "2",
+            "--shard-size",
+            "2",
+        ],
+        env={**os.environ, "TMPDIR": str(far)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "index.json").exists()
+    assert list(far.iterdir()) == []
