@@ -1,5 +1,6 @@
 """Shared by tests of several folders: photographs, shards of them, a network of few weights, a bucket."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """What is marked `gpu` is collected everywhere."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here; `make gpu` runs it where there is one")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test leaves PyTorch one thread: Lightning's launcher of DDP sets them, also for child processes."""
+    name = "OMP_NUM_THREADS"
+    before = os.environ.get(name)
+    yield
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+    if before is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = before
 
 
 @pytest.fixture(scope="session")

@@ -23,13 +23,18 @@ from lightning_tucodec.training.vae import VAE
 
 
 def start(words: list[str], prepare: Callable[[], None] | None = None) -> int:
-    """`tucodec …` in a child that begins with `prepare`; its process id."""
+    """`tucodec …` in a child that begins with `prepare`; its process id.
+
+    The child has one thread: OpenMP's threads are not forked, and GCC's library does not know that. A layer
+    that it shared out among them would wait for ever or write into the memory of one that is gone.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid:
         return pid
     status = 99
+    torch.set_num_threads(1)
     try:
         if prepare is not None:
             prepare()

@@ -1,7 +1,9 @@
 """Hit anywhere and called again, a run leaves what the straight run leaves, to the last bit."""
 
 import json
+import os
 import random
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -203,3 +205,17 @@ def test_only_plain_types_and_known_names(straight: Path) -> None:
     assert len(content["run"]["rng"]) == 1
     assert load_checkpoint(straight / "checkpoints" / "previous.ckpt")
     assert RunFolder(straight).latest()
+
+
+def test_a_child_of_a_process_of_two_threads_has_one() -> None:
+    """A layer that OpenMP shared out in a fork would wait for threads that are not there, or fall."""
+    x, weight = torch.ones(2, 32, 64, 64), torch.ones(32, 32, 1, 1)
+
+    def prepare() -> None:
+        signal.alarm(60)
+        torch.nn.functional.conv2d(x, weight)
+        os._exit(10 + torch.get_num_threads())
+
+    torch.set_num_threads(2)
+    torch.nn.functional.conv2d(x, weight)
+    assert wait(start([], prepare)) == 11
