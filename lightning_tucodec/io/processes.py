@@ -358,6 +358,7 @@ def _end(status: int, until: float) -> None:
         time.sleep(0.02)
     for pid in list(_children):
         _signal(pid, signal.SIGKILL)
+    _tidy()  # a thread that was starting workers may have made a folder meanwhile
     os._exit(status)
 
 
