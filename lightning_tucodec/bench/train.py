@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ class _Bench:
         """Seconds of a step of CompressAI's loop on the same network."""
         clock = _Clock(self.device, self.steps)
         loader = PatchDataModule(**{**self.data, "batch_size": 1}).train_dataloader()  # type: ignore[arg-type]
+        util.get_temp_dir()  # workers share ours, which we remove, instead of making their own
         batches: DataLoader[Tensor] = DataLoader(
             _Floats(loader.batches), self.data["batch_size"], num_workers=self.workers,  # type: ignore[arg-type]
             pin_memory=self.device.startswith("cuda"), generator=torch.Generator(),
