@@ -180,6 +180,7 @@ class _Bench:
 
     def ours(self, precision: str, compiled: bool, resident: bool) -> float:
         """Seconds of a step of `VAE` under Lightning's trainer."""
+        util.get_temp_dir()  # workers share ours, which we remove, instead of making their own
         clock = _Clock(self.device, self.steps)
         kind = _Resident if resident else PatchDataModule
         data = kind(**self.data, num_workers=self.workers)  # type: ignore[arg-type]
@@ -203,7 +204,6 @@ class _Bench:
         """Seconds of a step of CompressAI's loop on the same network."""
         clock = _Clock(self.device, self.steps)
         loader = PatchDataModule(**{**self.data, "batch_size": 1}).train_dataloader()  # type: ignore[arg-type]
-        util.get_temp_dir()  # workers share ours, which we remove, instead of making their own
         batches: DataLoader[Tensor] = DataLoader(
             _Floats(loader.batches), self.data["batch_size"], num_workers=self.workers,  # type: ignore[arg-type]
             pin_memory=self.device.startswith("cuda"), generator=torch.Generator(),
