@@ -363,6 +363,32 @@ def test_nothing_outlives_it_that_still_imports(tmp_path: Path) -> None:
     assert (tmp_path / "said").read_text() == ""
 
 
+FORKED = """
+import multiprocessing, os, sys
+from lightning_tucodec.io import processes
+
+def work():
+    process = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+    process.start()
+    process.join()
+    return process.exitcode
+
+assert work() == 0
+if not (child := os.fork()):
+    processes.end(0)
+assert os.waitpid(child, 0)[1] == 0
+processes.stop(0)
+assert work() == 0
+"""
+
+
+def test_workers_still_start_after_a_fork_has_ended_or_an_interrupt(tmp_path: Path) -> None:
+    """The folder and the server of multiprocessing are their parent's, and the caller's of `main`."""
+    with process([sys.executable, "-c", FORKED], tmp_path) as command:
+        assert command.process.wait(60) == 0, (tmp_path / "said").read_text()
+    assert (tmp_path / "said").read_text() == ""
+
+
 DROPPED = """
 import ctypes, os, signal, time
 from lightning_tucodec.io import processes

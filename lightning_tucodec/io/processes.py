@@ -30,6 +30,9 @@ _pools: "weakref.WeakSet[ThreadPoolExecutor]" = weakref.WeakSet()
 _children: dict[int, bool] = {}
 """Sessions of our own by their process; whether it is a command of ours, which ends itself when told."""
 
+_inherited_server: int | None = None
+"""The process that workers are forked from, of a parent that this process is a fork of."""
+
 
 class Interrupted(BaseException):
     """A signal has told this command to end. Not an error: nothing but `main` may catch it for good."""
@@ -191,7 +194,10 @@ def announce() -> None:
 
 def _in_child() -> None:
     """A fork has nothing of its parent's to end, and signals that it was not asked about."""
-    global _watch
+    global _inherited_server, _watch
+    # Forks by `multiprocessing` get the folder with their process object; they are not told to remove it.
+    multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
+    _inherited_server = _server()
     _children.clear()
     _pools.clear()
     forget_temporary()
@@ -304,7 +310,7 @@ def stop(status: int) -> None:
                 told.add(pid)
                 _signal(pid, signal.SIGTERM)
         time.sleep(0.02)
-    _tidy()
+    remove_temporary()  # multiprocessing's folder stays: a caller of `main` may start more workers
 
 
 def when_parent_ends(parent: int, act: Callable[[], object]) -> None:
@@ -368,11 +374,16 @@ def _end_server() -> None:
     By itself it would first import all that it was told to, which takes seconds, and then close its
     interpreter.
     """
-    server = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
-    pid = getattr(server, "_forkserver_pid", None)
-    if pid is not None:
+    pid = _server()
+    if pid is not None and pid != _inherited_server:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _server() -> int | None:
+    """The process that workers are forked from, if there is one."""
+    server = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
+    return getattr(server, "_forkserver_pid", None)
 
 
 def _tidy() -> None:
