@@ -12,7 +12,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.support import MICRO, PHOTOS, photo
+from tests.support import MICRO, PHOTOS, photo, s3_environment
 
 settings.register_profile("deterministic", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("deterministic")
@@ -119,12 +119,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
+    for name, value in s3_environment(f"http://{host}:{port}").items():
         monkeypatch.setenv(name, value)
     # The endpoint is no part of the key of fsspec's cache, and moto's buckets outlive its server.
     s3fs.S3FileSystem.clear_instance_cache()

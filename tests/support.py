@@ -1,11 +1,13 @@
-"""Real photographs, the shape of a network of a few thousand weights, and what the parser has."""
+"""Real photographs, a network of a few thousand weights, surroundings, and what the parser has."""
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -32,6 +34,40 @@ def photo(name: str, width: int, height: int, left: int = 100, top: int = 60) ->
     with Image.open(str(files("skimage") / "data" / name)) as image:
         box = (left, top, left + width, top + height)
         return np.array(image.convert("RGB").crop(box))
+
+
+def s3_environment(endpoint: str) -> dict[str, str]:
+    """Environment variables that lead to an S3 server of a test."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+CALLER_MODES = ("no_grad", "inference", "float64", "autocast", "device")
+"""What `caller_mode` knows."""
+
+
+@contextlib.contextmanager
+def caller_mode(name: str) -> Iterator[None]:
+    """PyTorch as a program that uses this package may have set it."""
+    if name == "float64":
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return
+    modes = {
+        "no_grad": torch.no_grad,
+        "inference": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "device": lambda: torch.device("meta"),
+    }
+    with modes[name]():
+        yield
 
 
 def options(

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lightning_tucodec.cli import build_parser, main
 from lightning_tucodec.codecs.library import find
-from tests.support import options, photo
+from tests.support import options, photo, s3_environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 
@@ -316,8 +316,7 @@ def test_a_signal_ends_it_at_once(name: str, material: Path, tmp_path: Path) -> 
     (tmp_path / "tmp").mkdir()
     with silent_server() as port:
         if case.busy is connected:
-            environment |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
-            environment |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+            environment |= s3_environment(f"http://127.0.0.1:{port}")
         before = slowdown()
         with started(case.words, tmp_path, **environment) as command:
             until(lambda: case.busy(command) or command.process.poll() is not None, 300)

@@ -40,13 +40,7 @@ def register(subparsers: Subparsers) -> None:
     add_trust(export)
     add("--average", nargs="+", type=real(), metavar="SHARE",
         help="average the weights of several runs with these shares (default: equal shares)")  # fmt: skip
-    add("--name", help="the model's name (default: the file's stem)")
-    add(
-        "--card",
-        type=location,
-        metavar="YAML",
-        help="file with additional entries of the model card",
-    )
+    _add_card(export)
     imported = command(
         subparsers, "import", run_import, "turn a checkpoint of CompressAI's form into a model file"
     )
@@ -61,13 +55,7 @@ def register(subparsers: Subparsers) -> None:
     add("-o", "--out", type=location, metavar="MODEL.safetensors",
         help="default: the network's name and quality, in the current folder")  # fmt: skip
     add_force(imported)
-    add("--name", help="the model's name (default: the file's stem)")
-    add(
-        "--card",
-        type=location,
-        metavar="YAML",
-        help="file with additional entries of the model card",
-    )
+    _add_card(imported)
     sync = command(
         subparsers,
         "wandb-sync",
@@ -77,6 +65,17 @@ def register(subparsers: Subparsers) -> None:
     sync.add_argument("runs", type=location, nargs="+", metavar="RUN", help="run folders")
     sync.add_argument(
         "--offline", action="store_true", help="write an offline run instead of uploading"
+    )
+
+
+def _add_card(parser: argparse.ArgumentParser) -> None:
+    """What both commands that write a model file ask for."""
+    parser.add_argument("--name", help="the model's name (default: the file's stem)")
+    parser.add_argument(
+        "--card",
+        type=location,
+        metavar="YAML",
+        help="file with additional entries of the model card",
     )
 
 

@@ -23,10 +23,9 @@ from lightning_tucodec.coding.categorical import (
     CategoricalTables,
     build_cdf,
     decode_table,
-    encode_table,
 )
 from lightning_tucodec.coding.gaussian import SYMBOL_LIMIT, gaussian_tables, scale_indices
-from lightning_tucodec.coding.laplace import decode_laplace, encode_laplace
+from lightning_tucodec.coding.laplace import decode_laplace
 from lightning_tucodec.coding.layers import (
     FRACTION_BITS,
     LIMIT,
@@ -35,7 +34,7 @@ from lightning_tucodec.coding.layers import (
     Work,
     quantised,
 )
-from lightning_tucodec.coding.wavefront import diagonals, scan
+from lightning_tucodec.coding.wavefront import Symbols, diagonals, scan, stream_of
 from lightning_tucodec.nn.context import DIAGONAL_SLOPE
 
 REACH = 2
@@ -171,13 +170,8 @@ def encode(model: RasterModel, z: NDArray[np.int32], y: NDArray[np.float32]) -> 
 
     _walk(model, model.gamma(z), take)
     indices = symbols.reshape(-1) + np.int32(SYMBOL_LIMIT)
-    z_start, z_frequency = encode_table(z.reshape(z.shape[0], -1), model.categorical)
-    y_start, y_frequency = encode_laplace(
-        indices, np.zeros_like(indices), scales.reshape(-1), gaussian_tables()
-    )
-    return rans.encode(
-        np.concatenate([z_start, y_start]), np.concatenate([z_frequency, y_frequency])
-    )
+    y_symbols = Symbols(indices, np.zeros_like(indices), scales.reshape(-1))
+    return stream_of(z, model.categorical, y_symbols, gaussian_tables())
 
 
 def decode(model: RasterModel, stream: bytes, height: int, width: int) -> NDArray[np.float32]:

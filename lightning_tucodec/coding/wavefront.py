@@ -132,9 +132,15 @@ def encode(model: EntropyModel, z: NDArray[np.int32], y: NDArray[np.int32]) -> b
     Returns:
         The stream.
     """
-    symbols = in_order(model, z, y)
-    z_start, z_frequency = encode_table(z.reshape(z.shape[0], -1), model.categorical)
-    y_start, y_frequency = encode_laplace(*symbols, model.laplace)
+    return stream_of(z, model.categorical, in_order(model, z, y), model.laplace)
+
+
+def stream_of(
+    z: NDArray[np.int32], categorical: CategoricalTables, y: Symbols, laplace: LaplaceTables
+) -> bytes:
+    """The stream of z's symbols, Z×h×w, then y's."""
+    z_start, z_frequency = encode_table(z.reshape(z.shape[0], -1), categorical)
+    y_start, y_frequency = encode_laplace(*y, laplace)
     return rans.encode(
         np.concatenate([z_start, y_start]), np.concatenate([z_frequency, y_frequency])
     )

@@ -1,6 +1,5 @@
 """H.266 in `.tuc` files: parameter sets, gate, rate control, command line."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from lightning_tucodec.errors import (
 )
 from lightning_tucodec.nn.postfilter import PostFilter, PostFilterConfig
 from lightning_tucodec.quality.metrics import sse
+from tests.support import CALLER_MODES, caller_mode
 
 PHOTO = np.ascontiguousarray(astronaut()[40:103, 150:241])
 FAST = "preset=faster,chroma_qp_offset=-4"
@@ -187,23 +187,13 @@ def test_bands_leave_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.mean(banded != whole) < 1e-3
 
 
-@pytest.mark.parametrize("mode", ["inference", "float64", "autocast", "device"])
+@pytest.mark.parametrize("mode", CALLER_MODES)
 def test_the_modes_of_the_caller_change_no_filter(mode: str) -> None:
     planes = rgb_to_planes(pad(PHOTO, 2, 16), transform="orthonormal")
     known = FilterModel(ModelFile.load(find("vvc-postfilter")))
     weights = known.fit(planes, 40, "orthonormal", pad(PHOTO, 2, 16))
     shown = known.apply(planes, 40, "orthonormal", weights)
-    with contextlib.ExitStack() as stack:
-        if mode == "float64":
-            torch.set_default_dtype(torch.float64)
-            stack.callback(torch.set_default_dtype, torch.float32)
-        else:
-            modes = {
-                "inference": torch.inference_mode,
-                "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-                "device": lambda: torch.device("meta"),
-            }
-            stack.enter_context(modes[mode]())
+    with caller_mode(mode):
         model = FilterModel(known.file)
         assert model.fit(planes, 40, "orthonormal", pad(PHOTO, 2, 16)) == weights
         assert np.array_equal(model.apply(planes, 40, "orthonormal", weights), shown)

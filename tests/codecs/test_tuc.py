@@ -22,7 +22,7 @@ from lightning_tucodec.coding.fixed_point import integer_layout, quantise_networ
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.quality.metrics import pixels_ms_ssim
 from lightning_tucodec.training.vae import resolve_codec
-from tests.support import MICRO, photo
+from tests.support import CALLER_MODES, MICRO, caller_mode, photo
 
 
 @pytest.fixture(scope="module")
@@ -268,25 +268,14 @@ def test_a_network_of_shapes_alone_has_those_of_a_whole_one(model: TucModel) -> 
     assert integer_layout(shapes) == values
 
 
-@pytest.mark.parametrize("mode", ["no_grad", "inference", "float64", "autocast", "device"])
+@pytest.mark.parametrize("mode", CALLER_MODES)
 def test_the_modes_of_the_caller_change_nothing(mode: str) -> None:
     image = photo("coffee.png", 48, 40)
     known = tuc.load("tiny-mse-1")
     expected = [known.compress(image, effort=effort) for effort in (0, 1)]
     bits = known.estimated_bits(image)
     state = torch.random.get_rng_state()
-    with contextlib.ExitStack() as stack:
-        if mode == "float64":
-            torch.set_default_dtype(torch.float64)
-            stack.callback(torch.set_default_dtype, torch.float32)
-        else:
-            modes = {
-                "no_grad": torch.no_grad,
-                "inference": torch.inference_mode,
-                "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-                "device": lambda: torch.device("meta"),
-            }
-            stack.enter_context(modes[mode]())
+    with caller_mode(mode):
         model = TucModel(ModelFile.load(library.find("tiny-mse-1")))
         assert [model.compress(image, effort=effort) for effort in (0, 1)] == expected
         assert TucModel(model.file).estimated_bits(image) == bits

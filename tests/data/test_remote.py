@@ -26,6 +26,7 @@ from lightning_tucodec.io.storage import ShardCache, Storage
 from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.input.shards import ShardReader
+from tests.support import s3_environment
 
 # botocore and aiohttp say things on their own account about clocks and connections left open.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -111,10 +112,7 @@ def server() -> Iterator[Faulty]:
 def bucket(server: Faulty, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An empty bucket's URL; the environment leads to it through the faulty server."""
     endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": endpoint, "NO_PROXY": "127.0.0.1",
-    }.items():  # fmt: skip
+    for name, value in {**s3_environment(endpoint), "NO_PROXY": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "AWS_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)

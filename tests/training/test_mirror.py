@@ -18,7 +18,7 @@ from lightning_tucodec.training.beside import companions, mirror
 from lightning_tucodec.training.beside import pull as pulling
 from lightning_tucodec.training.beside.pull import pull
 from lightning_tucodec.training.runs.folder import Manifest, RunFolder, read_metrics
-from tests.support import MICRO
+from tests.support import MICRO, s3_environment
 from tests.training.test_fit import config, same, state, without_time, write
 from tests.training.test_fit import runs as run_folders
 
@@ -402,12 +402,7 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
     thread = threading.Thread(target=accept)
     thread.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.getsockname()[1]}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
+    for name, value in s3_environment(f"http://127.0.0.1:{server.getsockname()[1]}").items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     yield "s3://hangs/runs"
