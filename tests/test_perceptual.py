@@ -21,12 +21,15 @@ def blurred(image: NDArray[np.uint8], radius: float) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def portrait() -> NDArray[np.uint8]:
-    return photo("astronaut.png", 177, 131)
+    return photo("astronaut.png", 177, 163)
 
 
 @pytest.mark.parametrize(
     ("name", "best", "sign"),
-    [("vmaf", 95.0, 1), ("xpsnr", 60.0, 1), ("flip", 0.0, -1), ("ssimulacra2", 100.0, 1)],
+    [
+        *(("vmaf", 95.0, 1), ("xpsnr", 60.0, 1), ("flip", 0.0, -1), ("ssimulacra2", 100.0, 1)),
+        *(("fsim", 1.0, 1), ("vif", 1.0, 1), ("psnr_hvs", 100.0, 1), ("iw_ssim", 1.0, 1)),
+    ],
 )
 def test_more_blur_is_worse(name: str, best: float, sign: int, portrait: NDArray[np.uint8]) -> None:
     measure = MEASURES[name]
@@ -51,6 +54,26 @@ def test_names_are_checked() -> None:
     assert check_names(["vmaf", "flip", "vmaf"]) == ["vmaf", "flip"]
     with pytest.raises(ConfigError, match="'lpip' is unknown"):
         check_names(["lpip"])
+
+
+def test_jpeg_ai_is_a_group_of_names() -> None:
+    assert check_names(["vif", "jpeg-ai"]) == ["vif", "vmaf", "fsim", "psnr_hvs", "iw_ssim"]
+
+
+def test_psnr_hvs_and_vif_follow_their_definitions() -> None:
+    """Both are linear in something known: PSNR-HVS in the logarithm of a flat error, VIF in contrast."""
+    flat = np.full((64, 64, 3), 100, np.uint8)
+    small, large = (MEASURES["psnr_hvs"](flat, flat + np.uint8(shift)) for shift in (8, 16))
+    assert small - large == pytest.approx(20 * np.log10(2), abs=0.5)
+    rng = np.random.default_rng(0)
+    noise = np.repeat(rng.integers(96, 160, (96, 96, 1), np.uint8), 3, axis=2)
+    doubled = (2 * noise.astype(int) - 128).astype(np.uint8)
+    assert MEASURES["vif"](noise, doubled) > MEASURES["vif"](noise, noise)
+
+
+def test_a_picture_that_is_too_small_is_one_line(portrait: NDArray[np.uint8]) -> None:
+    with pytest.raises(ConfigError, match="information_weighted_ssim of piq"):
+        MEASURES["iw_ssim"](portrait[:64, :64], portrait[:64, :64])
 
 
 def test_a_filter_that_is_missing_is_named(portrait: NDArray[np.uint8]) -> None:

@@ -26,7 +26,7 @@ EXTRAS = {
     "bjontegaard": "report", "compressai": "train", "flip_evaluator": "perceptual",
     "fsspec": "data", "imagehash": "data", "imageio_ffmpeg": "h266", "jinja2": "report",
     "jsonargparse": "train", "lightning_fabric": "train", "matplotlib": "report", "paramiko": "sftp",
-    "plotly": "report", "pytorch_lightning": "train",
+    "piq": "perceptual", "plotly": "report", "pytorch_lightning": "train",
     "s3fs": "s3", "scipy": "report", "skimage": "demo", "sklearn": "demo", "ssimulacra2": "perceptual",
     "torchmetrics": "perceptual", "torchvision": "perceptual", "wandb": "wandb", "webdataset": "data",
 }  # fmt: skip

@@ -31,7 +31,8 @@ def register(subparsers: Subparsers) -> None:
         help="also measure the peak memory of every codec on one image",
     )
     add("--metrics", nargs="+", default=[], metavar="NAME",
-        help="additional measures: vmaf, xpsnr, flip, ssimulacra2, lpips, dists")  # fmt: skip
+        help="additional measures: vmaf, xpsnr, flip, ssimulacra2, lpips, dists, fsim, vif, psnr_hvs, "
+        "iw_ssim; jpeg-ai: those of JPEG AI")  # fmt: skip
     add_trust(parser)
     add_json(parser)
 

@@ -1,10 +1,15 @@
-"""Perceptual measures that need no download: VMAF, XPSNR, FLIP, SSIMULACRA 2.
+"""Perceptual measures that need no download: VMAF, XPSNR, FLIP, SSIMULACRA 2, and those of JPEG AI.
 
-VMAF and XPSNR are the filters of the ffmpeg in imageio-ffmpeg; FLIP and SSIMULACRA 2 come from PyPI
-(`pip install 'lightning-tucodec[perceptual]'`). LPIPS and DISTS need torchvision's weights of
-AlexNet and VGG-16 in PyTorch's cache. All compare 8-bit RGB images, one number a pair.
+VMAF, XPSNR and PSNR-HVS are the filters of the ffmpeg in imageio-ffmpeg; FLIP, SSIMULACRA 2 and piq (FSIM,
+VIF, IW-SSIM) come from PyPI (`pip install 'lightning-tucodec[perceptual]'`). LPIPS and DISTS need
+torchvision's weights of AlexNet and VGG-16 in PyTorch's cache. All compare 8-bit RGB images, one number a
+pair.
+
+JPEG AI's common test conditions name MS-SSIM, VMAF, VIF, FSIM, PSNR-HVS, IW-SSIM and NLPD. `JPEG_AI` has all
+but MS-SSIM, which every evaluation measures, and NLPD, which neither piq nor libvmaf offers.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -62,6 +67,28 @@ def ssimulacra2(original: Image, decoded: Image) -> float:
         return float(compute_ssimulacra2(*map(str, paths)))
 
 
+def psnr_hvs(original: Image, decoded: Image) -> float:
+    """PSNR-HVS of BT.709 luma in dB by libvmaf, higher is better (Ponomarenko et al., VPQM 2007)."""
+    measure = "libvmaf=feature=name=psnr_hvs:log_fmt=json:log_path=/dev/stderr"
+    value = r'"psnr_hvs_y": \{[^}]*"mean": ([-\d.]+|null)'
+    return _filtered(measure, value, original, decoded)
+
+
+def fsim(original: Image, decoded: Image) -> float:
+    """FSIM with chroma (FSIMc) by piq: 0 … 1, higher is better (Zhang et al., TIP 2011)."""
+    return _piq("fsim", _planes(original), _planes(decoded))
+
+
+def vif(original: Image, decoded: Image) -> float:
+    """VIF in the pixel domain of BT.709 luma by piq, higher is better (Sheikh and Bovik, TIP 2006)."""
+    return _piq("vif_p", _luma(original), _luma(decoded))
+
+
+def iw_ssim(original: Image, decoded: Image) -> float:
+    """IW-SSIM of BT.709 luma by piq: 0 … 1, higher is better (Wang and Li, TIP 2011)."""
+    return _piq("information_weighted_ssim", _luma(original), _luma(decoded))
+
+
 def lpips(original: Image, decoded: Image) -> float:
     """LPIPS with AlexNet, lower is better (Zhang et al., CVPR 2018); at least 31 pixels a side."""
     from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
@@ -80,6 +107,30 @@ def dists(original: Image, decoded: Image) -> float:
     _need_weights("DISTS", "VGG16_Weights")
     x_hat, x = _planes(decoded), _planes(original)
     return float(deep_image_structure_and_texture_similarity(x_hat, x))
+
+
+def _piq(measure: str, original: "torch.Tensor", decoded: "torch.Tensor") -> float:
+    """A full-reference measure of piq.
+
+    Raises:
+        ConfigError: piq is not installed, or the picture is too small for the measure.
+    """
+    try:
+        import piq
+    except ImportError:
+        raise ConfigError(f"FSIM, VIF and IW-SSIM need piq: {_INSTALL}") from None
+    try:
+        return float(getattr(piq, measure)(decoded, original, data_range=1.0))
+    except ValueError as error:
+        raise ConfigError(f"{measure} of piq: {' '.join(str(error).split())}") from None
+
+
+def _luma(image: Image) -> "torch.Tensor":
+    """1×1×H×W in [0, 1]: BT.709 luma of the RGB values, not rounded."""
+    import torch
+
+    weights = torch.tensor([0.2126, 0.7152, 0.0722]).view(1, 3, 1, 1)
+    return (_planes(image) * weights).sum(1, keepdim=True).clamp(0, 1)
 
 
 def _planes(image: Image) -> "torch.Tensor":
@@ -112,7 +163,16 @@ MEASURES: dict[str, Callable[[Image, Image], float]] = {
     "ssimulacra2": ssimulacra2,
     "lpips": lpips,
     "dists": dists,
+    "fsim": fsim,
+    "vif": vif,
+    "psnr_hvs": psnr_hvs,
+    "iw_ssim": iw_ssim,
 }
+
+JPEG_AI = ("vmaf", "fsim", "vif", "psnr_hvs", "iw_ssim")
+"""What `jpeg-ai` stands for among the names of measures."""
+
+LOWER_IS_BETTER = frozenset({"flip", "lpips", "dists"})
 
 DEFINITIONS = {
     "vmaf": "VMAF v0.6.1 of the still picture, BT.709 luma; mean over images; higher is better",
@@ -121,19 +181,25 @@ DEFINITIONS = {
     "ssimulacra2": "SSIMULACRA 2; mean over images; higher is better",
     "lpips": "LPIPS with AlexNet; mean over images; lower is better",
     "dists": "DISTS; mean over images; lower is better",
+    "fsim": "FSIM with chroma, by piq; mean over images; higher is better",
+    "vif": "VIF of BT.709 luma in the pixel domain, by piq; mean over images; higher is better",
+    "psnr_hvs": "PSNR-HVS of BT.709 luma by libvmaf, dB; mean over images; higher is better",
+    "iw_ssim": "IW-SSIM of BT.709 luma, by piq; mean over images; higher is better",
 }
 
 
 def check_names(names: Iterable[str]) -> list[str]:
-    """The names without repeats.
+    """The names without repeats; `jpeg-ai` is all of `JPEG_AI`.
 
     Raises:
         ConfigError: there is no such measure.
     """
-    unique = list(dict.fromkeys(names))
+    groups = ((JPEG_AI if name == "jpeg-ai" else (name,)) for name in names)
+    unique = list(dict.fromkeys(name for group in groups for name in group))
     for name in unique:
         if name not in MEASURES:
-            raise ConfigError(f"measure {name!r} is unknown; choose among {', '.join(MEASURES)}")
+            known = ", ".join([*MEASURES, "jpeg-ai"])
+            raise ConfigError(f"measure {name!r} is unknown; choose among {known}")
     return unique
 
 
@@ -144,4 +210,5 @@ def _filtered(measure: str, pattern: str, original: Image, decoded: Image) -> fl
     found = re.search(pattern, said)
     if found is None:
         raise ExternalToolError(f"ffmpeg's filter {measure.partition('=')[0]} gave no number")
-    return float(found.group(1))
+    value = found.group(1)
+    return math.inf if value == "null" else float(value)

@@ -13,6 +13,7 @@ from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.files import check_targets
 from lightning_tucodec.quality.curves import QUALITIES
 from lightning_tucodec.report.figures import rd_figure, style
+from lightning_tucodec.report.measures import measure_rows, measure_table, measure_text
 from lightning_tucodec.report.numbers import (
     RATES,
     Row,
@@ -53,8 +54,11 @@ def build_page(
     entries = material.entries
     name = choose_anchor(entries, anchor)
     rows = bd_rows(entries, name, samples, rates) if name is not None else []
+    bd_tables = [bd_table(rows, name), rate_table(rows, name)] if name and rows else []
+    if name and (further := measure_rows(material.evaluations, name)):
+        bd_tables.append(measure_table(further, name))
     tables = {
-        "bd": [bd_table(rows, name), rate_table(rows, name)] if name is not None and rows else [],
+        "bd": bd_tables,
         "points": [point_table(entries)] if entries else [],
         "cost": cost_tables(material),
         "configs": [table] if (table := config_table(material.runs)) else [],
@@ -140,5 +144,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     for note in material.notes:
         print(note, file=sys.stderr)
     print(json.dumps(rows) if arguments.json else bd_text(rows, anchor))
+    if anchor and not arguments.json and (further := measure_rows(material.evaluations, anchor)):
+        print(f"\n{measure_text(further, anchor)}")
     print("wrote", ", ".join(map(str, written)), file=sys.stderr)
     return 0
