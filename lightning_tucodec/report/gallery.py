@@ -28,6 +28,9 @@ BUDGET = 6_000_000
 
 _LOSSY = (95, 90, 85, 80, 70, 60)
 
+_SCALES = (1, 2, 3, 4, 6, 8)
+"""By what a picture is scaled down where even the coarsest quality does not fit: many large ones."""
+
 
 def scenes(
     evaluations: Sequence[Evaluation],
@@ -124,7 +127,8 @@ def _scene(
     kept: Path | None,
 ) -> Scene:
     height, width = image.shape[:2]
-    uri, how = picture(image, share)
+    scale = _fitting_scale(image, share)  # the same for all, as they are compared with each other
+    uri, how = picture(image, share, scale)
     views = [View("original", f"{width}×{height}, 24 bpp · {how}", uri, width, height)]
     maps = []
     names = [row["codec"] for row in points]
@@ -139,7 +143,7 @@ def _scene(
                 f"{name}: {row['codec']} decodes to another size than the original's; is it the image "
                 "that was evaluated?"
             )
-        uri, how = picture(shown, share)
+        uri, how = picture(shown, share, scale)
         views.append(View(label, f"{_caption(row)} · {how}", uri, width, height))
         if (bits := bit_map(coder, image)) is not None:
             maps.append(_map_view(label, bits, width, height))
@@ -160,11 +164,13 @@ def _caption(row: Mapping[str, Any]) -> str:
     return f"{row['bpp']:.3f} bpp · {psnr}{similar}"
 
 
-def picture(image: NDArray[np.uint8], share: int) -> tuple[str, str]:
+def picture(image: NDArray[np.uint8], share: int, scale: int = 1) -> tuple[str, str]:
     """A data URI of about `share` bytes at most, and how the picture is stored in it.
 
-    WebP, without loss where that fits; else the finest quality that does, or the coarsest.
+    WebP, without loss where that fits; else the finest quality that does, or the coarsest. With a
+    `scale` above 1 each pixel is the mean of so many by so many.
     """
+    image = _reduced(image, scale)
     data = _webp(image, lossless=True, method=2)
     how = "shown exactly"
     if len(data) > share:
@@ -173,7 +179,19 @@ def picture(image: NDArray[np.uint8], share: int) -> tuple[str, str]:
             how = f"shown as WebP {quality}"
             if len(data) <= share:
                 break
-    return _uri(data, "webp"), how
+    return _uri(data, "webp"), how if scale == 1 else f"{how}, at 1/{scale} of its size"
+
+
+def _fitting_scale(image: NDArray[np.uint8], share: int) -> int:
+    """The finest of `_SCALES` at which the coarsest quality takes no more than `share` bytes."""
+    for scale in _SCALES[:-1]:
+        if len(_webp(_reduced(image, scale), quality=_LOSSY[-1], method=4)) <= share:
+            return scale
+    return _SCALES[-1]
+
+
+def _reduced(image: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+    return image if scale == 1 else np.asarray(Image.fromarray(image).reduce(scale))
 
 
 def _webp(image: NDArray[np.uint8], **options: Any) -> bytes:

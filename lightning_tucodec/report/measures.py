@@ -48,8 +48,9 @@ def measure_rows(evaluations: Iterable[Evaluation], anchor: str) -> list[Row]:
         percent: dict[str, float | str] = {}
         for measure in ("ms_ssim", *measures):
             try:
-                curves = [_curve(n, s, measure) for n, s in zip((anchor, name), sides, strict=True)]
-                percent[measure] = bd_rate(*curves, cast(Quality, measure)).percent
+                reference = _curve(anchor, sides[0], measure)
+                test = _curve(name, sides[1], measure)
+                percent[measure] = bd_rate(reference, test, cast(Quality, measure)).percent
             except ConfigError as error:
                 percent[measure] = str(error)
         wanted = [percent.get(measure) for measure in ("ms_ssim", *JPEG_AI)]

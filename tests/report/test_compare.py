@@ -16,7 +16,7 @@ from lightning_tucodec.codecs import library
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.quality.curves import Curve, ImageCurves
-from lightning_tucodec.report import page, sources
+from lightning_tucodec.report import gallery, page, sources
 from lightning_tucodec.report.compare import build_page
 from lightning_tucodec.report.figures import rd_figure
 from lightning_tucodec.report.gallery import bit_map, matched, picture, scenes
@@ -197,6 +197,21 @@ def test_a_picture_says_how_it_is_stored() -> None:
     uri, how = picture(image, 3_000)
     assert re.fullmatch(r"shown as WebP \d\d", how)
     assert len(uri) < 4_500
+
+
+def test_many_large_pictures_are_scaled_down_alike(
+    evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for 31 images of 2.8 megapixels: even the coarsest WebP of each is too large."""
+    monkeypatch.setattr(gallery, "BUDGET", 24_000)
+    material = read_sources([str(evaluated / "results.json")])
+    shown = scenes(material.evaluations, [str(evaluated / "images")], 1.0, 2)
+    for scene in shown:
+        scales = {re.search(r"at 1/(\d) of its size", view.detail) for view in scene.views}
+        assert len({found and found[1] for found in scales}) == 1
+        assert (scene.views[0].width, scene.views[0].height) == (176, 112)
+    assert sum(len(view.uri) for scene in shown for view in scene.views) < 24_000 * 1.4
+    assert "of its size" in shown[0].views[0].detail
 
 
 def test_the_gallery_shows_what_was_coded(evaluated: Path, val_folder: Path) -> None:
