@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.sets.allocation import Table, allocate, solve_limits, solve_one_limit
+from lightning_tucodec.sets.allocation import Table, allocate
+from lightning_tucodec.sets.branch_and_cut import solve_limits
+from lightning_tucodec.sets.knapsack import solve_one_limit
 
 
 def table(n: int = 6, k: int = 5, seed: int = 0) -> Table:

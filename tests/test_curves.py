@@ -7,16 +7,14 @@ import pytest
 from PIL import Image
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.quality.curves import (
-    Curve,
-    ImageCurves,
+from lightning_tucodec.quality.curve_files import read_curve, read_results
+from lightning_tucodec.quality.curves import Curve, ImageCurves
+from lightning_tucodec.quality.deltas import (
     bd_quality,
     bd_rate,
     bd_rate_interval,
     quality_at_rate,
     rate_at_quality,
-    read_curve,
-    read_results,
 )
 from lightning_tucodec.report.figures import (
     DASHES,

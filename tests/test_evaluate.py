@@ -19,15 +19,9 @@ from lightning_tucodec.errors import ConfigError, ImageInputError
 from lightning_tucodec.quality.decibels import psnr_from_sse
 from lightning_tucodec.quality.metrics import sse
 from lightning_tucodec.sets.allocation import allocate
-from lightning_tucodec.sets.evaluate import (
-    allocation_table,
-    evaluate,
-    find_images,
-    measure,
-    run,
-    summarise,
-    write_results,
-)
+from lightning_tucodec.sets.evaluate import evaluate, find_images, run
+from lightning_tucodec.sets.measure import measure
+from lightning_tucodec.sets.results import allocation_table, summarise, write_results
 
 SPECIFICATIONS = ["jpeg:q=20", "jpeg:q=70", "vvc:qp=40,preset=faster"]
 
@@ -157,6 +151,18 @@ def test_a_killed_process_continues_with_the_same_numbers(folder: Path) -> None:
     assert all(line["version"] and line["colour"] for line in lines)
     assert "libx265" in lines[3]["command"]
     assert "pooled" in lines[0]["averaging"]
+
+
+def test_a_journal_leaves_the_half_line_of_another_process_to_it(folder: Path) -> None:
+    images, coder = find_images([folder / "images"]), codec("jpeg:q=20")
+    rows = evaluate(images, [coder], folder / "rows.1-of-2.jsonl")
+    others = folder / "rows.1-of-2.jsonl"
+    half = others.read_text() + '{"key": "half'
+    others.write_text(half)
+    again = Counting(coder)
+    continued = evaluate(images, [again], folder / "new" / "rows.jsonl", others=[others])
+    assert (again.codings, continued) == (0, rows)
+    assert others.read_text() == half
 
 
 def test_peak_memory_of_a_coder_and_of_the_program_it_calls(folder: Path) -> None:

@@ -15,13 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tucodec.sets.allocation import (
-    Quantity,
-    Solution,
-    Table,
-    solve_limits,
-    solve_one_limit,
-)
+from lightning_tucodec.sets.allocation import Quantity, Table
+from lightning_tucodec.sets.branch_and_cut import solve_limits
+from lightning_tucodec.sets.knapsack import Solution, solve_one_limit
 
 CLIC_TEST_BYTES = 15_750_000
 HIGHS_SECONDS = 120.0

@@ -10,8 +10,11 @@ from lightning_tucodec.codecs.learned.refine import RefinedModel, Refinement
 from lightning_tucodec.codecs.library import load
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.losses import make_loss
-from lightning_tucodec.quality.curves import Curve, Quality, bd_rate
-from lightning_tucodec.sets.evaluate import Row, evaluate, find_images, summarise
+from lightning_tucodec.quality.curves import Curve, Quality
+from lightning_tucodec.quality.deltas import bd_rate
+from lightning_tucodec.sets.evaluate import evaluate, find_images
+from lightning_tucodec.sets.measure import Row
+from lightning_tucodec.sets.results import summarise
 
 BD_POINTS = 4
 

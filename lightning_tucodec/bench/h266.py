@@ -19,7 +19,8 @@ from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.images import read_image
-from lightning_tucodec.quality.curves import ImageCurves, bd_rate, decibels
+from lightning_tucodec.quality.curves import ImageCurves, decibels
+from lightning_tucodec.quality.deltas import bd_rate
 from lightning_tucodec.quality.metrics import sse
 from lightning_tucodec.sets.evaluate import evaluate, find_images
 

@@ -40,6 +40,7 @@ def register(subparsers: Subparsers) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, write the results, print the table."""
     from lightning_tucodec.sets import evaluate
+    from lightning_tucodec.sets.results import finite, table_text
 
     sets = evaluate.run(
         *(arguments.images, arguments.codec, arguments.out),
@@ -47,5 +48,5 @@ def run(arguments: argparse.Namespace) -> int:
         [name for names in arguments.metrics for name in names.split(",")],
         arguments.force,
     )
-    print(json.dumps(evaluate.finite(sets)) if arguments.json else evaluate.table_text(sets))
+    print(json.dumps(finite(sets)) if arguments.json else table_text(sets))
     return 0

@@ -16,10 +16,11 @@ from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.images import read_image
-from lightning_tucodec.quality.curves import family
+from lightning_tucodec.quality.curve_files import family
 from lightning_tucodec.report.page import Scene, View
 from lightning_tucodec.report.sources import Evaluation
-from lightning_tucodec.sets.evaluate import content_id, find_images
+from lightning_tucodec.sets.evaluate import find_images
+from lightning_tucodec.sets.measure import content_id
 
 Row = dict[str, Any]
 

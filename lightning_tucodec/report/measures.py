@@ -7,7 +7,9 @@ from typing import Any, cast
 import numpy as np
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.quality.curves import Curve, Quality, bd_rate, decibels, family
+from lightning_tucodec.quality.curve_files import family
+from lightning_tucodec.quality.curves import Curve, Quality, decibels
+from lightning_tucodec.quality.deltas import bd_rate
 from lightning_tucodec.quality.perceptual import JPEG_AI, LOWER_IS_BETTER, MEASURES
 from lightning_tucodec.report.page import Table
 from lightning_tucodec.report.sources import Evaluation

@@ -4,16 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_tucodec.errors import ConfigError, TucodecError
-from lightning_tucodec.quality.curves import (
-    QUALITIES,
-    Curve,
-    Quality,
-    bd_quality,
-    bd_rate,
-    bd_rate_interval,
-    paired,
-    quality_at_rate,
-)
+from lightning_tucodec.quality.curves import QUALITIES, Curve, Quality, paired
+from lightning_tucodec.quality.deltas import bd_quality, bd_rate, bd_rate_interval, quality_at_rate
 from lightning_tucodec.report.sources import Entry, Run
 
 Row = dict[str, Any]

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.report.figures import Style
-from lightning_tucodec.sets.evaluate import finite
+from lightning_tucodec.sets.results import finite
 
 MAX_BYTES = 15_000_000
 """A report that is larger cannot be sent by mail and is slow on a phone; it is refused."""

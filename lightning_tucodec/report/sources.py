@@ -21,14 +21,8 @@ import numpy as np
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.files import read_bytes, read_yaml
-from lightning_tucodec.quality.curves import (
-    Curve,
-    ImageCurves,
-    check_entries,
-    is_number,
-    read_curve,
-    read_results,
-)
+from lightning_tucodec.quality.curve_files import check_entries, is_number, read_curve, read_results
+from lightning_tucodec.quality.curves import Curve, ImageCurves
 from lightning_tucodec.report.published import mean_of, read_published
 from lightning_tucodec.training.runs.folder import read_metrics, validation_point
 

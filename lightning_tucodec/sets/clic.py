@@ -30,8 +30,9 @@ from lightning_tucodec.io import ffmpeg, processes
 from lightning_tucodec.io.images import read_image
 from lightning_tucodec.io.temporary import temporary_folder
 from lightning_tucodec.quality.decibels import psnr_from_sse
-from lightning_tucodec.sets.allocation import METHODS, Quantity, Table, relative_gap
-from lightning_tucodec.sets.evaluate import Row, allocation_table, compare, find_images, finite
+from lightning_tucodec.sets.allocation import Quantity, Table, relative_gap
+from lightning_tucodec.sets.evaluate import find_images
+from lightning_tucodec.sets.knapsack import METHODS
 from lightning_tucodec.sets.manifest import (
     DECODE,
     MANIFEST,
@@ -42,6 +43,8 @@ from lightning_tucodec.sets.manifest import (
     read_manifest,
     wrong_files,
 )
+from lightning_tucodec.sets.measure import Row, compare
+from lightning_tucodec.sets.results import allocation_table, finite
 
 MAX_DECODER_BYTES = 500_000_000
 """CLIC's limit on the decoder."""

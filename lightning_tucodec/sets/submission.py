@@ -29,14 +29,7 @@ from lightning_tucodec.errors import ConfigError, ExternalToolError, OutputError
 from lightning_tucodec.io.files import check_targets, launchers
 from lightning_tucodec.io.images import write_png
 from lightning_tucodec.io.temporary import FORMER, atomic_write, temporary_folder
-from lightning_tucodec.sets.evaluate import (
-    Part,
-    Row,
-    allocation_table,
-    evaluate,
-    find_images,
-    finite,
-)
+from lightning_tucodec.sets.evaluate import Part, evaluate, find_images
 from lightning_tucodec.sets.manifest import (
     DECODE,
     DECODE_TEXT,
@@ -50,6 +43,8 @@ from lightning_tucodec.sets.manifest import (
     read_manifest,
     told_file,
 )
+from lightning_tucodec.sets.measure import Row
+from lightning_tucodec.sets.results import allocation_table, finite
 
 if TYPE_CHECKING:
     from lightning_tucodec.sets.allocation import Allocation, Quantity

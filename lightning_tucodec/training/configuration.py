@@ -19,7 +19,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from lightning_tucodec.errors import ConfigError, TucodecError, redacted
 from lightning_tucodec.io.files import expanded, read_text
 from lightning_tucodec.nn.losses import check_crop
-from lightning_tucodec.quality.curves import read_named
+from lightning_tucodec.quality.curve_files import read_named
 from lightning_tucodec.training.arithmetic import Arithmetic
 from lightning_tucodec.training.beside.wandb_view import check_names
 from lightning_tucodec.training.limits import check_numbers

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.temporary import atomic_write
-from lightning_tucodec.sets.allocation import solve_limits, solve_one_limit
+from lightning_tucodec.sets.branch_and_cut import solve_limits
+from lightning_tucodec.sets.knapsack import solve_one_limit
 
 RESULTS = Path(__file__).parents[2] / "docs" / "campaigns.json"
 Ints = NDArray[np.int64]

@@ -431,7 +431,8 @@ def use_mirror(folder: Path, out: Path, seldom: bool) -> None:
 def build_results(folder: Path) -> None:
     """Two pictures under two families of codecs, without what a clock said."""
     from lightning_tucodec.codecs.registry import codec
-    from lightning_tucodec.sets.evaluate import evaluate, summarise, write_results
+    from lightning_tucodec.sets.evaluate import evaluate
+    from lightning_tucodec.sets.results import summarise, write_results
 
     for name in ("a", "b"):
         _picture(folder / "images" / f"{name}.png")

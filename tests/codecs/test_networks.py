@@ -26,7 +26,7 @@ from lightning_tucodec.errors import (
     UnknownModelError,
     UnsupportedVersionError,
 )
-from lightning_tucodec.quality.curves import family
+from lightning_tucodec.quality.curve_files import family
 from tests.codecs import zoo
 from tests.support import photo
 

@@ -12,7 +12,7 @@ from PIL import Image
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs import library, registry
 from lightning_tucodec.errors import ConfigError, ModelFileError
-from lightning_tucodec.quality.curves import read_named
+from lightning_tucodec.quality.curve_files import read_named
 from tests.support import photo
 
 HOSTILE = st.text(":,=#@ .~{}[]é'\"\\%-+qp1a", min_size=1, max_size=12).filter(

@@ -29,7 +29,8 @@ from lightning_tucodec.report.numbers import (
 )
 from lightning_tucodec.report.page import Page, Table
 from lightning_tucodec.report.sources import Entry, Run, read_run, read_sources
-from lightning_tucodec.sets.evaluate import evaluate, summarise, write_results
+from lightning_tucodec.sets.evaluate import evaluate
+from lightning_tucodec.sets.results import summarise, write_results
 from tests.support import photo
 
 JPEG = [f"jpeg:q={q}" for q in (10, 25, 50, 75)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.quality.curves import quality_at_rate
+from lightning_tucodec.quality.deltas import quality_at_rate
 from lightning_tucodec.report.compare import bd_text, build_page
 from lightning_tucodec.report.numbers import bd_rows
 from lightning_tucodec.report.published import Published, names, read_published

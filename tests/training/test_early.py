@@ -8,7 +8,7 @@ from PIL import Image
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.quality.curves import read_named
+from lightning_tucodec.quality.curve_files import read_named
 from tests.support import MICRO
 from tests.training.test_fit import config, write
 

@@ -31,7 +31,9 @@ from urllib.parse import urlsplit
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.files import read_yaml
-from lightning_tucodec.quality.curves import Curve, Quality, bd_rate, rate_at_quality, read_named
+from lightning_tucodec.quality.curve_files import read_named
+from lightning_tucodec.quality.curves import Curve, Quality
+from lightning_tucodec.quality.deltas import bd_rate, rate_at_quality
 from lightning_tucodec.training.beside.companions import wait
 from lightning_tucodec.training.runs.folder import (
     Manifest,
