@@ -136,6 +136,8 @@ class TucodecCLI(ConfiguredCLI):
         run = config["run"]
         if run["threads"]:
             torch.set_num_threads(run["threads"])
+            # Without it Lightning gives each process of DDP its share of the cores.
+            os.environ["OMP_NUM_THREADS"] = str(run["threads"])
         folder = RunFolder.of(config)
         log = JsonlLogger(folder.metrics)
         writer = BackgroundWriter(folder)

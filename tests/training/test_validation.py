@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.model_file import freeze
+from lightning_tucodec.io.processes import cores
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.transforms import AnalysisTransform
 from lightning_tucodec.training.data import in_order
@@ -95,6 +96,27 @@ def test_processes_measure_every_image_once(
     assert kept == (names if images > 2 else {"step-00000001.png"})
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("run ")]
     assert told == [f"run {folder}: starts", f"run {folder}: finished at step 1"]
+
+
+def test_every_process_has_the_threads_that_are_asked_for(
+    tmp_path: Path, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a share of the cores, which Lightning would give it."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    values = config(tmp_path, shard_folder, MICRO, steps=1)
+    threads = values["run"]["threads"] = cores() // 2 + 1
+
+    def watched(rank: int) -> None:
+        end = VAE.on_train_end
+
+        def tell(self: VAE) -> None:
+            (tmp_path / str(rank)).write_text(str(torch.get_num_threads()))
+            end(self)
+
+        VAE.on_train_end = tell  # type: ignore[method-assign]
+
+    fit_on(2, ["fit", "--config", write(tmp_path, values)], watched)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(threads)] * 2
 
 
 def assert_measured_once(folder: Path, images: int) -> None:
