@@ -102,7 +102,7 @@ class RankBatches:
 
     def tensors(self, pixels: NDArray[np.uint8]) -> Batch:
         """The arrays that `read` filled, as a batch that shares no memory with them: image uint8."""
-        return {"image": _for_transfer(pixels)}
+        return {"image": for_transfer(pixels)}
 
     def places(self, start: int) -> list[tuple[int, int, int, bool]]:
         """Of each sample of the share: its number, left and top of the crop, whether to flip it."""
@@ -251,13 +251,13 @@ def as_floats(image: torch.Tensor) -> torch.Tensor:
     return image.permute(0, 3, 1, 2).to(torch.float32).div_(255)
 
 
-def _for_transfer(pixels: NDArray[np.uint8]) -> torch.Tensor:
+def for_transfer(values: NDArray[Any]) -> torch.Tensor:
     """A copy; where there is a GPU, in memory that it reads while the host goes on."""
     if torch.cuda.is_available():
-        pinned = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
-        return pinned.copy_(torch.from_numpy(pixels))
+        source = torch.from_numpy(values)
+        return torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source)
     # numpy's memory, because PyTorch's is given back and mapped anew for every batch.
-    return torch.from_numpy(pixels.copy())
+    return torch.from_numpy(values.copy())
 
 
 class _SharedBatches(Dataset[tuple[int, int]]):
@@ -338,7 +338,7 @@ class WholeImages(Dataset[dict[str, Any]]):
     def __getitem__(self, item: int) -> dict[str, Any]:
         """Image uint8 1×H×W×3, index int64 1."""
         pixels = np.ascontiguousarray(read_image(self.files[item]))[None]
-        return {"image": _for_transfer(pixels), "index": torch.tensor([item])}
+        return {"image": for_transfer(pixels), "index": torch.tensor([item])}
 
 
 def check_validation(config: dict[str, Any]) -> int | None:

@@ -18,7 +18,7 @@ from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.colour import planes_to_float
 from lightning_tucodec.codecs.h266.vvc import Vvc
 from lightning_tucodec.errors import ConfigError, DatasetError
-from lightning_tucodec.training.data import PlanLoader, data_plan, in_order
+from lightning_tucodec.training.data import PlanLoader, as_floats, data_plan, in_order
 from lightning_tucodec.training.input.precoded import Precoded, PrecodedBatches, PrecodedSamples
 from lightning_tucodec.training.input.shards import ShardReader
 
@@ -160,13 +160,28 @@ def test_batches_do_not_depend_on_workers_and_fit_together(built: Path) -> None:
         assert first.keys() == second.keys()
         for name in first:
             assert torch.equal(first[name], second[name]), name
-        assert first["image"].shape == (5, 3, 16, 16)
+        assert first["image"].shape == (5, 16, 16, 3)
+        assert first["image"].dtype == torch.uint8
         assert first["chroma"].shape == (5, 2, 8, 8)
-        error = (first["plain"] - first["image"]).square().mean((1, 2, 3))
+        error = (first["plain"] - as_floats(first["image"])).square().mean((1, 2, 3))
         assert (error < 10**-1.7).all()
     shared.close()
     with pytest.raises(ConfigError, match="must be even"):
         PrecodedBatches(reader, data_plan(reader, 1), 5, 15, True)
+
+
+def test_workers_do_all_that_is_to_be_computed(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = ShardReader(str(built))
+    batches = PrecodedBatches(reader, data_plan(reader, 1), 5, 16, True)
+    loader = PlanLoader(batches, num_workers=1)
+    stream = iter(loader)
+    next(stream)
+    for name in ("decoded_picture", "Precoded"):
+        monkeypatch.delattr(f"lightning_tucodec.training.input.precoded.{name}")
+    assert len(list(stream)) == len(loader) - 1
+    loader.close()
 
 
 def test_whole_patches_in_order(built: Path) -> None:

@@ -22,6 +22,7 @@ from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.nn.noise import QUANTIZER, RATE, Noise
 from lightning_tucodec.training.gan import GANCodec
 from lightning_tucodec.training.module import ScheduledModule
+from lightning_tucodec.training.runs.staging import stage
 from lightning_tucodec.training.vae import VAE
 from tests.support import MICRO
 
@@ -243,3 +244,25 @@ def test_no_step_waits_for_the_gpu(kind: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(seen) == BATCHES
+
+
+def test_a_save_is_of_its_own_step_and_waits_for_nothing(device: str) -> None:
+    module = vae().to(device)
+    before = weights(module)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        staged, complete = stage({"state_dict": module.state_dict(), "steps": [3]})
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(1)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    complete()
+    assert staged["steps"] == [3]
+    assert staged["state_dict"].keys() == before.keys()
+    for name, value in staged["state_dict"].items():
+        assert value.device.type == "cpu"
+        assert torch.equal(value, before[name])

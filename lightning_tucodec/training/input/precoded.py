@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from lightning_tucodec.codecs.colour import TRANSFORMS, Planes
 from lightning_tucodec.codecs.h266.postfilter import decoded_picture
 from lightning_tucodec.errors import ConfigError, DatasetError
-from lightning_tucodec.training.data import Batch, RankBatches
+from lightning_tucodec.training.data import Batch, RankBatches, for_transfer
 from lightning_tucodec.training.input.plan import DataPlan
 from lightning_tucodec.training.input.shards import ShardReader
 
@@ -69,10 +69,10 @@ class Precoded:
 
 
 class PrecodedBatches(RankBatches):
-    """As `RankBatches`, with the decoded planes of the same crop; crops lie at even places.
+    """As `RankBatches`, with the decoded picture of the same crop; crops lie at even places.
 
-    A batch has image (float32 N×3×C×C in [0, 1], the original), index, and the fields of
-    `nn.postfilter.DecodedPicture`.
+    A batch has image (uint8 N×C×C×3, the original), index, and the fields of `nn.postfilter.DecodedPicture`.
+    Workers convert the planes, so that the main process only copies.
     """
 
     def __init__(
@@ -83,19 +83,32 @@ class PrecodedBatches(RankBatches):
             raise ConfigError(f"crop {crop}: must be even, since chroma is halved")
         _check_format(reader)
         super().__init__(reader, plan, batch_size, crop, flip, rank, world_size)
-        self.shape = (self.shape[0], 6 * crop * crop + 2)
+        self._sample = np.dtype([
+            ("image", np.uint8, (crop, crop, 3)),
+            ("luma", np.float32, (1, crop, crop)),
+            ("chroma", np.float32, (2, crop // 2, crop // 2)),
+            ("plain", np.float32, (3, crop, crop)),
+            ("qp", np.float32),
+        ])  # fmt: skip
+        self.shape = (self.shape[0], self._sample.itemsize)
 
     def read(self, start: int, out: NDArray[np.uint8]) -> None:
-        """Crop and flip the share's samples into `out`, as `Precoded.to_bytes` has them."""
+        """Crop, flip and convert the share's samples into `out`."""
         side = self.reader.index.patch
-        for row, (sample, x, y, flip) in zip(out, self.places(start), strict=True):
+        samples = out.view(self._sample)[:, 0]
+        for number, (sample, x, y, flip) in enumerate(self.places(start)):
             whole = Precoded.from_bytes(self.reader.encoded(sample), side)
             part = whole.cut(x & ~1, y & ~1, self.crop)
-            row[:] = np.frombuffer((part.flipped() if flip else part).to_bytes(), np.uint8)
+            part = part.flipped() if flip else part
+            picture = decoded_picture(part.planes, float(part.qp), part.transform)
+            samples["image"][number] = part.original
+            for name, values in picture._asdict().items():
+                samples[name][number] = values[0].numpy()
 
     def tensors(self, pixels: NDArray[np.uint8]) -> Batch:
         """The fields named above but index."""
-        return _batch([Precoded.from_bytes(row.tobytes(), self.crop) for row in pixels])
+        samples = pixels.view(self._sample)[:, 0]
+        return {name: for_transfer(samples[name]) for name in self._sample.fields or ()}
 
 
 class PrecodedSamples(Dataset[Batch]):
@@ -153,9 +166,9 @@ def check_samples(location: str) -> int:
 def _batch(samples: list[Precoded]) -> Batch:
     """Tensors of samples of one size."""
     pictures = [decoded_picture(s.planes, float(s.qp), s.transform) for s in samples]
-    image = torch.from_numpy(np.stack([s.original.transpose(2, 0, 1) for s in samples]))
+    image = torch.from_numpy(np.stack([s.original for s in samples]))
     fields = {
         name: torch.cat([getattr(picture, name) for picture in pictures])
         for name in pictures[0]._fields
     }
-    return {"image": image.to(torch.float32).div_(255), **fields}
+    return {"image": image, **fields}

@@ -17,6 +17,7 @@ import random
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +32,7 @@ from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.training.module import NonFiniteLossError
 from lightning_tucodec.training.runs.folder import Manifest, RunFolder, read_metrics
 from lightning_tucodec.training.runs.preemption import ImageAbandoned, Preemption, ValidationStopped
+from lightning_tucodec.training.runs.staging import stage
 from lightning_tucodec.training.runs.weights import CHECKPOINTS, load_checkpoint
 
 
@@ -65,17 +67,6 @@ def restore_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _copied(value: Any) -> Any:
-    """Tensors cloned to the CPU, containers rebuilt."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(v) for v in value)
-    return value
-
-
 class BackgroundWriter(CheckpointIO):
     """Lightning's way to files, for rank 0: copy now, write in a thread, rename on `publish`.
 
@@ -107,7 +98,7 @@ class BackgroundWriter(CheckpointIO):
         """Copy all tensors and start writing."""
         self.settle()
         self._complete.clear()
-        self._future = self._thread.submit(self._write, _copied(checkpoint), Path(path))
+        self._future = self._thread.submit(self._write, *stage(checkpoint), Path(path))
 
     def publish(self) -> None:
         """The step of the last save has all its metric lines: its checkpoint may be found."""
@@ -130,7 +121,8 @@ class BackgroundWriter(CheckpointIO):
             self.settle()
             self._abandoned = False
 
-    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def _write(self, checkpoint: dict[str, Any], complete: Callable[[], None], path: Path) -> None:
+        complete()
         step = int(checkpoint["tucodec"]["opt_step"])
         aside = self.folder.checkpoints / "saving.ckpt"
         try:
