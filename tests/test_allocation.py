@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -68,6 +69,47 @@ def test_decoding_time_is_a_limit_like_the_others() -> None:
     assert given.seconds is not None
     assert given.seconds[np.arange(6), quick.choice].sum() <= bound
     assert quick.psnr < free.psnr
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_with_a_third_limit_brute_force_finds_nothing_better(seed: int) -> None:
+    """Bytes, MS-SSIM and seconds limited at once; HiGHS' answer is added up again in integers."""
+    rng = np.random.default_rng(seed)
+    given = table(5, 4, seed)
+    noise = np.exp(rng.normal(0, 0.5, given.bytes.shape))
+    given = dataclasses.replace(given, seconds=given.bytes * noise * 1e-6)
+    assert given.seconds is not None
+    middle = [int(rng.integers(4)) for _ in range(5)]  # a choice that keeps to the limits
+    rows = np.arange(5)
+    limits: dict[str, float] = {
+        "max_bytes": int(given.bytes[rows, middle].sum()),
+        "max_seconds": float(given.seconds[rows, middle].sum()) + 1e-5,
+        "min_ms_ssim": float(np.average(given.ms_ssim[rows, middle], weights=given.pixels)) - 1e-9,
+    }
+    best = allocate(given, "sse", **limits)  # type: ignore[arg-type]
+    seconds, losses = given.amounts("seconds"), given.amounts("ms_ssim")
+    feasible = [
+        int(given.sse[rows, choice].sum())
+        for choice in map(list, itertools.product(range(4), repeat=5))
+        if given.bytes[rows, choice].sum() <= limits["max_bytes"]
+        and seconds[rows, choice].sum() <= given.limit("seconds", limits["max_seconds"])
+        and losses[rows, choice].sum() <= given.limit("ms_ssim", limits["min_ms_ssim"])
+    ]
+    assert best.objective == min(feasible)
+    assert best.bound <= best.objective
+    assert best.gap < 1e-6
+
+
+def test_a_cap_on_every_image_is_exact() -> None:
+    given = table()
+    size = given.bytes.copy()
+    size[0, 1], size[1, 1] = given.pixels[0] // 8, given.pixels[1] // 8 + 1  # a byte around 1 bpp
+    capped = dataclasses.replace(given, bytes=size).capped(1.0)
+    most = (given.pixels // 8)[:, None]
+    assert np.array_equal(capped.bytes, np.where(size <= most, size, -1))
+    assert capped.bytes[0, 1] > 0 > capped.bytes[1, 1]
+    with pytest.raises(ConfigError, match=r"image\d: its smallest file has .* above the 0\.01 "):
+        given.capped(0.01)
 
 
 def test_the_limit_of_40_db_is_exact() -> None:

@@ -51,6 +51,7 @@ READING = [
     "clic compare submission --originals {}",
     "clic decode {} -o out",
     "clic check {}",
+    "clic reach {} --max-bpp 1",
     "shards build {} --out out --workers 1",
     "shards precode {} --out out --codec vvc:qp=40 --per-photo 1 --workers 1",
     "shards verify {}",
@@ -128,11 +129,15 @@ NUMBERS = [
     *(
         f"allocate photo.png --candidate jpeg:q=30 -o x --{name} {{}}"
         for name in ("max-bpp", "max-bytes", "min-psnr", "min-ms-ssim", "workers", "slurm",
-                     "max-decode-seconds", "part")
+                     "max-decode-seconds", "max-decode-seconds-per-megapixel", "max-image-bpp", "part")
     ),
     *(f"clic {command} submission --originals photo.png --{name} {{}}"
       for command in ("verify", "compare")
-      for name in ("max-bpp", "max-bytes", "min-psnr", "min-ms-ssim")),
+      for name in ("max-bpp", "max-bytes", "min-psnr", "min-ms-ssim",
+                   "max-decode-seconds-per-megapixel", "max-image-bpp")),
+    *(f"clic reach results.json --{name} {{}}"
+      for name in ("max-bpp", "max-bytes", "min-psnr", "min-ms-ssim",
+                   "max-decode-seconds-per-megapixel", "max-image-bpp")),
     "export model.safetensors -o x.safetensors --average {}",
     "bench allocate --repeats {}",
     "bench effort photo.png --model tiny-mse-1 --effort {}",

@@ -23,7 +23,7 @@ from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io import ffmpeg
 from lightning_tucodec.nn.codec import TucodecVAE
-from lightning_tucodec.sets import clic
+from lightning_tucodec.sets import clic, clic2019
 from lightning_tucodec.sets.evaluate import evaluate
 from lightning_tucodec.sets.manifest import (
     DECODE_TEXT,
@@ -402,9 +402,9 @@ def test_the_validation_set_is_known_by_its_pixels(
 ) -> None:
     assert cli.main(["clic", "check", str(submission.parent / "photos")]) == 1
     assert "3 images, 0.04 Mpx" in capsys.readouterr().out
-    assert clic.is_validation_set(102, 251_858_200)
-    assert not clic.is_validation_set(102, 251_860_000)
-    assert not clic.is_validation_set(101, 251_858_200)
+    assert clic2019.is_validation_set(102, 251_858_200)
+    assert not clic2019.is_validation_set(102, 251_860_000)
+    assert not clic2019.is_validation_set(101, 251_858_200)
 
 
 def test_a_slurm_array_fills_the_cache_that_the_last_job_chooses_from(
@@ -776,3 +776,64 @@ def test_the_decode_script_belongs_to_the_format() -> None:
     script = {"tucodec-submission-2": "c0d4ed34ef7da35d"}
     digest = hashlib.sha256(DECODE_TEXT.encode()).hexdigest()[:16]
     assert script[FORMAT] == digest
+
+
+BUDGETS = "0.7,0.9,1.5"
+
+
+def test_several_budgets_are_one_submission_with_one_decoder(
+    submission: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, out = str(submission.parent / "photos"), tmp_path / "out"
+    words = ["allocate", photos, "--candidate", *CANDIDATES, "--maximise", "psnr", "-o", str(out)]
+    assert cli.main([*words, "--max-bpp", BUDGETS]) == 0
+    assert foreign(out) is None
+    assert sorted(path.name for path in out.iterdir()) == ["0.7", "0.9", "1.5", "decode"]
+    for name in BUDGETS.split(","):
+        assert read_manifest(out / name)["totals"]["bpp"] <= float(name)
+    capsys.readouterr()
+    check = ["clic", "verify", str(out), "--originals", photos, "--max-bpp"]
+    assert cli.main([*check, BUDGETS]) == 0
+    assert "bytes for 3 budgets" in capsys.readouterr().out
+    assert cli.main([*check, "0.8"]) == 1
+    assert "has no part for 0.8 bpp" in capsys.readouterr().err
+    environment = {**os.environ, "PYTHON": sys.executable}
+    script = [str(out / "decode"), str(tmp_path / "decoded")]
+    subprocess.run(script, check=True, env=environment, timeout=300)
+    pictures = sorted(str(p.relative_to(tmp_path / "decoded")) for p in tmp_path.rglob("*.png"))
+    assert pictures == [f"{b}/{i}.png" for b in BUDGETS.split(",") for i in range(3)]
+    # It is replaced by its like, and by nothing else's leave.
+    assert cli.main([*words, "--max-bpp", "0.9", "--max-image-bpp", "1"]) == 0
+    assert all(entry["bytes"] <= 100 * 140 / 8 for entry in read_manifest(out)["images"])
+    assert verify(out, submission, "--max-image-bpp", "1") == 0
+    assert verify(out, submission, "--max-image-bpp", "0.5") == 1
+    assert "above the 0.5 of an image" in capsys.readouterr().err
+
+
+def test_a_decoding_time_is_a_claim_of_where_it_was_measured(
+    submission: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, photos = tmp_path / "out", str(submission.parent / "photos")
+    words = ["allocate", photos, "--candidate", *CANDIDATES[:2], "-o", str(out), "--max-bpp", "2"]
+    words += ["--maximise", "psnr", "--max-decode-seconds-per-megapixel"]
+    assert cli.main([*words, "1e-9"]) == 1
+    assert "fastest choice decodes in" in capsys.readouterr().err
+    assert cli.main([*words, "500"]) == 0
+    assert read_manifest(out)["limits"]["max_seconds"] == 500 * 0.042
+    edit(out, lambda manifest: manifest["limits"].update(max_seconds=1e-6))
+    assert (
+        cli.main(["clic", "verify", str(out), "--originals", photos]) == 0
+    )  # this machine is slower
+    said = capsys.readouterr().out
+    assert "claimed, as measured where it was made: decoded within 1e-06 s; here within" in said
+    assert verify(out, submission, "--max-decode-seconds-per-megapixel", "1e-9") == 1
+
+
+def test_check_names_what_is_known_of_the_102_images() -> None:
+    professional, mobile = clic2019.parts(
+        [("alberto-montalesi-176097.webp", 2791424), ("zugr-108.png", 5), ("else.png", 9)]
+    )
+    assert professional.startswith("professional: 1 of 41, by name and pixels; missing: alejandro-")
+    assert professional.endswith("of another size: zugr-108")
+    assert "the names of the 61 are not known" in mobile
+    assert mobile.endswith("1 other images are here")

@@ -68,12 +68,16 @@ def location(text: str) -> str:
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
-    """Limits that a set of images is to keep to."""
+    """Limits that a set of images is to keep to; `sets.limits.Asked.of` reads them."""
     add = parser.add_argument_group("limits that the set must keep to").add_argument
-    add("--max-bpp", type=positive)
+    add("--max-bpp", type=several(positive), metavar="BPP",
+        help="bits a pixel of the set; several, as 0.075,0.15,0.3: budgets of one submission")  # fmt: skip
     add("--max-bytes", type=count)
     add("--min-psnr", type=real(0), metavar="DB", help="minimum PSNR, pooled over the set")
     add("--min-ms-ssim", type=real(0, 1), help="minimum MS-SSIM, weighted by pixels")
+    add("--max-decode-seconds-per-megapixel", type=positive, metavar="S",
+        help="decoding time of the set, as it was measured here")  # fmt: skip
+    add("--max-image-bpp", type=positive, metavar="BPP", help="bits a pixel of each image")
 
 
 def real(
@@ -112,6 +116,15 @@ def _within(value: float, low: float, high: float, above: bool = False) -> float
         most = f" and {high:g} at most" if high < math.inf else ""
         raise argparse.ArgumentTypeError(f"{value:g} is out of range: it must be {least}{most}")
     return value
+
+
+def several(one: Callable[[str], float]) -> Callable[[str], list[float]]:
+    """A type of options: values with commas between them."""
+
+    def convert(text: str) -> list[float]:
+        return [one(value) for value in text.split(",")]
+
+    return convert
 
 
 positive = real(0, above=True)

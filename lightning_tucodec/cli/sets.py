@@ -40,6 +40,7 @@ def register(subparsers: Subparsers) -> None:
     decode.add_argument("submission", type=location, metavar="DIR")
     decode.add_argument("-o", "--out", type=location, required=True, metavar="DIR")
     add_force(decode)
+    _add_reach(commands)
     for parser in (verify, compare):
         add_limits(parser)
         parser.add_argument(
@@ -47,6 +48,29 @@ def register(subparsers: Subparsers) -> None:
         )
     add_json(verify, compare, decode)
     add_trust(verify, compare, decode)
+
+
+def _add_reach(commands: Subparsers) -> None:
+    parser = command(
+        commands,
+        "reach",
+        run_reach,
+        "what evaluated and published codings reach as a set, each alone and together; codes nothing",
+    )
+    parser.add_argument(
+        "sources",
+        type=location,
+        nargs="+",
+        metavar="SOURCE",
+        help="results.json of `evaluate`, published:NAME or published:NAME#CURVE",
+    )
+    parser.add_argument(
+        "--maximise",
+        choices=("psnr", "ms-ssim"),
+        help="quality to maximise; without it bytes are minimised",
+    )
+    add_limits(parser)
+    add_json(parser)
 
 
 def _add_allocate(subparsers: Subparsers) -> None:
@@ -111,8 +135,15 @@ def run_compare(arguments: argparse.Namespace) -> int:
     return clic.run_compare(arguments)
 
 
+def run_reach(arguments: argparse.Namespace) -> int:
+    """`tucodec clic reach`."""
+    from lightning_tucodec.report import set_level
+
+    return set_level.run(arguments)
+
+
 def run_check(arguments: argparse.Namespace) -> int:
     """`tucodec clic check`."""
-    from lightning_tucodec.sets import clic
+    from lightning_tucodec.sets import clic2019
 
-    return clic.run_check(arguments)
+    return clic2019.run_check(arguments)

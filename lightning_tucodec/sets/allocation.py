@@ -12,7 +12,7 @@ is taken in units of 2⁻²⁴, which holds every fp32 value from one half to on
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Literal
@@ -83,6 +83,29 @@ class Table:
             return np.ceil(self.seconds * SECONDS_UNITS).astype(np.int64)
         loss = np.rint((1.0 - self.ms_ssim) * MS_SSIM_UNITS).astype(np.int64)
         return loss * self.pixels[:, None]
+
+    def only(self, exists: NDArray[np.bool_]) -> "Table":
+        """The same with no other candidates than these of n×k."""
+        return replace(self, bytes=np.where(exists, self.bytes, -1))
+
+    def capped(self, bpp: float) -> "Table":
+        """The same with no file of more than `bpp` bits a pixel of its own image.
+
+        Raises:
+            ConfigError: an image has no file so small.
+        """
+        most = [math.floor(Fraction(str(bpp)) * int(pixels) / 8) for pixels in self.pixels]
+        within = (self.bytes >= 0) & (self.bytes <= np.array(most)[:, None])
+        for name, pixels, sizes, fits in zip(
+            self.images, self.pixels, self.bytes, within, strict=True
+        ):
+            if not fits.any():
+                least = 8 * int(sizes[sizes >= 0].min()) / int(pixels)
+                raise ConfigError(
+                    f"{name}: its smallest file has {least:.4f} bpp, above the {bpp:g} of an image; "
+                    "add a coarser candidate"
+                )
+        return self.only(within)
 
     def limit(self, quantity: Quantity, value: float) -> int:
         """A limit in the integers of `amounts`.

@@ -1,4 +1,4 @@
-"""A submission measured as CLIC's server did, and compared with the three entries of 2019.
+"""A submission measured as CLIC's server did.
 
 The manifest is not trusted: the streams are decoded in a process of its own, without
 the models of this machine and without a network, and the pictures are compared with the originals.
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,15 @@ from lightning_tucodec.io.images import read_image
 from lightning_tucodec.io.temporary import temporary_folder
 from lightning_tucodec.quality.decibels import psnr_from_sse
 from lightning_tucodec.sets.allocation import Quantity, Table, relative_gap
+from lightning_tucodec.sets.clic2019 import comparison
 from lightning_tucodec.sets.evaluate import find_images
 from lightning_tucodec.sets.knapsack import METHODS
+from lightning_tucodec.sets.limits import Asked
 from lightning_tucodec.sets.manifest import (
     DECODE,
     MANIFEST,
     Limits,
+    budgets,
     byte_budget,
     contents,
     png_name,
@@ -50,40 +53,9 @@ MAX_DECODER_BYTES = 500_000_000
 """CLIC's limit on the decoder."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One of Tucodec's entries on the validation set (Zhou et al., CVPRW 2019, Table 1).
-
-    Attributes:
-        psnr: pooled, dB.
-        ms_ssim: of the set.
-        size: bytes in all.
-        seconds: to decode the set, on CLIC's server.
-        minimised: what was driven as far as the limits allow.
-    """
-
-    name: str
-    psnr: float
-    ms_ssim: float
-    size: int
-    seconds: float
-    minimised: Quantity
-
-
 PIXELS = 1e-5
 """A learned decoder's pixels may differ by a grey level on another machine or number of threads, so
 qualities may differ from the manifest's by this much. Limits apply to the measured values."""
-
-VALIDATION_IMAGES = 102
-VALIDATION_MEGAPIXELS = 251.86
-VALIDATION_BUDGET = 4_722_341
-"""Bytes that CLIC allowed for the validation set at 0.15 bpp. They give the pixels to within about fifty."""
-
-ENTRIES = (
-    Entry("TucodecSSIM", 29.840, 0.9760, 4_692_810, 23_953.868, "ms_ssim"),
-    Entry("TucodecPSNR", 32.520, 0.9640, 4_722_141, 15_255.275, "sse"),
-    Entry("TucodecPSNR40dB", 40.000, 0.9930, 27_216_543, 24_013.782, "bytes"),
-)
 
 _ISOLATED = """
 import sys
@@ -97,18 +69,15 @@ sys.exit(main(sys.argv[1:]))
 
 
 def verify(
-    folder: Path,
-    originals: Sequence[str],
-    asked: Limits | None = None,
-    max_bpp: float | None = None,
+    folder: Path, originals: Sequence[str], asked: Asked | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """Decode everything in a clean process and measure it again.
 
     Args:
         folder: the submission.
         originals: files and folders that hold the images.
-        asked: what the set must keep to, whatever limits the manifest claims; those count as well.
-        max_bpp: a limit on bytes in bits a pixel, beside `asked.max_bytes`.
+        asked: what the set must keep to, whatever limits the manifest claims; those count as well, but for
+            the decoding time, which was measured elsewhere.
 
     Returns:
         The measured totals (`images, pixels, bytes, bpp, psnr, ms_ssim, ms_ssim_mean,
@@ -119,9 +88,7 @@ def verify(
         ConfigError: there is no readable manifest, an original is missing, or two have one name.
     """
     manifest = read_manifest(folder)
-    asked = asked or Limits()
-    if max_bpp is not None:
-        byte_budget(max_bpp, 1)  # refused now if it is no rate
+    asked = (asked or Asked(Limits())).one()
     paths: dict[str, Path] = {}
     for path in find_images(originals):
         other = paths.setdefault(path.name, path)
@@ -153,14 +120,16 @@ def verify(
                 shown.unlink(missing_ok=True)
             rows.append({**row, "decode_seconds": result["seconds"]})
             wrong += _wrong_values(label, entry, row)
+            cap = asked.max_image_bpp
+            if cap is not None and size > byte_budget(cap, row["width"] * row["height"]):
+                wrong.append(f"{label}: {row['bpp']:.4f} bpp, above the {cap:g} of an image")
     if not rows:
         return {}, wrong
     totals, table = _totals(rows)
     totals["decoder_bytes"] = decoder_bytes(folder, manifest)
-    if max_bpp is not None:
-        wrong += _missed(table, Limits(byte_budget(max_bpp, totals["pixels"])), "limit")
-    wrong += _missed(table, asked, "limit")
-    wrong += _missed(table, Limits(**manifest["limits"]), "claimed limit")
+    wrong += _missed(table, asked.over(totals["pixels"]), "limit")
+    claimed = replace(Limits(**manifest["limits"]), max_seconds=None)
+    wrong += _missed(table, claimed, "claimed limit")
     if totals["decoder_bytes"] > MAX_DECODER_BYTES:
         wrong.append(f"the decoder has {totals['decoder_bytes']} bytes, over {MAX_DECODER_BYTES}")
     for key in ("bytes", "bpp", "psnr", "ms_ssim"):
@@ -191,11 +160,6 @@ def _impossible(manifest: dict[str, Any], table: Table) -> list[str]:
     return wrong
 
 
-def is_validation_set(images: int, pixels: int) -> bool:
-    """Whether a set has as many images and pixels as CLIC 2019's validation set."""
-    return images == VALIDATION_IMAGES and byte_budget(0.15, pixels) == VALIDATION_BUDGET
-
-
 def decoder_bytes(folder: Path, manifest: dict[str, Any]) -> int:
     """What decoding needs beyond libraries from the package index (CLIC's container had those).
 
@@ -210,6 +174,19 @@ def decoder_bytes(folder: Path, manifest: dict[str, Any]) -> int:
     if any(map(_calls_ffmpeg, manifest["codecs"])):
         size += Path(ffmpeg.executable()).stat().st_size
     return size
+
+
+def decoder_bytes_of_all(folders: Sequence[Path]) -> int:
+    """The same for several submissions that one decoder decodes: what they share counts once."""
+    rest = 0
+    models: dict[str, int] = {}
+    for folder in folders:
+        manifest = read_manifest(folder)
+        own = manifest["models"]
+        models |= {told["sha256"]: told["bytes"] for told in own.values()}
+        alone = decoder_bytes(folder, manifest) - sum(told["bytes"] for told in own.values())
+        rest = max(rest, alone)
+    return rest + sum(models.values())
 
 
 def _calls_ffmpeg(name: str) -> bool:
@@ -309,70 +286,61 @@ def _missed(table: Table, limits: Limits, called: str) -> list[str]:
     return missed
 
 
-def comparison(measured: dict[str, dict[str, Any]], minimised: dict[str, Quantity]) -> str:
-    """Measured submissions and Tucodec's entries of the same kind, as a Markdown table.
-
-    Args:
-        measured: totals of `verify` by the submission's name.
-        minimised: by the same names, what was minimised.
-    """
-    lines = [
-        "| entry | images | Mpx | bytes | bpp | PSNR | MS-SSIM | decoding, s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-
-    def add(name: str, images: int, pixels: float, size: int, *values: float) -> None:
-        psnr, similarity, seconds = values
-        rate = f"{8e-6 * size / pixels:.5f}"
-        lines.append(
-            f"| {name} | {images} | {pixels:.2f} | {size} | {rate} | {psnr:.3f} | {similarity:.4f} "
-            f"| {seconds:.0f} |"
+def told(
+    folder: Path, totals: dict[str, Any], asked: Asked, as_json: bool, wrong: Sequence[str]
+) -> None:
+    """Print what `verify` measured of a submission, and what its manifest claims."""
+    manifest = read_manifest(folder)
+    claimed = Limits(**manifest["limits"]).given()
+    if as_json:
+        print(json.dumps(finite({**totals, "claimed": claimed, "wrong": wrong})))
+        return
+    if not totals:
+        return
+    print(", ".join(f"{key} {value:.6g}" for key, value in totals.items()))
+    if claimed and not asked.given():
+        limits = ", ".join(f"{key} {value:.10g}" for key, value in claimed.items())
+        print(f"limits claimed by the submission, not asked for by --max-bpp, …: {limits}")
+    if (seconds := claimed.get("max_seconds")) is not None:
+        print(
+            f"claimed, as measured where it was made: decoded within {seconds:.6g} s; here within "
+            f"{totals['decode_seconds']:.6g} s"
         )
-
-    comparable = True
-    for name, totals in measured.items():
-        pixels = totals["pixels"] / 1e6
-        values = (totals["psnr"], totals["ms_ssim"], totals["decode_seconds"])
-        add(name, totals["images"], pixels, totals["bytes"], *values)
-        comparable &= is_validation_set(totals["images"], totals["pixels"])
-    for entry in ENTRIES:
-        if entry.minimised in minimised.values():
-            values = (entry.psnr, entry.ms_ssim, entry.seconds)
-            add(
-                f"{entry.name}, 2019", VALIDATION_IMAGES, VALIDATION_MEGAPIXELS, entry.size, *values
-            )
-    if not comparable:
-        lines += ["", f"Not comparable: CLIC 2019's validation set has {VALIDATION_IMAGES} images and "
-                  f"{VALIDATION_MEGAPIXELS} Mpx."]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _asked(arguments: argparse.Namespace) -> Limits:
-    """Limits of the command line, that in bits a pixel aside."""
-    return Limits(arguments.max_bytes, arguments.min_psnr, arguments.min_ms_ssim)
+    said = manifest["totals"]
+    if said["gap"] is not None:
+        print(
+            f"claimed, as the candidates are not here: {manifest['minimised']} at most {said['gap']:.2g} "
+            f"above the optimum ({said['method']})"
+        )
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """`tucodec clic verify`: status 1 when anything is wrong, a line each on stderr."""
-    asked = _asked(arguments)
+    asked = Asked.of(arguments)
     folder = Path(arguments.submission)
-    totals, wrong = verify(folder, arguments.originals, asked, arguments.max_bpp)
-    manifest = read_manifest(folder)
-    claimed = Limits(**manifest["limits"]).given()
-    if arguments.json:
-        print(json.dumps(finite({**totals, "claimed": claimed, "wrong": wrong})))
-    elif totals:
-        print(", ".join(f"{key} {value:.6g}" for key, value in totals.items()))
-        if claimed and not (asked.given() or arguments.max_bpp is not None):
-            limits = ", ".join(f"{key} {value:.10g}" for key, value in claimed.items())
-            print(f"limits claimed by the submission, not asked for by --max-bpp, …: {limits}")
-        told = manifest["totals"]
-        if told["gap"] is not None:
-            print(
-                f"claimed, as the candidates are not here: {manifest['minimised']} at most {told['gap']:.2g} "
-                f"above the optimum ({told['method']})"
-            )
-    return _complain(arguments.submission, wrong)
+    parts = budgets(folder) if folder.is_dir() else []
+    if not parts:
+        totals, wrong = verify(folder, arguments.originals, asked)
+        told(folder, totals, asked, arguments.json, wrong)
+        return complain(arguments.submission, wrong)
+    status, names = 0, [f"{budget:.10g}" for budget in asked.budgets]
+    for name in [name for name in names if name not in parts]:
+        status |= complain(arguments.submission, [f"has no part for {name} bpp"])
+    for name in parts:
+        if not arguments.json:
+            print(f"{name} bpp")
+        own = asked.only(float(name))
+        totals, wrong = verify(folder / name, arguments.originals, own)
+        told(folder / name, totals, own, arguments.json, wrong)
+        status |= complain(str(folder / name), wrong)
+    size = decoder_bytes_of_all([folder / name for name in parts])
+    if not arguments.json:
+        print(f"one decoder of {size} bytes for {len(parts)} budgets")
+    if size > MAX_DECODER_BYTES:
+        status |= complain(
+            arguments.submission, [f"the decoder has {size} bytes, over {MAX_DECODER_BYTES}"]
+        )
+    return status
 
 
 def run_compare(arguments: argparse.Namespace) -> int:
@@ -381,10 +349,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
     minimised: dict[str, Quantity] = {}
     status = 0
     for name in arguments.submission:
-        totals, wrong = verify(
-            Path(name), arguments.originals, _asked(arguments), arguments.max_bpp
-        )
-        status |= _complain(name, wrong)
+        totals, wrong = verify(Path(name), arguments.originals, Asked.of(arguments))
+        status |= complain(name, wrong)
         if totals:
             measured[name] = totals
             minimised[name] = read_manifest(Path(name))["minimised"]
@@ -392,22 +358,8 @@ def run_compare(arguments: argparse.Namespace) -> int:
     return status
 
 
-def run_check(arguments: argparse.Namespace) -> int:
-    """`tucodec clic check`: status 1 when the images are not CLIC 2019's validation set."""
-    sizes = [
-        read_image(path).shape[:2] for path in tqdm(find_images(arguments.images), disable=None)
-    ]
-    pixels = sum(height * width for height, width in sizes)
-    found = f"{len(sizes)} images, {pixels / 1e6:.2f} Mpx, {byte_budget(0.15, pixels)} bytes at 0.15 bpp"
-    if is_validation_set(len(sizes), pixels):
-        print(f"{found}: CLIC 2019's validation set")
-        return 0
-    print(f"{found}; CLIC 2019's validation set has {VALIDATION_IMAGES} images, "
-          f"{VALIDATION_MEGAPIXELS} Mpx, {VALIDATION_BUDGET} bytes")  # fmt: skip
-    return 1
-
-
-def _complain(name: str, wrong: Sequence[str]) -> int:
+def complain(name: str, wrong: Sequence[str]) -> int:
+    """Print what is wrong with a submission, a line each on stderr; the exit status."""
     for line in wrong:
         print(f"tucodec: {name}: {line}", file=sys.stderr)
     return 1 if wrong else 0

@@ -6,6 +6,9 @@
         models/<id>.safetensors   the learned models that the streams need
         decode            one command: everything to PNG files, without a network
 
+A submission for several budgets has one such folder for each, named by the budget (`0.15`), and a `decode`
+that runs theirs.
+
 Whoever wrote the folder is not trusted: the manifest has exactly these keys, of these types; files are
 regular ones inside the folder, behind no link, and of the size and SHA-256 that the manifest tells.
 """
@@ -42,6 +45,18 @@ here=$(dirname "$(readlink -f "$0")")
 out=${1:-decoded}
 [ $# -eq 0 ] || shift
 exec "${PYTHON:-python3}" -P -m lightning_tucodec.cli clic decode "$here" -o "$out" "$@"
+"""
+
+DECODE_ALL_TEXT = """\
+#!/bin/sh
+# Decodes the submissions of all budgets to PNG files, each into a folder of its own in $1 (default:
+# decoded); --force behind it replaces pictures that are there.
+here=$(dirname "$(readlink -f "$0")")
+out=${1:-decoded}
+[ $# -eq 0 ] || shift
+for one in "$here"/*/decode; do
+    "$one" "$out/$(basename "$(dirname "$one")")" "$@" || exit
+done
 """
 
 LITTER = frozenset({".DS_Store"})
@@ -156,6 +171,8 @@ def _mapping(value: Any) -> bool:
 
 _OTHER_FORMAT = _matches("tucodec-submission-[0-9]{1,9}")
 _SHA256 = _matches("[0-9a-f]{64}")
+
+_BUDGET = _matches(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 _KEYS: dict[str, Check] = {
     "format": lambda value: value == FORMAT,
@@ -361,16 +378,35 @@ def wrong_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     return wrong + [f"{name}: not in the manifest" for name in shown]
 
 
+def write_script(path: Path, text: str) -> None:
+    """A script that its user can run."""
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+
+
+def budgets(folder: Path) -> list[str]:
+    """Names of the folders of a submission for several budgets; none if it is another folder."""
+    names = sorted(path.name for path in folder.iterdir() if path.name not in {DECODE, *LITTER})
+    if len(names) < 2 or not all(_BUDGET(name) and (folder / name).is_dir() for name in names):
+        return []
+    try:
+        return names if read_file(folder, DECODE) == DECODE_ALL_TEXT.encode() else []
+    except ConfigError:
+        return []
+
+
 def foreign(folder: Path) -> str | None:
     """Why a folder is more or other than a whole submission that this program wrote; None if it is not.
 
-    An empty folder is nobody's.
+    An empty folder is nobody's; one for several budgets consists of submissions.
 
     Raises:
         OSError: the folder cannot be read.
     """
     if all(path.name in LITTER for path in folder.iterdir()):
         return None
+    if parts := budgets(folder):
+        return next((f"{name}: {why}" for name in parts if (why := foreign(folder / name))), None)
     try:
         manifest = read_manifest(folder)
     except ConfigError as error:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,18 +30,19 @@ from lightning_tucodec.io.files import check_targets, launchers
 from lightning_tucodec.io.images import write_png
 from lightning_tucodec.io.temporary import FORMER, atomic_write, temporary_folder
 from lightning_tucodec.sets.evaluate import Part, evaluate, find_images
+from lightning_tucodec.sets.limits import Asked
 from lightning_tucodec.sets.manifest import (
     DECODE,
+    DECODE_ALL_TEXT,
     DECODE_TEXT,
     FORMAT,
     MANIFEST,
-    Limits,
-    byte_budget,
     foreign,
     is_image_name,
     png_name,
     read_manifest,
     told_file,
+    write_script,
 )
 from lightning_tucodec.sets.measure import Row
 from lightning_tucodec.sets.results import allocation_table, finite
@@ -105,10 +106,9 @@ def build(
     candidates: Candidates,
     out: Path,
     minimise: "Quantity",
-    limits: Limits,
-    max_bpp: float | None = None,
+    asked: Asked,
     workers: int | None = None,
-) -> "Allocation":
+) -> "dict[str, Allocation]":
     """Code every image with every candidate, choose, and write the submission.
 
     Args:
@@ -116,9 +116,11 @@ def build(
         out: the submission's folder. A former submission there is replaced if every file of it is one that
             this program wrote; at each moment the former or the new one exists.
         minimise: `sse` or `ms_ssim` for the best quality, or `bytes`.
-        limits: what the set must keep to.
-        max_bpp: a limit on bytes in bits a pixel, instead of `limits.max_bytes`.
+        asked: what the set must keep to; of several budgets each has a folder of its own in `out`.
         workers: codings at a time; all processors when None.
+
+    Returns:
+        The choice by the name of its folder in `out`, which is "" for the only one.
 
     Raises:
         ConfigError: no choice keeps to the limits.
@@ -132,21 +134,27 @@ def build(
     candidates.forget_damaged()
     rows = candidates.code(workers)
     table = allocation_table(rows)
-    if max_bpp is not None:
-        limits = replace(limits, max_bytes=byte_budget(max_bpp, int(table.pixels.sum())))
-    best = allocate(table, minimise, **asdict(limits))
-    codecs = candidates.codecs
-    chosen = [rows[i * len(codecs) + int(j)] for i, j in enumerate(best.choice)]
+    if asked.max_image_bpp is not None:
+        table = table.capped(asked.max_image_bpp)
+    several = len(asked.budgets) > 1
+    parts = {f"{b:.10g}": asked.only(b) for b in asked.budgets} if several else {"": asked}
     out.parent.mkdir(parents=True, exist_ok=True)
+    found = {}
     # A name of its own: nothing that lies beside is ever in the way.
     with temporary_folder(out) as work:
         new = work / "new"
-        about = {"minimised": minimise, "limits": asdict(limits), "totals": finite(summary(best))}
-        _write(new, candidates, chosen, about)
+        for name, part in parts.items():
+            limits = asdict(part.over(int(table.pixels.sum())))
+            best = found[name] = allocate(table, minimise, **limits)
+            chosen = [rows[i * len(table.candidates) + int(j)] for i, j in enumerate(best.choice)]
+            about = {"minimised": minimise, "limits": limits, "totals": finite(summary(best))}
+            _write(new / name, candidates, chosen, about)
+        if several:
+            write_script(new / DECODE, DECODE_ALL_TEXT)
         if reason := foreign(new):
             raise ConfigError(f"{candidates.folder}: is damaged, remove it ({reason})")
         _put(new, out)
-    return best
+    return found
 
 
 def _write(
@@ -181,8 +189,7 @@ def _write(
         "models": models,
         "images": entries,
     }
-    (new / DECODE).write_text(DECODE_TEXT, encoding="utf-8")
-    (new / DECODE).chmod(0o755)
+    write_script(new / DECODE, DECODE_TEXT)
     with atomic_write(new / MANIFEST, "w") as stream:
         json.dump(content, stream, indent=1)
         stream.write("\n")
@@ -286,15 +293,10 @@ def run_allocate(arguments: argparse.Namespace) -> int:
         coded = candidates.code(arguments.workers, part)
         print(f"part {part.index}/{part.count}: {len(coded)} codings done")
         return 0
-    limits = Limits(
-        arguments.max_bytes,
-        arguments.min_psnr,
-        arguments.min_ms_ssim,
-        arguments.max_decode_seconds,
-    )
-    if arguments.max_bpp is not None and arguments.max_bytes is not None:
+    asked = Asked.of(arguments)
+    if asked.budgets and arguments.max_bytes is not None:
         raise ConfigError("give --max-bpp or --max-bytes, not both")
-    if arguments.max_bpp is None and not any(v is not None for v in asdict(limits).values()):
+    if not asked.given():
         raise ConfigError("without a limit there is nothing to allocate: --max-bpp, --min-psnr, …")
     if arguments.slurm is not None:
         _submit(arguments, candidates)
@@ -304,11 +306,20 @@ def run_allocate(arguments: argparse.Namespace) -> int:
     minimise: Quantity = "bytes"
     if arguments.maximise:
         minimise = "sse" if arguments.maximise == "psnr" else "ms_ssim"
-    best = build(candidates, out, minimise, limits, arguments.max_bpp, arguments.workers)
+    found = build(candidates, out, minimise, asked, arguments.workers)
     if arguments.json:
-        print(json.dumps(finite(summary(best))))
+        told = {name: finite(summary(best)) for name, best in found.items()}
+        print(json.dumps(told.get("", told)))
         return 0
-    entries = read_manifest(out)["images"]
+    for name, best in found.items():
+        if name:
+            print(f"{name} bpp")
+        _tell(read_manifest(out / name)["images"], best)
+    return 0
+
+
+def _tell(entries: Sequence[Row], best: "Allocation") -> None:
+    """Print a choice for people."""
     for name, count in Counter(entry["codec"] for entry in entries).most_common():
         size = sum(entry["bytes"] for entry in entries if entry["codec"] == name)
         print(f"{count:6d} × {name} ({100 * size / best.bytes:.1f} % of the bytes)")
@@ -316,7 +327,6 @@ def run_allocate(arguments: argparse.Namespace) -> int:
         f"{best.bytes} bytes, {best.bpp:.5f} bpp, {best.psnr:.3f} dB, MS-SSIM {best.ms_ssim:.5f}; "
         f"at most {best.gap:.2g} from the optimum ({best.method})"
     )
-    return 0
 
 
 def _submit(arguments: argparse.Namespace, candidates: Candidates) -> None:
@@ -337,10 +347,13 @@ def _submit(arguments: argparse.Namespace, candidates: Candidates) -> None:
         "min_psnr",
         "min_ms_ssim",
         "max_decode_seconds",
+        "max_decode_seconds_per_megapixel",
+        "max_image_bpp",
     ):
         value = getattr(arguments, key)
         if value is not None:
-            limits += [f"--{key.replace('_', '-')}", str(value)]
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            limits += [f"--{key.replace('_', '-')}", text]
     if arguments.json:
         limits.append("--json")
     log = candidates.folder / "logs"
