@@ -35,6 +35,7 @@ READING = [
     f"bench effort {{}} --model {MODEL} --effort 1 --seconds --rows out/b.rows.jsonl",
     "bench effort photo.png --model {} --effort 1 --seconds --rows out/b.rows.jsonl",
     "bench h266 {} --rows out/b.rows.jsonl",
+    "bench parts {} --codec jpeg:q=30",
     "bench h266 photo.png --filter {} --rows out/b.rows.jsonl",
     "import {} --network mbt2018-mean -o out/m.safetensors",
     "import checkpoint.pth --network mbt2018-mean --card {} -o out/m.safetensors",

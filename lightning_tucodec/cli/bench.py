@@ -26,6 +26,7 @@ def register(subparsers: Subparsers) -> None:
     _add_allocate(commands)
     _add_effort(commands)
     _add_h266(commands)
+    _add_parts(commands)
     complexity = command(
         commands,
         "complexity",
@@ -128,6 +129,25 @@ def run_h266(arguments: argparse.Namespace) -> int:
         not arguments.whole,
     )
     return show(result, h266.table_text, arguments)
+
+
+def _add_parts(commands: Subparsers) -> None:
+    parser = command(
+        commands,
+        "parts",
+        run_parts,
+        "processor seconds of codecs on one photograph, and of the parts of vvc+postfilter",
+    )
+    parser.add_argument("image", type=location, metavar="IMAGE")
+    parser.add_argument("--codec", nargs="+", required=True, metavar="SPEC")
+    add_json(parser)
+
+
+def run_parts(arguments: argparse.Namespace) -> int:
+    """`tucodec bench parts`."""
+    from lightning_tucodec.bench import parts
+
+    return show(parts.run(arguments.image, arguments.codec), parts.table_text, arguments)
 
 
 def run_complexity(arguments: argparse.Namespace) -> int:

@@ -125,6 +125,15 @@ def read_image(file: Path | str | BinaryIO) -> NDArray[np.uint8]:
         raise ImageInputError(f"{name}: damaged or truncated image ({reason})") from error
 
 
+def image_pixels(path: Path | str) -> int | None:
+    """Pixels of an image by its header, without decoding; None where `read_image` will say what is wrong."""
+    try:
+        with _quiet(), Image.open(path) as image:
+            return image.width * image.height
+    except Exception:
+        return None
+
+
 def to_pixels(image: Image.Image, name: str = "image") -> NDArray[np.uint8]:
     """What `read_image` gives for the file, of an image that Pillow has opened or made.
 

@@ -6,6 +6,7 @@ measured again.
 """
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from tqdm import tqdm
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.classical.video import VideoCodec
 from lightning_tucodec.codecs.colour import conversion_ceiling
+from lightning_tucodec.coding.compiling import clock
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.io.files import check_targets
-from lightning_tucodec.io.images import image_files, read_image
+from lightning_tucodec.io.images import image_files, image_pixels, read_image
 from lightning_tucodec.io.once import once
-from lightning_tucodec.io.processes import cores, worker_threads
+from lightning_tucodec.io.processes import worker_threads
 from lightning_tucodec.quality.perceptual import check_names
+from lightning_tucodec.sets.forecast import Forecast, affordable_workers
 from lightning_tucodec.sets.journal import Journal, codec_digest
 from lightning_tucodec.sets.measure import Row, content_id, kept_file, measure, peak_memory
 from lightning_tucodec.sets.results import is_results, results_files, summarise, write_results
@@ -89,7 +92,7 @@ def evaluate(
         images: files.
         codecs: at their settings.
         rows_file: JSON lines; measurements are appended as they finish.
-        workers: images coded in parallel; the number of processors when None.
+        workers: images coded in parallel; as many as there are processors and memory for when None.
         keep: folder for the coded files, `<sha256 of the file>.bin`.
         part: only this share of the work, for several machines.
         others: more files of rows, which are only read.
@@ -114,10 +117,12 @@ def evaluate(
         if part is None or part.holds(j * len(images) + i)
     ]
     # Threads serve: coders are other processes or release the interpreter's lock.
-    workers = cores() if workers is None else workers
+    sizes = {path: image_pixels(path) or 0 for path in images}
+    workers = affordable_workers(max(sizes.values())) if workers is None else workers
     if workers < 1:
         raise ConfigError(f"workers: {workers} is not at least 1")
     load = once(_load, workers + 1)
+    forecast = Forecast([(job.described, sizes[job.image]) for job in jobs], workers)
     names = [path.name for path in images]
     unique = len(set(names)) == len(names)
 
@@ -126,12 +131,18 @@ def evaluate(
             image, digest = load(job.image)
             key = f"{digest}-{job.described}"
             row = journal.get(key)
+            started = clock()
             lacking = row is None or any(name not in row for name in metrics)
             if row is None or lacking or (keep is not None and not kept_file(keep, row).exists()):
                 row = {**(row or {}), **measure(job.codec, image, keep, metrics)}
                 if isinstance(job.codec, VideoCodec) and job.codec.subsampling == "420":
                     row["ceiling_psnr"] = conversion_ceiling(image)
                 journal.add(key, row)
+                line = forecast.finished(job.described, sizes[job.image], clock() - started)
+            else:
+                line = forecast.known(job.described, sizes[job.image], row)
+            if line:
+                tqdm.write(line, file=sys.stderr)
             label = job.image.name if unique else str(job.image)
             return {"image": label, "codec": job.codec.name, "pixels": digest, **row}
         except TucodecError as error:

@@ -1,0 +1,97 @@
+"""What an evaluation will take: workers that the memory holds, and minutes."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_tucodec.io.processes import cores
+
+BYTES_A_PIXEL = 450
+"""What a worker holds at its peak, a pixel of its image: 430 measured with a learned model and MS-SSIM."""
+
+_TOLD_FROM = 1.0
+"""Minutes; an evaluation that takes less says nothing."""
+
+
+def affordable_workers(pixels: int, available: int | None = None) -> int:
+    """As many as there are processors and memory for.
+
+    Args:
+        pixels: of the largest image; 0 where that is not known.
+        available: bytes of memory; what the machine has free when None.
+
+    Returns:
+        At least 1.
+    """
+    available = available_memory() if available is None else available
+    if available is None or not pixels:
+        return cores()
+    return max(1, min(cores(), available // (BYTES_A_PIXEL * pixels)))
+
+
+def available_memory() -> int | None:
+    """Bytes that are free for programs, in the limit of a container too (Linux); None where unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+    except (OSError, ValueError, StopIteration):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        most, used = (int((group / f"memory.{k}").read_text()) for k in ("max", "current"))
+    except (OSError, ValueError):  # "max": no limit
+        return free
+    return max(0, min(free, most - used))
+
+
+class Forecast:
+    """The minutes that are left, told once every setting has been timed.
+
+    Args:
+        jobs: setting and pixels of every coding that has yet to be done.
+        workers: that work at a time.
+    """
+
+    def __init__(self, jobs: Sequence[tuple[str, int]], workers: int) -> None:
+        self._left: dict[str, int] = {}
+        for setting, pixels in jobs:
+            self._left[setting] = self._left.get(setting, 0) + pixels
+        self._pace: dict[str, tuple[float, int]] = {}
+        self._workers = workers
+        self._codings = len(jobs)
+        self._told = not jobs
+        self._lock = threading.Lock()
+
+    def known(self, setting: str, pixels: int, row: Mapping[str, Any]) -> str | None:
+        """Take note of a coding that was measured before; see `finished`."""
+        return self.finished(setting, pixels, row["encode_seconds"] + row["decode_seconds"])
+
+    def finished(self, setting: str, pixels: int, seconds: float) -> str | None:
+        """Take note of a coding.
+
+        Returns:
+            A line for the user, once: when no setting is unknown any more and more than a minute is left.
+        """
+        with self._lock:
+            before, area = self._pace.get(setting, (0.0, 0))
+            self._pace[setting] = before + seconds, area + pixels
+            self._left[setting] = self._left.get(setting, pixels) - pixels
+            self._codings -= 1
+            if self._told or any(
+                left > 0 and s not in self._pace for s, left in self._left.items()
+            ):
+                return None
+            self._told = True
+            total = sum(
+                left * self._pace[s][0] / self._pace[s][1]
+                for s, left in self._left.items()
+                if left > 0 and self._pace[s][1]
+            )
+        minutes = total / self._workers / 60
+        if minutes < _TOLD_FROM:
+            return None
+        return (
+            f"evaluate: about {minutes:.0f} minutes for the {self._codings} codings that are left, "
+            f"{self._workers} at a time, judged by one of each setting"
+        )

@@ -1,0 +1,55 @@
+"""Workers that the memory holds, and the minutes that an evaluation says it will take."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightning_tucodec.codecs.registry import codec
+from lightning_tucodec.io.images import image_pixels
+from lightning_tucodec.io.processes import cores
+from lightning_tucodec.sets import forecast
+from lightning_tucodec.sets.evaluate import evaluate
+from lightning_tucodec.sets.forecast import BYTES_A_PIXEL, Forecast, affordable_workers
+
+
+def test_workers_are_bounded_by_memory_and_pixels() -> None:
+    assert affordable_workers(0, 1) == affordable_workers(1, 1 << 40) == cores()
+    assert affordable_workers(10**7, BYTES_A_PIXEL * 10**7) == 1
+    assert affordable_workers(10**9, 1) == 1  # one always works
+    free = forecast.available_memory()
+    assert free is None or free > 1 << 20
+
+
+def test_the_minutes_are_told_once_when_every_setting_has_been_timed() -> None:
+    """Two settings, ten images of a megapixel: a takes 10 s a megapixel, b takes 50 s."""
+    both = Forecast([(name, 10**6) for _ in range(10) for name in "ab"], workers=2)
+    assert both.finished("a", 10**6, 10.0) is None
+    line = both.finished("b", 10**6, 50.0)
+    assert line is not None
+    assert "about 4 minutes for the 18 codings that are left, 2 at a time" in line  # 9·60 s / 2
+    assert both.finished("a", 10**6, 10.0) is None
+
+
+def test_what_takes_no_minute_says_nothing() -> None:
+    short = Forecast([("a", 10**6)] * 10, workers=1)
+    assert [short.finished("a", 10**6, 1.0) for _ in range(10)] == [None] * 10
+
+
+def test_evaluate_says_it_and_counts_what_the_journal_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "_TOLD_FROM", 0.0)
+    for index in range(3):
+        pixels = np.full((16, 16 + index, 3), 40 * index, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    images = sorted(tmp_path.glob("*.png"))
+    assert [image_pixels(path) for path in images] == [256, 272, 288]
+    assert image_pixels(tmp_path / "none.png") is None
+    codecs = [codec("jpeg:q=10"), codec("jpeg:q=90")]
+    evaluate(images[:1], codecs[:1], tmp_path / "rows.jsonl", workers=1)
+    capsys.readouterr()
+    evaluate(images, codecs, tmp_path / "rows.jsonl", workers=1)
+    (line,) = (text for text in capsys.readouterr().err.splitlines() if "minutes" in text)
+    assert "for the 4 codings that are left, 1 at a time" in line
