@@ -35,6 +35,12 @@ FOLDER = Path(__file__).parent.parent / "experiments" / "clic2019"
             ["tiny-mse-2:effort=2", "vvc:preset=slow,qp=12", "vvc:preset=slow,qp=14"],
             ["--min-psnr", "40.0", "--min-ms-ssim", "0.993"],
         ),
+        (
+            "budgets.sh",
+            {"MODELS": "tiny-ssim-1", "CODECS": "vvc:preset=faster", "QPS": "37 44"},
+            ["tiny-ssim-1", "vvc:preset=faster,qp=37", "vvc:preset=faster,qp=44"],
+            ["--maximise", "ms-ssim", "--max-bpp", "0.075,0.15,0.3"],
+        ),
     ],
 )
 def test_entries(

@@ -87,7 +87,7 @@ def _timed() -> Iterator[dict[str, float]]:
         for owner, method, name in (
             (Vvc, "encode_planes", "H.266 encoder"),
             (Vvc, "decode_planes", "H.266 decoder"),
-            (FilterModel, "fit", "filter: weights"),
+            (FilterModel, "fit", "filter: weights and picture"),
             (FilterModel, "apply", "filter: picture"),
         ):
             stack.enter_context(timed(owner, method, name))

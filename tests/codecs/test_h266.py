@@ -135,7 +135,7 @@ def test_the_gate_opens_only_for_a_filter_that_helps(
 
     good = filter_file(folder, "good", 0.0)
     given = bytes(range(good.weight_bytes))
-    monkeypatch.setattr(FilterModel, "fit", lambda self, planes, qp, transform, image: given)
+    monkeypatch.setattr(FilterModel, "fit", lambda *arguments: (given, pad(PHOTO, 2, 16)))
 
     def perfect(
         self: FilterModel, planes: object, qp: int, transform: str, weights: bytes
@@ -165,8 +165,9 @@ def test_the_weights_are_fitted_to_the_image(folder: Path) -> None:
     shown = planes_to_rgb(planes, "orthonormal")
     hidden = bytes(range(30, 30 + model.weight_bytes))
     target = model.apply(planes, 42, "orthonormal", hidden)
-    found = model.fit(planes, 42, "orthonormal", target)
-    errors = [sse(target, x) for x in (shown, model.apply(planes, 42, "orthonormal", found))]
+    found, filtered = model.fit(planes, 42, "orthonormal", target)
+    assert np.array_equal(filtered, model.apply(planes, 42, "orthonormal", found))
+    errors = [sse(target, x) for x in (shown, filtered)]
     assert errors[1] < errors[0] / 4
 
 
@@ -177,10 +178,16 @@ def test_bands_leave_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
         network.tail.weight.normal_(std=0.02)
     image = np.tile(pad(PHOTO, 2, 16), (3, 1, 1))
     planes = rgb_to_planes(image, transform="orthonormal")
-    weights = fit(network, planes, 40, "orthonormal", image)
-    whole = apply(network, planes, 40, "orthonormal", weights)
+    weights, whole = fit(network, planes, 40, "orthonormal", image)
+    assert np.array_equal(whole, apply(network, planes, 40, "orthonormal", weights))
     monkeypatch.setattr("lightning_tucodec.codecs.h266.postfilter.PIXELS", 48 * image.shape[1])
-    assert np.abs(fit(network, planes, 40, "orthonormal", image).astype(int) - weights).max() <= 1
+    again, kept = fit(network, planes, 40, "orthonormal", image)
+    assert np.abs(again.astype(int) - weights).max() <= 1
+    monkeypatch.setattr("lightning_tucodec.codecs.h266.postfilter.KEPT_PIXELS", 0)
+    for found, expected in zip(
+        fit(network, planes, 40, "orthonormal", image), (again, kept), strict=True
+    ):
+        assert np.array_equal(found, expected)  # with the corrections made twice
     banded = apply(network, planes, 40, "orthonormal", weights)
     assert banded.shape == whole.shape
     assert np.abs(banded.astype(int) - whole).max() <= 1
@@ -191,11 +198,11 @@ def test_bands_leave_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_modes_of_the_caller_change_no_filter(mode: str) -> None:
     planes = rgb_to_planes(pad(PHOTO, 2, 16), transform="orthonormal")
     known = FilterModel(ModelFile.load(find("vvc-postfilter")))
-    weights = known.fit(planes, 40, "orthonormal", pad(PHOTO, 2, 16))
+    weights, _ = known.fit(planes, 40, "orthonormal", pad(PHOTO, 2, 16))
     shown = known.apply(planes, 40, "orthonormal", weights)
     with caller_mode(mode):
         model = FilterModel(known.file)
-        assert model.fit(planes, 40, "orthonormal", pad(PHOTO, 2, 16)) == weights
+        assert model.fit(planes, 40, "orthonormal", pad(PHOTO, 2, 16))[0] == weights
         assert np.array_equal(model.apply(planes, 40, "orthonormal", weights), shown)
     assert not any(value.is_inference() for value in model.network.parameters())
 

@@ -187,11 +187,9 @@ class H266(Options):
         model = self.model()
         if model is None:
             return plain
-        # The network runs for the weights and again to apply them: kept in between, the corrections of 24
-        # megapixels would take 0.9 GB.
-        seen = (decoded, self.qp, self.colour)
-        weights = model.fit(*seen, pad(image, 2, coder.smallest))
-        filtered = way(model.apply(*seen, weights)[:height, :width], model.id, weights, _FILTERED)
+        padded = pad(image, 2, coder.smallest)
+        weights, shown = model.fit(decoded, self.qp, self.colour, padded)
+        filtered = way(shown[:height, :width], model.id, weights, _FILTERED)
         return min(plain, filtered, key=lambda way: way.cost)
 
     def _coder(self) -> Vvc:

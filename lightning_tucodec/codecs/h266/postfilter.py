@@ -1,6 +1,6 @@
 """Decoded planes to RGB through a PostFilter."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,9 @@ _PEAK = 1023.0
 
 PIXELS = 1 << 21
 """About so many are filtered at a time, besides what the network reaches beyond them: it bounds memory."""
+
+KEPT_PIXELS = 1 << 22
+"""Up to so many an encoder keeps the corrections of a picture, 36 bytes a pixel with three of them."""
 
 
 def decoded_picture(planes: Planes, qp: float, transform: str) -> DecodedPicture:
@@ -65,16 +68,23 @@ def _bands(network: PostFilter, picture: DecodedPicture) -> Iterator[tuple[slice
 @torch.inference_mode()
 def fit(
     network: PostFilter, planes: Planes, qp: float, transform: str, image: NDArray[np.uint8]
-) -> NDArray[np.int8]:
-    """The weights that bring decoded planes closest to an image (as padded for them), M×3."""
+) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
+    """The weights that bring decoded planes closest to an image (as padded for them), M×3, and the filtered
+    H×W×3 image that `apply` gives with them.
+
+    The network runs once; a second time where its corrections would take too much memory in between.
+    """
     picture = decoded_picture(planes, qp, transform)
+    bands = _bands(network, picture)
+    kept = list(bands) if image.shape[0] * image.shape[1] <= KEPT_PIXELS else None
     original = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32) / 255.0)[None]
     parts = [
         Normal.of(corrections, original[:, :, rows] - picture.plain[:, :, rows])
-        for rows, corrections in _bands(network, picture)
+        for rows, corrections in kept or bands
     ]
     normal = Normal(*(torch.stack(terms).double().sum(0) for terms in zip(*parts, strict=True)))
-    return (normal.weights()[0] * WEIGHT_STEPS).to(torch.int8).numpy()
+    weights = (normal.weights()[0] * WEIGHT_STEPS).to(torch.int8).numpy()
+    return weights, _filtered(picture, kept or _bands(network, picture), weights)
 
 
 @own_modes()
@@ -84,12 +94,19 @@ def apply(
 ) -> NDArray[np.uint8]:
     """The filtered H×W×3 image of decoded planes."""
     picture = decoded_picture(planes, qp, transform)
+    return _filtered(picture, _bands(network, picture), weights)
+
+
+def _filtered(
+    picture: DecodedPicture,
+    bands: Iterable[tuple[slice, torch.Tensor]],
+    weights: NDArray[np.int8],
+) -> NDArray[np.uint8]:
     factors = torch.from_numpy(weights)[None] / WEIGHT_STEPS
-    bands = [
-        corrected(picture.plain[:, :, rows], corrections, factors)[0]
-        for rows, corrections in _bands(network, picture)
+    shown = [
+        corrected(picture.plain[:, :, rows], corrections, factors)[0] for rows, corrections in bands
     ]
-    return to_eight_bits(torch.cat(bands, 1).mul_(255.0).numpy())
+    return to_eight_bits(torch.cat(shown, 1).mul_(255.0).numpy())
 
 
 class FilterModel:
@@ -161,9 +178,12 @@ class FilterModel:
         """Length of an image's weights in a file."""
         return 3 * self.network.config.corrections
 
-    def fit(self, planes: Planes, qp: float, transform: str, image: NDArray[np.uint8]) -> bytes:
-        """The image's weights as its file carries them; see `fit`."""
-        return fit(self.network, planes, qp, transform, image).tobytes()
+    def fit(
+        self, planes: Planes, qp: float, transform: str, image: NDArray[np.uint8]
+    ) -> tuple[bytes, NDArray[np.uint8]]:
+        """The image's weights as its file carries them, and the filtered image; see `fit`."""
+        weights, shown = fit(self.network, planes, qp, transform, image)
+        return weights.tobytes(), shown
 
     def apply(self, planes: Planes, qp: float, transform: str, weights: bytes) -> NDArray[np.uint8]:
         """See `apply`; `weights` are `weight_bytes` long."""
