@@ -418,8 +418,10 @@ def test_a_slurm_array_fills_the_cache_that_the_last_job_chooses_from(
     monkeypatch.setenv("TUCODEC_SITE", str(tmp_path / "site.sh"))
     photos, out = str(submission.parent / "photos"), tmp_path / "two words"
     words = ["allocate", photos, "--candidate", *CANDIDATES[:2], "--max-bpp", "0.9", "-o", str(out)]
+    words += ["--trust", "one", "--trust", "two"]
     assert cli.main([*words, "--maximise", "psnr", "--slurm", "2", "--dry-run"]) == 0
     array, last = (shlex.split(line) for line in capsys.readouterr().out.splitlines())
+    assert all("--trust one --trust two" in " ".join(job) for job in (array, last))
     assert {"--array=1-2", "--requeue"} <= set(array)
     assert "--dependency=afterany:ARRAY" in last
     beside = out.with_name(f"{out.name}-candidates")

@@ -25,6 +25,7 @@ from lightning_tucodec.io import processes
 from lightning_tucodec.io.images import read_image, write_png
 from lightning_tucodec.io.temporary import temporary_folder
 from lightning_tucodec.nn.codec import PRESETS
+from lightning_tucodec.quality.metrics import as_tensor
 
 SIZE = (512, 768)
 RATES = (0.15, 0.5)
@@ -127,7 +128,7 @@ def _actions(subject: Subject, folder: Path) -> Actions:
     model, latents = subject.model, subject.latents
     height, width = subject.pixels.shape[:2]
     network = model.network
-    x = torch.from_numpy(subject.pixels).permute(2, 0, 1)[None].float().div(255)
+    x = as_tensor(subject.pixels).float() / 255
     x = network.pad(x).contiguous(memory_format=model.layout).to(model.device)
     y_hat = model.dequantise(torch.from_numpy(latents.y)[None].to(model.device))
     file = folder / f"{len(subject.data)}-{subject.name}.tuc"

@@ -1,9 +1,12 @@
 """Parameters and multiply-accumulates of the presets, beside CompressAI's; FLOPs of a training step."""
 
+from typing import Any
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_tucodec.codecs.network.zoo import of_zoo
 from lightning_tucodec.nn.codec import PRESETS, TucodecVAE
 from lightning_tucodec.nn.complexity import SIDE, Complexity, kmac_per_pixel, millions, of_network
 from lightning_tucodec.nn.noise import Noise
@@ -18,13 +21,7 @@ def of_preset(name: str) -> Complexity:
 @torch.no_grad()
 def of_compressai(name: str, quality: int) -> Complexity:
     """One of CompressAI's joint autoregressive models."""
-    from compressai.models import Cheng2020Attention, JointAutoregressiveHierarchicalPriors
-
-    network = (
-        JointAutoregressiveHierarchicalPriors(192, 192 if quality <= 4 else 320)
-        if name == "mbt2018"
-        else Cheng2020Attention(128 if quality <= 3 else 192)
-    ).eval()
+    network: Any = of_zoo(name, quality).eval()
     x = torch.rand(1, 3, SIDE, SIDE)
     y = network.g_a(x)
     z = network.h_a(y)

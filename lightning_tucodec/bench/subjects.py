@@ -22,22 +22,19 @@ from lightning_tucodec.codecs.learned.latents import Latents, strip_bounds
 from lightning_tucodec.codecs.learned.model_file import ModelFile
 from lightning_tucodec.codecs.library import load, untrained
 from lightning_tucodec.codecs.network.engine import ContextEngine
+from lightning_tucodec.codecs.network.zoo import of_zoo
 from lightning_tucodec.coding import rans, wavefront
 from lightning_tucodec.coding.categorical import build_cdf
 from lightning_tucodec.coding.laplace import SCALE_COUNT, decode_laplace, encode_laplace
 from lightning_tucodec.io.once import once_property
 from lightning_tucodec.nn.transforms import STRIDE
+from lightning_tucodec.quality.metrics import as_tensor
 
 PEERS = ("mbt2018", "cheng2020-attn")
 """CompressAI's autoregressive models, at 192 channels."""
 
-SIZES = {
-    "mbt2018": (192, 192),
-    "mbt2018:8": (192, 320),
-    "cheng2020-attn": (192,),
-    "cheng2020-attn:1": (128,),
-}
-"""Arguments of the peers' classes: those of the qualities 1 to 4 and 5 to 8, 4 to 6 and 1 to 3."""
+QUALITIES = {"mbt2018": 4, "cheng2020-attn": 6}
+"""Quality of the zoo whose network a peer is, where its name does not say it, as `mbt2018:8` does."""
 
 _HYPER_DECAY = 0.02  # z of the untrained presets: P(k) falls so fast, as a trained model's does
 
@@ -182,7 +179,7 @@ class Peer:
     runs as always. The same latents are coded by our exact engine for such networks.
 
     Attributes:
-        name: of its rows, one of SIZES.
+        name: of its rows; of the zoo, and its quality (see `QUALITIES`).
         y_hat: N×M×h×w, what `decompress` finds in the streams.
         strings: as `compress` returns them.
         engine: ours, for the same network.
@@ -191,16 +188,11 @@ class Peer:
     """
 
     def __init__(self, name: str, bpp: float, pixels: NDArray[np.uint8]) -> None:
-        from compressai.models import Cheng2020Attention, JointAutoregressiveHierarchicalPriors
-
         self.name = name
+        zoo, _, quality = name.partition(":")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network: Any = (
-                JointAutoregressiveHierarchicalPriors(*SIZES[name])
-                if name.startswith("mbt2018")
-                else Cheng2020Attention(*SIZES[name])
-            )
+            network: Any = of_zoo(zoo, int(quality or QUALITIES[zoo]))
         self.network = network.eval().to(memory_format=torch.channels_last)
         last = network.entropy_parameters[-1]
         channels = last.bias.numel() // 2
@@ -212,7 +204,7 @@ class Peer:
         self.engine = ContextEngine.of(network)
         assert self.engine is not None
         height, width = (-(-side // 64) for side in pixels.shape[:2])
-        x = torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255)
+        x = as_tensor(pixels).float() / 255
         self.x = nn.functional.pad(x, (0, 64 * width - x.shape[3], 0, 64 * height - x.shape[2]))
         self.shape = (height, width)
         generator = torch.Generator().manual_seed(0)

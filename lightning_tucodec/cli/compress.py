@@ -117,11 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     target = _target(arguments)
     if target is not None or arguments.model in jobs.H266_MODELS:
         return _compress_chosen(arguments, target, _settings(arguments, target))
-    for option in ("qp", "preset"):
-        if getattr(arguments, option) is not None:
-            raise ConfigError(
-                f"--{option} is an option of --model {' and '.join(jobs.H266_MODELS)}"
-            )
+    _refuse(arguments, "qp", "preset")
     from lightning_tucodec.codecs import batch
     from lightning_tucodec.codecs.learned.codec import WHOLE_POSITIONS
     from lightning_tucodec.codecs.learned.refine import RefinedModel, with_effort
@@ -196,6 +192,15 @@ def run(arguments: argparse.Namespace) -> int:
     return jobs.report(batch.run(stages, files), len(files), arguments.json)
 
 
+def _refuse(arguments: argparse.Namespace, *options: str) -> None:
+    """Refuse options of H.266 where it does not code."""
+    for option in options:
+        if getattr(arguments, option) is not None:
+            raise ConfigError(
+                f"--{option} is an option of --model {' and '.join(jobs.H266_MODELS)}"
+            )
+
+
 def _target(arguments: argparse.Namespace) -> "Target | None":
     """What --target-… asks for."""
     for quantity in FAMILIES:
@@ -225,10 +230,9 @@ def _settings(arguments: argparse.Namespace, target: "Target | None") -> "list[S
         ladder[0].describe()  # says now what is wrong with binary or filter
         return [*ladder]
     assert target is not None
+    _refuse(arguments, "preset")
     if rates := _rates(arguments):
         return [*rates]
-    if arguments.preset is not None:
-        raise ConfigError(f"--preset is an option of --model {' and '.join(jobs.H266_MODELS)}")
     names = FAMILIES[target.quantity] if name is None else (name,)
     members = [member for name in names for member in family(name)]
     if not members:

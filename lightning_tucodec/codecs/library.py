@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lightning_tucodec.codecs.base import MODEL_SUFFIX
-from lightning_tucodec.codecs.cards import model_files, model_folder, read_card
+from lightning_tucodec.codecs.cards import Card, model_files, model_folder, read_card
 from lightning_tucodec.codecs.h266.postfilter import FilterModel
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
@@ -36,9 +36,9 @@ def _load(path: Path, modified_ns: int, device: str) -> Model:
 
 
 @once
-def _id(path: Path, modified_ns: int) -> bytes:
+def _card(path: Path, modified_ns: int) -> Card:
     """Of the file alone: to build a model takes ten times as long."""
-    return read_card(path).id
+    return read_card(path)
 
 
 def _version(path: Path) -> tuple[Path, int]:
@@ -148,9 +148,10 @@ def _load_by_id(identity: bytes, device: str) -> Model:
         # `tucodec models` names a damaged file; here a damaged neighbour must not stop a decode.
         with contextlib.suppress(ModelFileError):
             version = _version(path)
-            if _id(*version) != identity:
+            card = _card(*version)
+            if card.id != identity:
                 continue
-            if read_card(path).config.get("kind") == NetworkModel.KIND:
+            if card.config.get("kind") == NetworkModel.KIND:
                 break
             return _load(*version, device)
     else:

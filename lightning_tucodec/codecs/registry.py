@@ -14,6 +14,7 @@ A path, as name or value, may contain `:`, `,` and `=`: the longest existing one
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections import Counter
@@ -72,6 +73,37 @@ def pairs(options: str) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
+def options_of(specification: str, text: str) -> dict[str, str]:
+    """The options that a specification gives, by key.
+
+    Raises:
+        ConfigError: one has no value, or is given twice.
+    """
+    options: dict[str, str] = {}
+    for key, value in pairs(text):
+        if not (key and value):
+            raise ConfigError(f"{specification}: {key or f'={value}'} is not KEY=VALUE")
+        if key in options:
+            raise ConfigError(f"{specification}: {key} is given twice")
+        options[key] = value
+    return options
+
+
+def quality_of(specification: str, text: str) -> float:
+    """The value of `quality` in a specification.
+
+    Raises:
+        ConfigError: it is no finite number.
+    """
+    try:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"{specification}: quality={text} is not a number") from None
+    return value
+
+
 def files(specification: str) -> list[str]:
     """Paths of the model files and checkpoints that a specification names."""
     name, options = split(specification)
@@ -106,13 +138,7 @@ def codec(specification: str) -> ImageCodec:
         from lightning_tucodec.codecs.network.zoo import from_specification
 
         return from_specification(rest)
-    options: dict[str, str] = {}
-    for key, value in pairs(rest):
-        if not (key and value):
-            raise ConfigError(f"{specification}: {key or f'={value}'} is not KEY=VALUE")
-        if key in options:
-            raise ConfigError(f"{specification}: {key} is given twice")
-        options[key] = value
+    options = options_of(specification, rest)
     if name in CLASSES:
         built = CLASSES[name].parse(options)
         assert isinstance(built, ImageCodec)
@@ -149,12 +175,9 @@ def _at_quality(
     """
     if other := sorted(set(options) - {"quality"}):
         raise ConfigError(f"{specification}: {model.name} takes quality=…, and no {other[0]}")
+    quality = quality_of(specification, options["quality"])
     try:
-        return model.at(float(options["quality"]))
-    except ValueError:
-        raise ConfigError(
-            f"{specification}: quality={options['quality']} is not a number"
-        ) from None
+        return model.at(quality)
     except ConfigError as error:
         raise ConfigError(f"{specification}: {error}") from None
 

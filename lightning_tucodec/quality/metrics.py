@@ -41,6 +41,12 @@ def sse(x: np.ndarray, y: np.ndarray) -> int:
     return int(np.einsum("i,i->", difference, difference, dtype=np.int64))
 
 
+def as_tensor(image: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """1×3×H×W, uint8, of an H×W×3 uint8 image; shares its memory where it can."""
+    writable = np.require(image, requirements=["C", "W"])  # of others PyTorch warns
+    return torch.from_numpy(writable).to(device).permute(2, 0, 1)[None]
+
+
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """PSNR in dB of each image over all its values.
 
@@ -121,12 +127,8 @@ def pixels_ms_ssim(image: np.ndarray, shown: np.ndarray) -> float | None:
     """MS-SSIM of two H×W×3 uint8 images; None where a side is below 11."""
     if not ms_ssim_scales(*image.shape[:2]):
         return None
-    x, y = (
-        torch.from_numpy(np.require(a, requirements=["C", "W"])).permute(2, 0, 1)[None]
-        for a in (image, shown)
-    )
     with torch.no_grad():
-        return float(ms_ssim(x, y))
+        return float(ms_ssim(as_tensor(image), as_tensor(shown)))
 
 
 def quality(image: np.ndarray, shown: np.ndarray) -> dict[str, float | None]:

@@ -135,10 +135,9 @@ def _luma(image: Image) -> "torch.Tensor":
 
 def _planes(image: Image) -> "torch.Tensor":
     """1×3×H×W in [0, 1]."""
-    import torch
+    from lightning_tucodec.quality.metrics import as_tensor
 
-    writable = np.require(image, requirements=["C", "W"])
-    return torch.from_numpy(writable).permute(2, 0, 1)[None].float() / 255
+    return as_tensor(image).float() / 255
 
 
 def _need_weights(measure: str, name: str) -> None:

@@ -339,6 +339,7 @@ def _submit(arguments: argparse.Namespace, candidates: Candidates) -> None:
     if count > len(candidates.paths):
         raise ConfigError(f"--slurm {count}: more jobs than images ({len(candidates.paths)})")
     words = [*arguments.images, "--candidate", *arguments.candidate, "-o", arguments.out]
+    words += [word for package in arguments.trust for word in ("--trust", package)]
     limits = []
     for key in (
         "maximise",

@@ -1,5 +1,6 @@
 """What all trainings of image codecs share: the recipe, validation with real files, pictures."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 
@@ -89,6 +90,11 @@ class CodingModule(ScheduledModule):
             {"train/loss": loss, "train/bpp": bpp, "train/bpp_z": bpp_z, "train/psnr": psnr},
             {"bpp": bpp, "dB": psnr},
         )
+
+    def without_reduction(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, backward passes do not start DDP's own reduction, which supports one a batch."""
+        inside = getattr(self.trainer.model, "no_sync", contextlib.nullcontext)
+        return inside()
 
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Means over the ranks, by one all-reduce; for backward passes outside DDP's own reduction."""

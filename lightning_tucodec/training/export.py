@@ -26,6 +26,7 @@ from lightning_tucodec.training.runs.tracking import read_metrics
 from lightning_tucodec.training.runs.weights import (
     initial_weights,
     load_checkpoint,
+    load_trained,
     network_weights,
 )
 
@@ -123,7 +124,7 @@ def _trained(run: Path) -> _Trained:
         card = {"recipe": "postfilter", **card}
     else:
         own = TucodecVAE(config_from_dict(state["codec"]))
-    own.load_state_dict(weights)
+    load_trained(own, weights, run)
     return _Trained(own.eval(), own.config, card)
 
 
@@ -141,8 +142,7 @@ def _built(run: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> nn.
         network = build(_described(config), check_trusted)
     except ConfigError as error:
         raise ConfigError(f"{run}: {error}") from None
-    own = network.state_dict()
-    network.load_state_dict({**own, **{k: weights[k] for k, v in own.items() if v.numel()}})
+    load_trained(network, weights, run)
     return network.eval()
 
 

@@ -1,6 +1,5 @@
 """The GAN recipe: a TucodecVAE fine-tuned against a discriminator."""
 
-import contextlib
 import copy
 import math
 import sys
@@ -18,7 +17,8 @@ from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.discriminator import DiscriminatorKind, make_discriminator
 from lightning_tucodec.nn.losses import AdversarialKind, make_adversarial_loss
 from lightning_tucodec.nn.noise import ORDER, Noise
-from lightning_tucodec.training.coding import PICTURES, eight_bits
+from lightning_tucodec.quality.metrics import as_tensor
+from lightning_tucodec.training.coding import eight_bits
 from lightning_tucodec.training.game import Alarms, Gate, RateController, Turn
 from lightning_tucodec.training.module import NonFiniteLossError
 from lightning_tucodec.training.optimizers import FusedAdam, follow
@@ -173,11 +173,10 @@ class GANCodec(CodecModule):
         self, number: int, original: NDArray[np.uint8], shown: NDArray[np.uint8]
     ) -> None:
         """Original, reconstruction before this stage and now, side by side."""
-        if number < PICTURES:
-            x = torch.from_numpy(original).permute(2, 0, 1)[None].to(self.device) / 255
-            before = eight_bits(self.before(x).x_hat.clamp(0, 1))
-            panels = np.concatenate([original, before, shown], axis=1)
-            write_png(self.picture_path(str(number)), panels)
+        x = as_tensor(original, self.device) / 255
+        before = eight_bits(self.before(x).x_hat.clamp(0, 1))
+        panels = np.concatenate([original, before, shown], axis=1)
+        write_png(self.picture_path(str(number)), panels)
 
     def swapped(self, index: Tensor) -> Tensor:
         """In which pairs the reconstruction comes first, a function of (seed, position); (N,) bool."""
@@ -198,7 +197,7 @@ class GANCodec(CodecModule):
         self.discriminator.requires_grad_(turn.discriminator).train(turn.discriminator)
         self.zero_grad(set_to_none=True)
         batch_means = torch.zeros(len(_BATCH), device=self.device)
-        with getattr(self.trainer.model, "no_sync", contextlib.nullcontext)():
+        with self.without_reduction():
             places = batch["index"].chunk(self.pieces)
             for x, index in zip(images.chunk(self.pieces), places, strict=True):
                 batch_means += self.play(x, index, turn, len(x) / len(images), rated)

@@ -289,6 +289,14 @@ class ScheduledModule(TrainingModule):
             self.check_finite()
         return norm
 
+    def clip_and_log(
+        self, optimizer: torch.optim.Optimizer, *others: torch.optim.Optimizer
+    ) -> None:
+        """`clip`, and the norm in the log where that is due."""
+        norm = self.clip(optimizer, *others)
+        if self.logging_is_due:
+            self.log_step({"train/grad_norm": norm}, {})
+
     def check_finite(self) -> None:
         """Ask the device; waits for it.
 

@@ -1,6 +1,5 @@
 """Any network of CompressAI's form as a LightningModule: named in a recipe, nothing to write."""
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +13,6 @@ from lightning_tucodec.codecs.network.build import (
     Rates,
     build,
     packages_of,
-    padded,
     parts,
     stride_of,
     trusting,
@@ -22,12 +20,14 @@ from lightning_tucodec.codecs.network.build import (
 from lightning_tucodec.codecs.network.codec import NetworkModel, freeze_network
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.hashing import derive, hash_positions
+from lightning_tucodec.nn.blocks import pad_to_multiple
 from lightning_tucodec.nn.losses import make_loss
 from lightning_tucodec.training.coding import CodingModule
 from lightning_tucodec.training.optimizers import FusedAdam
 from lightning_tucodec.training.runs.weights import (
     initial_weights,
     load_checkpoint,
+    load_trained,
     network_weights,
 )
 
@@ -167,7 +167,7 @@ class NetworkModule(CodingModule):
         """
         height, width = x.shape[-2:]
         output = self.network(
-            padded(x, self.stride).contiguous(memory_format=self.layout), **options
+            pad_to_multiple(x, self.stride).contiguous(memory_format=self.layout), **options
         )
         try:
             if not isinstance(output, Mapping):
@@ -199,19 +199,17 @@ class NetworkModule(CodingModule):
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         for optimizer in optimizers:
             optimizer.zero_grad()
-        with getattr(self.trainer.model, "no_sync", contextlib.nullcontext)():
+        with self.without_reduction():
             terms = loss(self(x, **options), x)
             # In one backward pass: no parameter has a gradient of both.
             total = terms.loss + self.network.aux_loss() if self.auxiliary else terms.loss  # type: ignore[operator]
             self.manual_backward(total)
         self.average_gradients([*self.main, *self.auxiliary])
-        norm = self.clip(*self.trainer.optimizers)
+        self.clip_and_log(*self.trainer.optimizers)
         for optimizer in optimizers:
             optimizer.step()
         self.images_seen += len(x) * self.trainer.world_size
         self.log_terms(terms)
-        if self.logging_is_due:
-            self.log_step({"train/grad_norm": norm}, {})
         self.count_step()
 
     def on_validation_epoch_start(self) -> None:
@@ -271,12 +269,4 @@ class NetworkModule(CodingModule):
             weights = {k.removeprefix("network."): v for k, v in tensors.items()}
         else:
             weights = network_weights(load_checkpoint(path))
-        own = self.network.state_dict()
-        trained = {name: value for name, value in own.items() if value.numel()}  # tables are empty
-        for name, value in trained.items():
-            theirs = weights.get(name)
-            if theirs is None or theirs.shape != value.shape:
-                raise ConfigError(f"{path}: another network (differs in {name}, …)")
-        if unknown := sorted(weights.keys() - own.keys()):
-            raise ConfigError(f"{path}: another network (differs in {unknown[0]}, …)")
-        self.network.load_state_dict({**own, **{name: weights[name] for name in trained}})
+        load_trained(self.network, weights, path)

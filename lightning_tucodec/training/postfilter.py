@@ -162,9 +162,7 @@ class PostFilterModule(ScheduledModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip, and log what came in."""
-        norm = self.clip(optimizer)
-        if self.logging_is_due:
-            self.log_step({"train/grad_norm": norm}, {})
+        self.clip_and_log(optimizer)
 
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -322,9 +322,7 @@ class VAE(CodecModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip, and log what came in."""
-        norm = self.clip(optimizer)
-        if self.logging_is_due:
-            self.log_step({"train/grad_norm": norm}, {})
+        self.clip_and_log(optimizer)
 
 
 def bfloat16_is_fast() -> bool:

@@ -15,8 +15,9 @@ from PIL import Image
 import lightning_tucodec as tuc
 from lightning_tucodec import cli
 from lightning_tucodec.codecs import library, registry
+from lightning_tucodec.codecs.cards import read_card
 from lightning_tucodec.codecs.learned.model_file import ModelFile
-from lightning_tucodec.codecs.network.build import build, padded, trusting
+from lightning_tucodec.codecs.network.build import build, trusting
 from lightning_tucodec.codecs.network.codec import NetworkModel, freeze_network
 from lightning_tucodec.coding.container import CodecKind, Container, pack, unpack
 from lightning_tucodec.errors import (
@@ -26,7 +27,9 @@ from lightning_tucodec.errors import (
     UnknownModelError,
     UnsupportedVersionError,
 )
+from lightning_tucodec.nn.blocks import pad_to_multiple
 from lightning_tucodec.quality.curve_files import family
+from lightning_tucodec.quality.metrics import as_tensor
 from tests.codecs import zoo
 from tests.support import photo
 
@@ -61,7 +64,7 @@ def test_a_file_holds_what_the_network_codes(coder: NetworkModel, cat: NDArray[n
         reference.update(force=True, scale=reference.Gain[-1])
     else:
         reference.update(force=True)
-    x = padded(torch.from_numpy(cat).permute(2, 0, 1)[None] / 255, coder.stride)
+    x = pad_to_multiple(as_tensor(cat) / 255, coder.stride)
     with torch.no_grad():
         answer = reference.compress(x, **options)
         x_hat = reference.decompress(answer["strings"], answer["shape"], **options)["x_hat"]
@@ -312,6 +315,9 @@ def test_the_zoo_in_evaluate_compare_and_allocate(
         "compressai:mbt2018-mean": "needs a quality, as in compressai:mbt2018-mean,quality=3",
         "compressai:nothing,quality=1": "'nothing' is no network of CompressAI's zoo",
         "compressai:mbt2018-mean,quality=one": "quality=one is not a number",
+        "compressai:mbt2018-mean,quality=nan": "quality=nan is not a number",
+        "compressai:mbt2018-mean,quality=inf": "quality=inf is not a number",
+        "compressai:mbt2018-mean,quality=": "quality is not KEY=VALUE",
         "compressai:mbt2018-mean,quality=1.5": "quality is a whole number",
         "compressai:mbt2018-mean,quality=1,metric=psnr": "metric is mse or ms-ssim, not psnr",
         "compressai:mbt2018-mean,quality=1,size=3": "'size' is none of quality=N",
@@ -323,7 +329,9 @@ def test_the_zoo_in_evaluate_compare_and_allocate(
     zoo_codecs = [
         f"compressai:bmshj2018-hyperprior-vbr,quality={q},weights=vbr.pth" for q in (0, 2.5, 5, 7)
     ]
-    names = [coder.name for coder in registry.codecs(zoo_codecs)]
+    coders = registry.codecs(zoo_codecs)
+    names = [coder.name for coder in coders]
+    assert len({id(coder.network) for coder in coders if isinstance(coder, NetworkModel)}) == 1
     assert [registry.codec(name).name for name in names] == names
     codecs = [*zoo_codecs, *(f"jpeg:q={q}" for q in (10, 30, 60, 90))]
     words = ["evaluate", "cat.png", "--workers", "1", "-o", "r.json", "--codec", *codecs]
@@ -357,6 +365,52 @@ def test_a_target_finds_the_rate_of_a_variable_network(folder: Path) -> None:
         == 0
     )
     assert Path("q.tuc").stat().st_size == size
+
+
+def test_a_target_refuses_what_a_variable_network_does_not_take(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoo.model("MeanScaleHyperpriorVbr", "vbr").save(folder / "vbr.safetensors")
+    line = "compress cat.png -o cat.tuc --model vbr.safetensors"
+    for more, told in {
+        "--target-bpp 1 --preset slow": "--preset is an option of --model vvc",
+        "--target-psnr 20 --effort 3": "--effort is for this package's own networks",
+        "--quality 3 --preset slow": "--preset is an option of --model vvc",
+        "--quality 9": "quality 9 is not within 0 … 7",
+    }.items():
+        assert told in fails(f"{line} {more}", capsys)
+    for more in (
+        "--quality nan",
+        "--quality inf",
+        "--quality 3 --target-bpp 1",
+        "--qp 3 --quality 3",
+    ):
+        with pytest.raises(SystemExit) as status:
+            cli.main([*line.split(), *more.split()])
+        assert status.value.code == 2
+        assert "Traceback" not in capsys.readouterr().err
+    for value in ("nan", "inf", "x", "9"):
+        text = f"evaluate cat.png --codec vbr.safetensors:quality={value} -o r.json"
+        assert f"quality={value}" in fails(text, capsys)
+    assert not (folder / "cat.tuc").exists()
+
+
+def test_a_decode_reads_the_description_of_a_file_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, cat: NDArray[np.uint8]
+) -> None:
+    model = zoo.model("MeanScaleHyperprior", "mine")
+    model.save(folder / "mine.safetensors")
+    data = NetworkModel(model).encode(cat)
+    read: list[Path] = []
+
+    def counting(path: Path) -> Any:
+        read.append(path)
+        return read_card(path)
+
+    monkeypatch.setattr(library, "read_card", counting)
+    for _ in range(3):
+        assert tuc.decompress(data).size == (101, 75)
+    assert len([path for path in read if path.name == "mine.safetensors"]) == 1
 
 
 def test_options_that_are_not_for_networks(

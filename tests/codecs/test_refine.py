@@ -21,6 +21,7 @@ from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.images import write_png
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.losses import RateDistortionLoss, make_loss
+from lightning_tucodec.quality.metrics import as_tensor
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO, photo
 
@@ -220,7 +221,7 @@ def test_bands_add_up_to_the_whole() -> None:
         strip = room._Strip(
             model.frozen_network,
             loss_for(model),
-            room._planes(pixels),
+            as_tensor(pixels) / 255,
             model.centres,
             model.frozen_network.factorized_prior.medians()[:, None, None],
             torch.from_numpy(latents.y).long().permute(2, 0, 1)[None],

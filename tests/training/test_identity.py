@@ -13,6 +13,7 @@ import yaml
 from lightning_tucodec.cli import main
 from lightning_tucodec.errors import TucodecError
 from lightning_tucodec.training.configuration import resolve
+from lightning_tucodec.training.runs import weights
 from lightning_tucodec.training.runs.identity import arguments, identity, run_id
 from tests.support import MICRO
 from tests.training.test_fit import RECIPES, config, runs, state, write
@@ -197,3 +198,27 @@ def test_paths_of_a_config_are_expanded_by_fit_and_by_what_looks_ahead(
 )
 def test_errors_show_no_credentials(text: str, shown: str) -> None:
     assert str(TucodecError(text)) == shown
+
+
+def test_weights_are_read_once_as_long_as_they_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    content = weights._content_sha256
+    monkeypatch.setattr(weights, "_content_sha256", lambda state: read.append(1) or content(state))
+    path = tmp_path / "x.ckpt"
+
+    def save(value: float) -> None:
+        state = {"network.w": torch.full((3,), value)}
+        torch.save({"state_dict": state, "tucodec": {"opt_step": 0}}, tmp_path / "new.ckpt")
+        (tmp_path / "new.ckpt").replace(path)
+
+    save(1.0)
+    first = weights.weights_sha256(path)
+    assert weights.weights_sha256(path) == first
+    assert len(read) == 1
+    save(2.0)
+    assert weights.weights_sha256(path) != first
+    path.unlink()
+    with pytest.raises(TucodecError, match=r"x\.ckpt: No such file"):
+        weights.weights_sha256(path)

@@ -13,13 +13,16 @@ from hits import kill_at_step, start, wait
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.library import NetworkModel, load_any
+from lightning_tucodec.codecs.network.build import build
 from lightning_tucodec.io.images import read_image
+from lightning_tucodec.nn.codec import TucodecVAE, config_to_dict
 from lightning_tucodec.nn.losses import make_loss
 from lightning_tucodec.training.network import NetworkOutput
 from lightning_tucodec.training.runs.folder import read_metrics
 from lightning_tucodec.training.runs.weights import network_weights
+from lightning_tucodec.training.vae import resolve_codec
 from tests.campaigns import compressai_parity as parity
-from tests.support import photo
+from tests.support import MICRO, photo
 from tests.training.test_fit import runs, same, state, without_time
 
 ZOO = sorted((Path(__file__).parents[2] / "experiments" / "zoo").glob("*.yaml"))
@@ -249,3 +252,28 @@ def test_a_warm_start_is_of_the_same_network(
         capsys.readouterr()
         assert main([*words, "--run.init_from", source, arguments, "6"]) == 1
         assert "another network (differs in " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_export_names_what_differs_from_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a class was changed after its training."""
+    network = TucodecVAE(resolve_codec("tiny", MICRO))
+    description = {"class_path": "compressai.models.FactorizedPrior", "init_args": {"N": 8, "M": 6}}
+    cases = {
+        "own": (network, {"codec": config_to_dict(network.config)}),
+        "theirs": (build(description), {"network": description}),
+    }
+    for name, (trained, described) in cases.items():
+        weights = {f"network.{k}": v for k, v in trained.state_dict().items()}
+        key = next(key for key, value in weights.items() if value.ndim == 4)
+        content = {"tucodec": {"opt_step": 3, "images_seen": 6, **described}}
+        for change in ({key: weights[key][:1]}, {"network.more": torch.zeros(1)}):
+            torch.save({"state_dict": {**weights, **change}, **content}, tmp_path / f"{name}.ckpt")
+            out = tmp_path / f"{name}.safetensors"
+            assert main(["export", str(tmp_path / f"{name}.ckpt"), "-o", str(out)]) == 1
+            (line,) = capsys.readouterr().err.splitlines()
+            (differing,) = change
+            named = differing.removeprefix("network.")
+            assert line.endswith(f"weights of another network (differs in {named}, …)")
+            assert not out.exists()

@@ -39,7 +39,7 @@ from lightning_tucodec.nn.hyperprior import LaplaceParameters
 from lightning_tucodec.nn.losses import RateDistortionLoss, make_loss
 from lightning_tucodec.nn.tiles import ALIGNMENT
 from lightning_tucodec.nn.transforms import STRIDE
-from lightning_tucodec.quality.metrics import bits_per_pixel, ms_ssim_scales
+from lightning_tucodec.quality.metrics import as_tensor, bits_per_pixel, ms_ssim_scales
 
 if TYPE_CHECKING:
     from lightning_tucodec.codecs.learned.codec import TucModel
@@ -145,7 +145,7 @@ class RefinedModel:
         height, width = pixels.shape[:2]
         size = len(self.model.write(latents, width, height))
         shown = self.model.synthesise(latents.y, width, height)
-        distortion = self._loss.distortion(_planes(shown), _planes(pixels))
+        distortion = self._loss.distortion(*(as_tensor(p).float() / 255 for p in (shown, pixels)))
         return float(
             self._loss.total(distortion, torch.tensor(bits_per_pixel(size, height * width)))
         )
@@ -204,7 +204,7 @@ def refine(
         seconds: no step begins that would end later, if given.
     """
     network = model.frozen_network
-    x = _planes(pixels).to(model.device)
+    x = as_tensor(pixels, model.device).float() / 255
     centres = model.centres
     y = torch.from_numpy(latents.y).to(model.device).long().permute(2, 0, 1)[None]
     strips = strip_bounds(*latents.y.shape[:2])
@@ -413,9 +413,3 @@ def _choose(present: Tensor, options: list[tuple[Tensor, Tensor]]) -> tuple[Tens
     near = F.max_pool2d(best, _NEIGHBOURHOOD, 1, _NEIGHBOURHOOD // 2)
     made = (gain > 0) & (gain >= _SHARE_OF_BEST * near)
     return torch.where(made, symbols, present), torch.where(made, gain, torch.zeros_like(gain))
-
-
-def _planes(pixels: NDArray[np.uint8]) -> Tensor:
-    """H×W×3 uint8 to 1×3×H×W in [0, 1]."""
-    writable = np.require(pixels, requirements=["C", "W"])  # of others PyTorch warns
-    return torch.from_numpy(writable).permute(2, 0, 1)[None].float().div_(255)

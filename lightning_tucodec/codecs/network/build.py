@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_tucodec.codecs.cards import one_line
@@ -217,12 +216,6 @@ def stride_of(network: nn.Module) -> int:
     """The multiple of pixels that both sides of a network's input must have."""
     stride = getattr(network, "downsampling_factor", DEFAULT_STRIDE)
     return stride if isinstance(stride, int) and 1 <= stride <= 4096 else DEFAULT_STRIDE
-
-
-def padded(x: Tensor, stride: int) -> Tensor:
-    """Images N×3×H×W with the right and bottom border repeated up to multiples of `stride`."""
-    height, width = x.shape[-2:]
-    return pad(x, (0, -width % stride, 0, -height % stride), mode="replicate")
 
 
 class Rates:

@@ -32,7 +32,6 @@ from lightning_tucodec.codecs.network.build import (
     Rates,
     build,
     check_trusted,
-    padded,
     stride_of,
 )
 from lightning_tucodec.codecs.network.engine import ContextEngine
@@ -56,6 +55,8 @@ from lightning_tucodec.errors import (
     UnsupportedVersionError,
 )
 from lightning_tucodec.io.once import once_property
+from lightning_tucodec.nn.blocks import pad_to_multiple
+from lightning_tucodec.quality.metrics import as_tensor
 
 _EXACT, _QUALITY = 1, 2
 _SEGMENTS_MAX = 255
@@ -181,16 +182,14 @@ class NetworkModel:
         """
         height, width = image.shape[:2]
         check_size(width, height)
-        x = torch.from_numpy(np.array(image)).to(self.device)  # a copy may be written to
-        x = x.permute(2, 0, 1)[None].float().div_(255)
-        return self.write(x)
+        return self.write(as_tensor(image, self.device).float() / 255)
 
     @own_modes()
     @torch.no_grad()
     def write(self, x: Tensor) -> bytes:
         """The `.tuc` file of an image 1×3×H×W in [0, 1], on this model's device."""
         height, width = x.shape[-2:]
-        x = padded(x, self.stride)
+        x = pad_to_multiple(x, self.stride)
         flags, head = 0, b""
         try:
             if self.engine is not None:

@@ -21,7 +21,7 @@ from lightning_tucodec.codecs.cards import UNFIT, one_line
 from lightning_tucodec.codecs.learned.model_file import ModelFile
 from lightning_tucodec.codecs.network.build import build, find_class
 from lightning_tucodec.codecs.network.codec import NetworkModel, freeze_network
-from lightning_tucodec.codecs.registry import ZOO, pairs
+from lightning_tucodec.codecs.registry import ZOO, options_of, quality_of
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.files import expanded
 from lightning_tucodec.io.once import once
@@ -40,24 +40,17 @@ def from_specification(options: str) -> NetworkModel:
     """
     name, _, rest = options.partition(",")
     text = f"{ZOO}:{options}"
-    values: dict[str, str] = {}
-    for key, value in pairs(rest):
-        if key not in ("quality", "metric", "weights") or not value:
-            raise ConfigError(
-                f"{text}: {key!r} is none of quality=N, metric=mse|ms-ssim, weights=FILE"
-            )
-        if key in values:
-            raise ConfigError(f"{text}: {key} is given twice")
-        values[key] = value
+    values = options_of(text, rest)
+    if unknown := sorted(set(values) - {"quality", "metric", "weights"}):
+        raise ConfigError(
+            f"{text}: {unknown[0]!r} is none of quality=N, metric=mse|ms-ssim, weights=FILE"
+        )
     metric = values.get("metric", "mse")
     if metric not in METRICS:
         raise ConfigError(f"{text}: metric is {' or '.join(METRICS)}, not {metric}")
-    try:
-        quality = float(values["quality"])
-    except KeyError:
-        raise ConfigError(f"{text}: needs a quality, as in {ZOO}:{name},quality=3") from None
-    except ValueError:
-        raise ConfigError(f"{text}: quality={values['quality']} is not a number") from None
+    if "quality" not in values:
+        raise ConfigError(f"{text}: needs a quality, as in {ZOO}:{name},quality=3")
+    quality = quality_of(text, values["quality"])
     several = _is_variable(name)
     if not several and quality != int(quality):
         raise ConfigError(f"{text}: quality is a whole number")
@@ -75,9 +68,9 @@ def from_specification(options: str) -> NetworkModel:
     card = (("source", f"{name} of CompressAI's zoo, trained for {metric}"),)
     # Weights of one's own have sizes of their own.
     sizes = None if several or weights else int(quality)
-    file = _imported(path, modified, name, sizes, ",".join(shown), card)
+    model = _imported(path, modified, name, sizes, ",".join(shown), card)
     try:
-        return NetworkModel(file, quality=quality if several else None)
+        return model.at(quality) if several else model
     except ConfigError as error:
         raise ConfigError(f"{text}: {error}") from None
 
@@ -85,8 +78,8 @@ def from_specification(options: str) -> NetworkModel:
 @once
 def _imported(
     path: Path, modified_ns: int, name: str, quality: int | None, shown: str, card: tuple[Any, ...]
-) -> ModelFile:
-    return import_checkpoint(path, name, quality, None, f"{ZOO}:{shown}", dict(card))
+) -> NetworkModel:
+    return NetworkModel(import_checkpoint(path, name, quality, None, f"{ZOO}:{shown}", dict(card)))
 
 
 def import_checkpoint(
@@ -118,10 +111,10 @@ def import_checkpoint(
         raise ConfigError(f"--args is for a class; {network} is of the zoo, with --quality")
     state = read_checkpoint(path)
     description: dict[str, Any]
-    kind = find_class(network) if "." in network else type(_of_zoo(network, quality))
+    kind = find_class(network) if "." in network else type(of_zoo(network, quality))
     try:
         if "." not in network and quality is not None and not _is_variable(network):
-            made = _of_zoo(network, quality)
+            made = of_zoo(network, quality)
             _load(made, state)
             description = _described(made)
         elif arguments is not None:
@@ -248,8 +241,12 @@ def _zoo_function(name: str) -> Any:
     return models[name]
 
 
-def _of_zoo(name: str, quality: int | None) -> nn.Module:
-    """A network of the zoo without its weights."""
+def of_zoo(name: str, quality: int | None) -> nn.Module:
+    """A network of the zoo without its weights.
+
+    Raises:
+        ConfigError: the zoo has none of this name and quality.
+    """
     function = _zoo_function(name)
     with torch.random.fork_rng(devices=[]):
         try:

@@ -26,6 +26,7 @@ from lightning_tucodec.training.data import (
     RankBatches,
     as_floats,
     crop_within,
+    for_transfer,
 )
 from lightning_tucodec.training.input.plan import DataPlan
 from lightning_tucodec.training.input.shards import ShardReader
@@ -159,8 +160,7 @@ class PlaceBatches(RankBatches):
 
     def tensors(self, pixels: NDArray[np.uint8]) -> Batch:
         """The places."""
-        place = torch.from_numpy(pixels.view(np.int64).copy())
-        return {"place": place.pin_memory() if torch.cuda.is_available() else place}
+        return {"place": for_transfer(pixels.view(np.int64))}
 
 
 def crops(patches: Tensor, place: Tensor, side: int) -> Tensor:

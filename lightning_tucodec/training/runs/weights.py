@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.io.once import once
 
 if TYPE_CHECKING:
     import torch
@@ -103,8 +104,28 @@ def network_weights(checkpoint: dict[str, Any]) -> "dict[str, torch.Tensor]":
     }
 
 
+def load_trained(
+    network: "torch.nn.Module", weights: "dict[str, torch.Tensor]", source: Path
+) -> None:
+    """Give a network the weights of a file; its tables, empty until they are made, stay as they are.
+
+    Raises:
+        ConfigError: they are of another network; names the first that differs.
+    """
+    own = network.state_dict()
+    trained = {name: value for name, value in own.items() if value.numel()}
+    differing = [
+        name
+        for name, value in trained.items()
+        if name not in weights or weights[name].shape != value.shape
+    ]
+    if differing := [*differing, *sorted(weights.keys() - own.keys())]:
+        raise ConfigError(f"{source}: weights of another network (differs in {differing[0]}, …)")
+    network.load_state_dict({**own, **{name: weights[name] for name in trained}})
+
+
 def weights_sha256(path: Path) -> str:
-    """What tells the weights in a file from others.
+    """What tells the weights in a file from others; read once, as long as the file stays as it is.
 
     Of a checkpoint that is the SHA-256 of the names, types, shapes and values of its `state_dict`, from
     which every module takes its start: the bytes of the file differ after a resume, in how Python writes
@@ -113,6 +134,15 @@ def weights_sha256(path: Path) -> str:
     Raises:
         ConfigError: the file cannot be read.
     """
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    return _sha256(path.absolute(), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@once
+def _sha256(path: Path, inode: int, size: int, modified_ns: int) -> str:
     if path.suffix != MODEL_SUFFIX:
         # What another kind of file may be, the module that reads it knows.
         with contextlib.suppress(ConfigError, TypeError):
