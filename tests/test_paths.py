@@ -13,7 +13,7 @@ from lightning_tucodec.codecs import library, registry
 from lightning_tucodec.io.files import expanded
 from lightning_tucodec.training.configuration import RunConfig, resolve
 from lightning_tucodec.training.data import PatchDataModule
-from lightning_tucodec.training.gan import GANCodec
+from lightning_tucodec.training.gan import GANCodec, GANNetwork
 from lightning_tucodec.training.network import NetworkModule
 from lightning_tucodec.training.postfilter import PostFilterModule, PrecodedDataModule
 from lightning_tucodec.training.runs.identity import expand_locations, locations
@@ -82,7 +82,7 @@ def test_every_argument_is_expanded_or_no_path(home: Path) -> None:
 def test_every_entry_of_a_configuration_is_expanded_or_no_path(home: Path) -> None:
     classes = {
         "run": [RunConfig],
-        "model": [VAE, GANCodec, PostFilterModule, NetworkModule],
+        "model": [VAE, GANCodec, GANNetwork, PostFilterModule, NetworkModule],
         "data": [PatchDataModule, PrecodedDataModule],
     }
     for group, kinds in classes.items():

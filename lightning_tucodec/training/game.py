@@ -1,4 +1,4 @@
-"""The rules of the adversarial game, as small objects without networks.
+"""The rules of the adversarial game, and what they know of a batch: small objects without networks.
 
 All are updated with numbers that were averaged over the ranks, so that every rank holds the same; `state`
 and `load` carry them through checkpoints as plain types.
@@ -8,7 +8,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
+import torch
+from torch import Tensor
+
 _LARGEST = 2.77  # logarithm of 16
+
+
+BATCH = (
+    "accuracy", "bpp", "bpp_z", "bpp_before", "mse", "loss", "discriminator", "adversarial", "pull",
+    "push", "red", "green", "blue",
+)  # fmt: skip
+"""What is averaged over a batch and over the ranks."""
 
 
 class Turn(NamedTuple):
@@ -16,6 +26,38 @@ class Turn(NamedTuple):
 
     discriminator: bool
     codec: bool
+
+
+class Observed(NamedTuple):
+    """What a batch showed, on its way to the host.
+
+    Attributes:
+        turn: who was trained.
+        rated: the frozen codec's rate was measured too.
+        values: as named by `BATCH`, on the host when `arrived` is over.
+        arrived: a CUDA event; None where nothing is to be waited for.
+    """
+
+    turn: Turn
+    rated: bool
+    values: Tensor
+    arrived: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, turn: Turn, rated: bool, values: Tensor) -> "Observed":
+        """Send a batch's means on their way."""
+        if values.device.type != "cuda":
+            return cls(turn, rated, values.cpu())
+        values = values.to("cpu", non_blocking=True)  # into pinned memory
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return cls(turn, rated, values, arrived)
+
+    def means(self) -> dict[str, float]:
+        """The values by name, once they are here."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return dict(zip(BATCH, self.values.tolist(), strict=True))
 
 
 class _Plain:

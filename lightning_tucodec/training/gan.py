@@ -1,378 +1,89 @@
-"""The GAN recipe: a TucodecVAE fine-tuned against a discriminator."""
+"""The GAN recipe: a TucodecVAE, or a network of CompressAI's form, fine-tuned against a discriminator."""
 
-import copy
-import math
-import sys
-from typing import Any, NamedTuple
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.autograd import grad
+from torch import Tensor, nn
 
-from lightning_tucodec.errors import ConfigError, TucodecError
-from lightning_tucodec.io.images import write_png
-from lightning_tucodec.nn.codec import TucodecVAE
-from lightning_tucodec.nn.discriminator import DiscriminatorKind, make_discriminator
-from lightning_tucodec.nn.losses import AdversarialKind, make_adversarial_loss
-from lightning_tucodec.nn.noise import ORDER, Noise
-from lightning_tucodec.quality.metrics import as_tensor
-from lightning_tucodec.training.coding import eight_bits
-from lightning_tucodec.training.game import Alarms, Gate, RateController, Turn
-from lightning_tucodec.training.module import NonFiniteLossError
-from lightning_tucodec.training.optimizers import FusedAdam, follow
+from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.nn.codec import CodecOutput
+from lightning_tucodec.nn.noise import Noise
+from lightning_tucodec.training.adversarial import AdversarialModule, Coded
+from lightning_tucodec.training.network import NetworkModule, NetworkOutput
 from lightning_tucodec.training.vae import CodecModule
 
-_BATCH = (
-    "accuracy", "bpp", "bpp_z", "bpp_before", "mse", "loss", "discriminator", "adversarial", "pull",
-    "push", "red", "green", "blue",
-)  # fmt: skip
-"""What is averaged over a batch and over the ranks."""
 
+class GANCodec(AdversarialModule, CodecModule):
+    """Trains a TucodecVAE; see `AdversarialModule` for the game, `CodecModule` for the codec."""
 
-class GameError(TucodecError):
-    """The training cannot continue: the discriminator does not learn, so the codec is never trained."""
-
-
-class _Observed(NamedTuple):
-    """What a batch showed, on its way to the host.
-
-    Attributes:
-        turn: who was trained.
-        rated: the frozen codec's rate was measured too.
-        values: as named by `_BATCH`, on the host when `arrived` is over.
-        arrived: a CUDA event; None where nothing is to be waited for.
-    """
-
-    turn: Turn
-    rated: bool
-    values: Tensor
-    arrived: torch.cuda.Event | None = None
-
-    @classmethod
-    def of(cls, turn: Turn, rated: bool, values: Tensor) -> "_Observed":
-        """Send a batch's means on their way."""
-        if values.device.type != "cuda":
-            return cls(turn, rated, values.cpu())
-        values = values.to("cpu", non_blocking=True)  # into pinned memory
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return cls(turn, rated, values, arrived)
-
-    def means(self) -> dict[str, float]:
-        """The values by name, once they are here."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return dict(zip(_BATCH, self.values.tolist(), strict=True))
-
-
-class GANCodec(CodecModule):
-    """Trains a TucodecVAE for rate, distortion and an adversarial loss.
-
-    Both sides learn from the same batch at the same time (Rippel and Bourdev); the gate decides which
-    side is trained. `opt_step`, which schedules, checkpoints and logs count, is the number of optimiser steps
-    of the codec, and so is Lightning's `global_step`. Batches that train only the discriminator do not
-    count.
-
-    The gradient at x̂ is the sum of the distortion's and the adversary's gradient. The adversary's has a
-    fixed weight or is scaled to a share of the distortion's norm. A controller adjusts the rate's weight to
-    keep bpp constant: a frozen copy of the codec from before this stage gives the target rate of the same
-    crops.
-
-    Gate, controller and alarms are rules of the host. They know of a batch when the one after it has been
-    enqueued: so a GPU computes a batch while the numbers of the one before come over, and never waits.
-
-    Gradients are averaged over ranks by one all-reduce per side, since DDP's own reduction supports only one
-    backward pass per batch.
-
-    Args:
-        recipe: rate and distortion, see `CodecModule`, which takes all other arguments.
-        lmbda: λ of that recipe.
-        discriminator: "pair" (Rippel and Bourdev) or "patch" (HiFiC, conditional).
-        discriminator_widths: its channels, finest level first; None: as published or usual.
-        discriminator_lr: its constant learning rate (Adam).
-        adversarial: "pair", "non_saturating" or "hinge".
-        adversarial_share: norm of the adversarial gradient at x̂ over that of the distortion's.
-        adversarial_weight: a fixed weight of the adversarial loss instead.
-        gate_lower, gate_upper: see Gate; (0, 2) always trains both.
-        target_bpp: None: the rate before the game.
-        pieces: number of pieces in which a batch is processed, to save memory.
-        ema: share of the old average of weights that a step keeps; 0: no average. Validation and export
-            use the average.
-        patience: batches until a gate that does not open raises the alarm; after ten times as many
-            the run ends.
-    """
-
-    def __init__(
-        self,
-        recipe: str = "ssim",
-        lmbda: float = 0.4,
-        discriminator: DiscriminatorKind = "pair",
-        discriminator_widths: list[int] | None = None,
-        discriminator_lr: float = 1e-4,
-        adversarial: AdversarialKind = "pair",
-        adversarial_share: float = 0.2,
-        adversarial_weight: float | None = None,
-        gate_lower: float = 0.8,
-        gate_upper: float = 0.95,
-        target_bpp: float | None = None,
-        pieces: int = 1,
-        ema: float = 0.0,
-        patience: int = 500,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(recipe, lmbda, **kwargs)
-        self.automatic_optimization = False
-        if not gate_lower < gate_upper:
-            raise ConfigError(f"gate_lower {gate_lower} must lie below gate_upper {gate_upper}")
-        if pieces < 1 or patience < 1 or not 0 <= ema < 1:
-            raise ConfigError("pieces and patience start at 1; ema lies in [0, 1)")
-        if target_bpp is not None and not target_bpp > 0:
-            raise ConfigError(f"target_bpp must be positive, got {target_bpp}")
-        latent = self.network.config.transform.latent_channels
-        try:
-            self.discriminator = make_discriminator(discriminator, latent, discriminator_widths)
-        except ValueError as error:
-            raise ConfigError(f"discriminator: {error}") from None
-        self.discriminator.to(memory_format=torch.channels_last)
-        self.discriminator_lr = discriminator_lr
-        self.adversary = make_adversarial_loss(adversarial)
-        self.share, self.weight = adversarial_share, adversarial_weight
-        self.gate = Gate(gate_lower, gate_upper)
-        self.rate = RateController(target_bpp)
-        self.alarms = Alarms(patience)
-        self.pieces = pieces
-        self.ema = ema
-        self.before = copy.deepcopy(self.network).requires_grad_(False)
-        self.averaged = copy.deepcopy(self.before) if ema else None
-        self.discriminator_steps = 0
-        self.observed: list[_Observed] = []
-        self.row: dict[str, float] = {}
-
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
-        """The codec's optimiser, then the discriminator's."""
-        parameters = self.discriminator.parameters()
-        own = FusedAdam(parameters, lr=self.discriminator_lr, betas=(0.5, 0.99))
-        return [super().configure_optimizers(), own]
-
-    @property
-    def shown(self) -> TucodecVAE:
-        """The averaged network where there is one."""
-        return self.network if self.averaged is None else self.averaged
-
-    def on_fit_start(self) -> None:
-        """Frozen copy and average start with the network's initial weights."""
-        super().on_fit_start()
-        if self.is_fresh:
-            for copied in (self.before, self.averaged):
-                if copied is not None:
-                    copied.load_state_dict(self.network.state_dict())
-
-    def keep_picture(
-        self, number: int, original: NDArray[np.uint8], shown: NDArray[np.uint8]
-    ) -> None:
-        """Original, reconstruction before this stage and now, side by side."""
-        x = as_tensor(original, self.device) / 255
-        before = eight_bits(self.before(x).x_hat.clamp(0, 1))
-        panels = np.concatenate([original, before, shown], axis=1)
-        write_png(self.picture_path(str(number)), panels)
-
-    def swapped(self, index: Tensor) -> Tensor:
-        """In which pairs the reconstruction comes first, a function of (seed, position); (N,) bool."""
-        return Noise.of(self.seed, index).uniform(index[:, None], ORDER)[:, 0] >= 0.5
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Train on one batch: gradients and steps of the sides that are trained, gate and controller.
-
-        Raises:
-            NonFiniteLossError: before the step.
-            GameError: the gate has kept the codec from training for too long.
-        """
-        while len(self.observed) > 1:
-            self._keep_rules(self.observed.pop(0))
-        turn = self.gate.turn
-        rated = turn.codec and self.rate.due(self.opt_step)
-        images = batch["image"].contiguous(memory_format=torch.channels_last)
-        self.discriminator.requires_grad_(turn.discriminator).train(turn.discriminator)
-        self.zero_grad(set_to_none=True)
-        batch_means = torch.zeros(len(_BATCH), device=self.device)
-        with self.without_reduction():
-            places = batch["index"].chunk(self.pieces)
-            for x, index in zip(images.chunk(self.pieces), places, strict=True):
-                batch_means += self.play(x, index, turn, len(x) / len(images), rated)
-        reduced = self.trainer.strategy.reduce(batch_means, reduce_op="mean")
-        assert isinstance(reduced, Tensor)
-        self.observed.append(_Observed.of(turn, rated, reduced))
-        self.images_seen += len(images) * self.trainer.world_size
-        self.norms: dict[str, Tensor] = {}
-        logged = turn.codec and self.logging_is_due
-        if turn.codec:
-            self._step_codec(logged)
-        if turn.discriminator:
-            self._step_discriminator()
-        self.row = {}
-        if logged:
-            means = self.observed[-1].means()
-            self.row = self._row(means)
-            bar = torch.tensor([means["bpp"], self.gate.accuracy])
-            self.log_step({}, dict(zip(("bpp", "a"), bar, strict=True)))
-
-    def play(
-        self, x: Tensor, index: Tensor, turn: Turn, share: float, rated: bool = False
-    ) -> Tensor:
-        """Add to the gradients of whoever has a turn; the codec's never reach the discriminator.
-
-        Args:
-            x: N×3×H×W in [0, 1].
-            index: global positions of the samples, (N,).
-            turn: who is trained.
-            share: of the piece in the batch.
-            rated: measure the frozen codec's rate as well.
-
-        Returns:
-            `share` times the piece's means, named by `_BATCH`.
-        """
-        noise = Noise.of(self.seed, index)
-        with torch.set_grad_enabled(turn.codec):
-            output = self.code(x, noise)
-        # The cut between the two sides: what they ask of x̂ comes together here, and nowhere else.
-        x_hat = output.x_hat.detach().float().requires_grad_(turn.codec)
-        terms = self.loss(output._replace(x_hat=x_hat), x)
-        bpp = terms.bpp_y + terms.bpp_z
-        with torch.set_grad_enabled(turn.codec or turn.discriminator):
-            verdict = self.discriminator(x, x_hat, output.y.detach(), self.swapped(index))
-        own = self.adversary.discriminator(verdict)
-        adversarial = self.adversary.codec(verdict)
-        pull = push = none = torch.zeros((), device=x.device)
-        if turn.codec:
-            (pull,) = grad(self.loss.total(terms.distortion, none), x_hat)
-            (push,) = grad(adversarial, x_hat, retain_graph=turn.discriminator)
-            # Not the colours' means: MS-SSIM hardly defends them, so they would go where the adversary likes.
-            push = push - push.mean((2, 3), keepdim=True)
-            weight = self.weight
-            if weight is None:
-                push = push * (self.share * pull.norm() / push.norm().clamp_min(1e-20))
-            else:
-                push = push * weight
-            rate = self.loss.total(none, self.rate.factor * bpp)
-            # Its gradient at x̂ is pull + push, also under a precision that scales losses.
-            self.manual_backward((rate + (output.x_hat.float() * (pull + push)).sum()) * share)
-        if turn.discriminator:
-            self.manual_backward(own * share)
-        colour = (x_hat.detach() - x).mean((0, 2, 3))
-        means = [
-            verdict.right().mean(), bpp, terms.bpp_z, self._rate_before(x, noise) if rated else bpp,
-            terms.mse, terms.loss, own, adversarial, pull.norm(), push.norm(), *colour,
-        ]  # fmt: skip
-        return share * torch.stack([value.detach().float() for value in means])
+    def coded(self, x: Tensor, index: Tensor) -> Coded:
+        """See `AdversarialModule.coded`."""
+        output = self.code(x, Noise.of(self.seed, index))
+        return Coded(output, output.y)
 
     @torch.no_grad()
-    def _rate_before(self, x: Tensor, noise: Noise) -> Tensor:
-        """bpp that the codec before the game needs for these crops, by the same proxy and noise."""
+    def rate_before(self, x: Tensor, index: Tensor) -> Tensor:
+        """See `AdversarialModule.rate_before`; with the same noise."""
+        noise = Noise.of(self.seed, index)
         _, *likelihoods = self.before.rate(self.before.g_a(self.before.pad(x)), noise)
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         return torch.stack([-part.float().log2().sum() for part in likelihoods]).sum() / pixels
 
-    def _step_codec(self, logged: bool) -> None:
-        optimizers = self.optimizers()
-        assert isinstance(optimizers, list)
-        self.average_gradients(list(self.network.parameters()))
-        if logged:
-            for name, part in self.network.named_children():
-                grads = [p.grad for p in part.parameters() if p.grad is not None]
-                if grads:
-                    self.norms[name] = torch.nn.utils.get_total_norm(grads)
-        optimizers[0].step()  # the one that Lightning counts
-        self.count_step()
-        if self.averaged is not None:
-            follow(self.averaged, self.network, self.ema, self.opt_step)
+    def reconstructed(self, network: nn.Module, x: Tensor) -> CodecOutput:
+        """See `AdversarialModule.reconstructed`."""
+        output: CodecOutput = network(x)
+        return output
 
-    def _step_discriminator(self) -> None:
-        self.average_gradients(list(self.discriminator.parameters()))
-        # Past Lightning's own wrapper, which would count the step.
-        optimizer = self.trainer.optimizers[1]
-        self.trainer.strategy.optimizer_step(optimizer, closure=lambda: None, model=self)
-        self.discriminator_steps += 1
+    def latent_channels(self) -> int:
+        """See `AdversarialModule.latent_channels`."""
+        return self.network.config.transform.latent_channels
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip each side by itself."""
-        side = "codec" if optimizer is self.trainer.optimizers[0] else "discriminator"
-        self.norms[side] = self.clip(optimizer)
 
-    def _keep_rules(self, observed: _Observed) -> None:
-        means = observed.means()
-        if not all(map(math.isfinite, means.values())):
-            self.check_finite()
-            raise NonFiniteLossError(self.opt_step)
-        self.gate.update(means["accuracy"])
-        if observed.rated:
-            self.rate.update(means["bpp"], means["bpp_before"])
-        lines = self.alarms.update(self.gate, [means[c] for c in ("red", "green", "blue")])
-        if self.trainer.is_global_zero:
-            for line in lines:
-                print(f"step {self.opt_step}: {line}", file=sys.stderr)
-        gate = self.gate
-        if gate.accuracy < gate.lower and gate.streak >= 10 * self.alarms.patience:
-            raise GameError(
-                f"step {self.opt_step}: the discriminator, trained alone for {gate.streak} batches, is "
-                f"right in {gate.accuracy:.2f} of the cases and the codec waits for {gate.lower}: is "
-                "this codec transparent already? Otherwise try wider levels or another learning rate"
+class GANNetwork(AdversarialModule, NetworkModule):
+    """Trains a network of CompressAI's form; see `AdversarialModule` and `NetworkModule`.
+
+    The discriminator "patch" sees what the network's part `g_s` gets. The noise of the frozen copy, whose
+    rate the controller holds, is drawn anew.
+
+    Raises:
+        ConfigError: a variable-rate network, whose rate there is no one target for.
+    """
+
+    def coded(self, x: Tensor, index: Tensor) -> Coded:
+        """See `AdversarialModule.coded`."""
+        seen: list[Tensor] = []
+        if not self.is_conditional:
+            return Coded(self(x), None)
+        hook = self.network.g_s.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
+            return Coded(self(x), seen[-1])
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def rate_before(self, x: Tensor, index: Tensor) -> Tensor:
+        """See `AdversarialModule.rate_before`."""
+        terms = self.loss(self.reconstructed(self.before, x), x)
+        return terms.bpp_y + terms.bpp_z
+
+    def reconstructed(self, network: nn.Module, x: Tensor) -> NetworkOutput:
+        """See `AdversarialModule.reconstructed`."""
+        return self.code(network, x)
+
+    def latent_channels(self) -> int:
+        """See `AdversarialModule.latent_channels`; by a small image."""
+        if self.rates is not None:
+            raise ConfigError("model: the adversarial stage needs a network of one rate")
+        if not self.is_conditional:
+            return 0
+        if not isinstance(getattr(self.network, "g_s", None), nn.Module):
+            raise ConfigError(
+                f"model.discriminator: patch is conditional on what g_s gets, and "
+                f"{type(self.network).__name__} has no g_s; choose pair"
             )
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            coded = self.coded(torch.zeros(1, 3, self.stride, self.stride), torch.arange(1))
+        assert coded.latent is not None
+        return coded.latent.shape[1]
 
-    def _row(self, means: dict[str, float]) -> dict[str, float]:
-        """What is watched, by name."""
-        row = {
-            "train/loss": means["loss"],
-            "train/bpp": means["bpp"],
-            "train/bpp_z": means["bpp_z"],
-            "train/psnr": -10 * float(np.log10(max(means["mse"], 1e-12))),
-            "gan/accuracy": self.gate.accuracy,
-            "gan/accuracy_of_batch": means["accuracy"],
-            "gan/discriminator_trained": float("discriminator" in self.norms),
-            "gan/discriminator_steps": self.discriminator_steps,
-            "gan/discriminator_loss": means["discriminator"],
-            "gan/adversarial_loss": means["adversarial"],
-            "gan/gradient_distortion": means["pull"],
-            "gan/gradient_adversarial": means["push"],
-            "rate/target": self.rate.wanted,
-            "rate/error": self.rate.error,
-            "rate/factor": self.rate.factor,
-        }
-        norms = torch.stack(list(self.norms.values())).tolist()
-        row |= {f"grad_norm/{part}": norm for part, norm in zip(self.norms, norms, strict=True)}
-        colours = zip(("red", "green", "blue"), self.alarms.colour, strict=True)
-        row |= {f"colour/{name}": value for name, value in colours}
-        names = ("collapsed", "unbeatable", "colour")
-        return row | {f"alarm/{name}": float(name in self.alarms.raised) for name in names}
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Log every so many steps of the codec; Lightning would count batches."""
-        if self.row:
-            for logger in self.trainer.loggers:
-                logger.log_metrics(self.row, step=self.opt_step)
-        self.row = {}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also where the game stands."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["tucodec"]["game"] = {
-            "gate": self.gate.state(),
-            "rate": self.rate.state(),
-            "alarms": self.alarms.state(),
-            "discriminator_steps": self.discriminator_steps,
-            "observed": [[list(o.turn), o.rated, list(o.means().values())] for o in self.observed],
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Also where the game stands."""
-        super().on_load_checkpoint(checkpoint)
-        game = checkpoint["tucodec"]["game"]
-        self.gate.load(game["gate"])
-        self.rate.load(game["rate"])
-        self.alarms.load(game["alarms"])
-        self.discriminator_steps = game["discriminator_steps"]
-        self.observed = [
-            _Observed(Turn(*turn), rated, torch.tensor(values))
-            for turn, rated, values in game.get("observed", [])
-        ]
+    def auxiliary_loss(self) -> Tensor | None:
+        """Of the quantiles."""
+        return self.network.aux_loss() if self.auxiliary else None

@@ -160,13 +160,22 @@ class NetworkModule(CodingModule):
         return int(bits[0] % np.uint64(self.rates.levels))
 
     def forward(self, x: Tensor, **options: Any) -> NetworkOutput:
-        """Code images N×3×H×W in [0, 1] of any size; `options` are more arguments of the network.
+        """Code images with the network that is trained; see `code`."""
+        return self.code(self.network, x, **options)
+
+    def code(self, network: nn.Module, x: Tensor, **options: Any) -> NetworkOutput:
+        """Code images N×3×H×W in [0, 1] of any size with the network or a copy of it.
+
+        Args:
+            network: codes them.
+            x: the images.
+            options: more arguments of the network.
 
         Raises:
             ConfigError: the network does not answer in CompressAI's form.
         """
         height, width = x.shape[-2:]
-        output = self.network(
+        output = network(
             pad_to_multiple(x, self.stride).contiguous(memory_format=self.layout), **options
         )
         try:
@@ -178,7 +187,7 @@ class NetworkModule(CodingModule):
             ):
                 raise ValueError(f"x_hat has shape {tuple(x_hat.shape)}")
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            name = type(self.network).__name__
+            name = type(network).__name__
             raise ConfigError(
                 f"{name}.forward does not return x_hat and likelihoods as CompressAI's networks do ({error})"
             ) from None
@@ -217,15 +226,19 @@ class NetworkModule(CodingModule):
         super().on_validation_epoch_start()
         self.used_channels = None
 
+    @property
+    def shown(self) -> nn.Module:
+        """The network that validation measures."""
+        return self.network
+
     def run(self, x: Tensor) -> NetworkOutput:
         """See `CodingModule.run`; a variable-rate network at `quality`."""
         options = {} if self.rates is None else self.rates.arguments(self.quality or 0.0)
-        output: NetworkOutput = self(x, **options)
-        return output
+        return self.code(self.shown, x, **options)
 
     def coder(self) -> Callable[[Any, Tensor], bytes]:
         """See `CodingModule.coder`."""
-        file = freeze_network(self.network, self.description, "validation", {})
+        file = freeze_network(self.shown, self.description, "validation", {})
         with trusting(packages_of(self.description)):  # they have been imported already
             model = NetworkModel(file, str(self.device), self.quality)
             _ = model.network

@@ -20,9 +20,10 @@ from lightning_tucodec.cli import main
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.discriminator import Verdict
 from lightning_tucodec.nn.noise import Noise
+from lightning_tucodec.training.adversarial import GameError
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.game import Turn
-from lightning_tucodec.training.gan import GameError, GANCodec
+from lightning_tucodec.training.gan import GANCodec
 from lightning_tucodec.training.runs.tracking import JsonlLogger, read_metrics
 from lightning_tucodec.training.runs.weights import network_weights
 from tests.support import MICRO

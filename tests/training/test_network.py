@@ -38,6 +38,8 @@ def micro(recipe: Path) -> dict[str, Any]:
         arguments["M"] = 12
     if recipe.stem.startswith("elic"):
         arguments["groups"] = [2, 4, 6]
+    if "discriminator_widths" in values["model"]["init_args"]:
+        values["model"]["init_args"]["discriminator_widths"] = [8, 8]
     values["data"].update(batch_size=2, crop=64)
     values["trainer"].update(
         accelerator="cpu", devices=1, max_steps=STEPS, val_check_interval=2, log_every_n_steps=1

@@ -91,8 +91,12 @@ def batches(module: ScheduledModule) -> list[Batch]:
 def test_no_step_reads_or_copies(module: ScheduledModule) -> None:
     """Lightning's own part of a step included; the first two steps make the optimisers' state."""
     for traffic in watched(module, batches(module))[2:]:
-        # The game's rules get last batch's means: on a GPU by a copy that nothing waits for (`_Observed`).
-        told = [asker for asker in traffic.reads if "training/gan.py" in asker]
+        # The game's rules get last batch's means: on a GPU by a copy that nothing waits for (`Observed`).
+        told = [
+            asker
+            for asker in traffic.reads
+            if "training/game.py" in asker or "training/adversarial.py" in asker
+        ]
         assert len(told) == (2 if isinstance(module, GANCodec) else 0)
         assert set(traffic.reads) == set(told)
         assert not traffic.copies
