@@ -53,6 +53,7 @@ READING = [
     "clic decode {} -o out",
     "clic check {}",
     "clic reach {} --max-bpp 1",
+    "clic reach results.json --max-bpp 1 --times {}",
     "shards build {} --out out --workers 1",
     "shards precode {} --out out --codec vvc:qp=40 --per-photo 1 --workers 1",
     "shards verify {}",

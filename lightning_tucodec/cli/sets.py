@@ -69,6 +69,12 @@ def _add_reach(commands: Subparsers) -> None:
         choices=("psnr", "ms-ssim"),
         help="quality to maximise; without it bytes are minimised",
     )
+    parser.add_argument(
+        "--times",
+        type=location,
+        metavar="PARTS.json",
+        help="of `bench parts --json`: processor seconds instead of the evaluation's wall clock",
+    )
     add_limits(parser)
     add_json(parser)
 

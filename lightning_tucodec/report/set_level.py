@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.quality.curve_files import family
+from lightning_tucodec.io.files import read_bytes
+from lightning_tucodec.quality.curve_files import UNREADABLE, family
 from lightning_tucodec.report.sources import Entry, Evaluation, Material, read_sources
 from lightning_tucodec.sets.allocation import Allocation, Quantity, Table, allocate
 from lightning_tucodec.sets.clic2019 import ENTRIES, VALIDATION_IMAGES, VALIDATION_MEGAPIXELS
@@ -141,7 +142,7 @@ def reached(given: Candidates, minimise: Quantity, asked: Asked) -> list[dict[st
 
     Returns:
         A row a choice: `candidates`, `published` (whether some of them are), and `bytes, bpp, psnr, ms_ssim,
-        seconds_per_megapixel, gap, shares` (images by family), or `refused`, why there is none.
+        seconds_per_megapixel, gap, shares` (images and bytes by candidate), or `refused`, why there is none.
     """
     names = list(dict.fromkeys(given.families))
     own = [name for name in names if name not in given.published]
@@ -171,18 +172,24 @@ def _told(given: Candidates, best: Allocation) -> dict[str, Any]:
     images = np.arange(len(best.choice))
     seconds = given.table.seconds
     taken = math.nan if seconds is None else float(seconds[images, best.choice].sum())
-    shares = Counter(given.families[j] for j in best.choice)
+    sizes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for i, j in enumerate(best.choice):
+        name = given.table.candidates[j]
+        counts[name] += 1
+        sizes[name] += int(given.table.bytes[i, j])
+    shares = {n: {"images": c, "bytes": sizes[n]} for n, c in counts.most_common()}
     return {
         **{key: getattr(best, key) for key in ("bytes", "bpp", "psnr", "ms_ssim", "gap")},
         "seconds_per_megapixel": taken / (1e-6 * int(given.table.pixels.sum())),
-        "shares": dict(shares.most_common()),
+        "shares": shares,
     }
 
 
 def text(rows: Sequence[Mapping[str, Any]], table: Table, minimise: Quantity) -> str:
     """The rows as a Markdown table, and Tucodec's entry of this kind with the difference of sets."""
     lines = [
-        "| candidates | bpp | bytes | PSNR | MS-SSIM | decoding, s/Mpx | choice |",
+        "| candidates | bpp | bytes | PSNR | MS-SSIM | decoding, s/Mpx | choice (of the bytes) |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -190,7 +197,10 @@ def text(rows: Sequence[Mapping[str, Any]], table: Table, minimise: Quantity) ->
         if "refused" in row:
             lines.append(f"| {name} | – | – | – | – | – | {row['refused']} |")
             continue
-        shares = ", ".join(f"{count} × {family_}" for family_, count in row["shares"].items())
+        shares = ", ".join(
+            f"{share['images']} × {candidate} ({100 * share['bytes'] / row['bytes']:.0f} %)"
+            for candidate, share in row["shares"].items()
+        )
         shares += "" if row["gap"] == 0 else f"; within {row['gap']:.1g} of the optimum"
         values = (_number(row["ms_ssim"], 4), _number(row["seconds_per_megapixel"], 2))
         lines.append(
@@ -214,10 +224,35 @@ def _number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
+def with_times(given: Candidates, path: str) -> Candidates:
+    """The same with decoding times by the processor seconds a megapixel of `tucodec bench parts --json`.
+
+    Candidates that were not timed there have none.
+
+    Raises:
+        ConfigError: the file holds no such times.
+    """
+    try:
+        rows = json.loads(read_bytes(path))["rows"]
+        pace = {r["codec"]: float(r["decode"]["processor_s_per_megapixel"]) for r in rows}
+        if not all(0 < seconds < math.inf for seconds in pace.values()):
+            raise ValueError("a time that is not above 0")
+    except OSError as error:
+        raise ConfigError(f"--times {path}: {error.strerror}") from None
+    except UNREADABLE as error:
+        raise ConfigError(f"--times {path}: not of bench parts --json ({error!r:.200})") from None
+    table = given.table
+    own = np.array([pace.get(name, math.nan) for name in table.candidates])
+    seconds = own[None] * table.pixels[:, None] / 1e6
+    return replace(given, table=replace(table, seconds=seconds))
+
+
 def run(arguments: argparse.Namespace) -> int:
     """`tucodec clic reach`: the table, or its rows as JSON."""
     material = read_sources(arguments.sources)
     given = candidates(material)
+    if arguments.times is not None:
+        given = with_times(given, arguments.times)
     asked = Asked.of(arguments).one()
     if not asked.given():
         raise ConfigError("without a limit there is nothing to choose: --max-bpp, --min-psnr, …")

@@ -55,7 +55,7 @@ def test_each_alone_and_together() -> None:
     assert rows["fine"]["bytes"] == 30_000
     values = 6 * SIDE**2
     assert rows["fine"]["psnr"] == pytest.approx(10 * np.log10(255**2 * values / 1.5e8))
-    assert rows["fine + quick"]["shares"] == {"fine": 2}
+    assert rows["fine + quick"]["shares"].keys() <= {"fine:q=1", "fine:q=2"}
     assert rows["fine + quick + Best"]["psnr"] >= rows["Best"]["psnr"] > rows["fine"]["psnr"]
     assert np.isnan(rows["Best"]["ms_ssim"])
     shown = text(list(rows.values()), given.table, "sse")
@@ -68,11 +68,12 @@ def test_published_points_without_ms_ssim_or_times_are_not_asked_for_them() -> N
     given = candidates(material())
     rows = by_name(reached(given, "ms_ssim", Asked(Limits(), budgets=(0.12,))))
     assert "states" in rows["Best"]["refused"]
-    assert rows["fine + quick + Best"]["shares"] == {"fine": 2}
+    assert rows["fine + quick + Best"]["shares"].keys() <= {"fine:q=1", "fine:q=2"}
     quick = Asked(Limits(), budgets=(0.16,), max_seconds_per_megapixel=2.0)
     rows = by_name(reached(given, "sse", quick))
     assert "fastest choice" in rows["fine"]["refused"]
-    assert rows["fine + quick"]["shares"] == {"fine": 1, "quick": 1}
+    share = rows["fine + quick"]["shares"]
+    assert share == {n: {"images": 1, "bytes": 20_000} for n in ("fine:q=2", "quick:q=2")}
     assert rows["fine + quick"]["seconds_per_megapixel"] == pytest.approx(1.75)
 
 
@@ -94,7 +95,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path.write_text(json.dumps(content))
     assert cli.main(["clic", "reach", str(path), "--max-bpp", "0.12", "--maximise", "psnr"]) == 0
     assert "| fine + quick | 0.12000 | 30000 |" in capsys.readouterr().out
+    times = [("fine:q=1", 1.5), ("fine:q=2", 1.2), ("quick:q=1", 0.2), ("quick:q=2", 0.2)]
+    parts = [{"codec": n, "decode": {"processor_s_per_megapixel": s}} for n, s in times]
+    (tmp_path / "parts.json").write_text(json.dumps({"rows": parts}))
+    words = ["clic", "reach", str(path), "--max-bpp", "0.12", "--maximise", "psnr", "--json"]
+    words += ["--max-decode-seconds-per-megapixel", "1", "--times", str(tmp_path / "parts.json")]
+    assert cli.main(words) == 0
+    timed = by_name(json.loads(capsys.readouterr().out))["fine + quick"]
+    assert timed["shares"].keys() == {"fine:q=1", "quick:q=2"}
+    assert timed["seconds_per_megapixel"] == pytest.approx(0.85)
     for words, message in (
+        (["--times", str(path), "--max-bpp", "1"], "not of bench parts"),
         ([], "without a limit"),
         (["--max-bpp", "0.1,0.2"], "several budgets"),
         (["--max-bpp", "0.1,0.1"], "given twice"),
