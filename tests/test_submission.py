@@ -334,7 +334,7 @@ def learned(submission: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     network = TucodecVAE(resolve_codec("tiny", MICRO))
     model = folder / "micro.safetensors"
-    freeze(network, "micro", {"recipe": "transparent", "lmbda": 100.0}).save(model)
+    freeze(network, "micro", {"recipe": "mse", "lmbda": 100.0}).save(model)
     photos = str(submission.parent / "photos")
     words = ["allocate", photos, "--candidate", str(model), f"{model}:effort=1", "--max-bpp", "99"]
     assert cli.main([*words, "--maximise", "psnr", "-o", str(folder / "submission")]) == 0

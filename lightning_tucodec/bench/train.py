@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,10 +23,13 @@ from data_pipelines.options import BuildOptions
 from data_pipelines.shards import build
 from lightning_tucodec.bench.complexity import step_flops
 from lightning_tucodec.bench.data import photographs
+from lightning_tucodec.bench.step import Clock, bare_trainer
 from lightning_tucodec.bench.timing import check_device, machine, rows_of, synchronise
 from lightning_tucodec.io.processes import cores
 from lightning_tucodec.io.temporary import temporary_folder
-from lightning_tucodec.training.data import PatchDataModule, PlanLoader, RankBatches
+from lightning_tucodec.training.data import PatchDataModule
+from lightning_tucodec.training.input.batches import RankBatches
+from lightning_tucodec.training.input.loader import PlanLoader
 from lightning_tucodec.training.vae import VAE
 
 PEER = "CompressAI's example loop"
@@ -56,28 +57,6 @@ def matmul_peak(device: str, dtype: torch.dtype, repeats: int = 10) -> float:
         synchronise(device)
         seconds.append(time.perf_counter() - start)
     return 2 * side**3 / min(seconds[3:])
-
-
-class _Clock(pl.Callback):
-    """Seconds of a step: from the end of the last warm one to the end of the last one."""
-
-    def __init__(self, device: str, steps: int) -> None:
-        self.device, self.steps = device, steps
-        self.done = 0
-        self.seconds = 0.0
-
-    def tick(self) -> None:
-        """A step was enqueued."""
-        self.done += 1
-        if self.done in (WARM_STEPS, WARM_STEPS + self.steps):
-            synchronise(self.device)
-            self.seconds = time.perf_counter() - self.seconds
-        if self.done == WARM_STEPS + self.steps:
-            self.seconds /= self.steps
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Lightning's."""
-        self.tick()
 
 
 class _Repeated:
@@ -181,28 +160,25 @@ class _Bench:
     def ours(self, precision: str, compiled: bool, resident: bool) -> float:
         """Seconds of a step of `VAE` under Lightning's trainer."""
         util.get_temp_dir()  # workers share ours, which we remove, instead of making their own
-        clock = _Clock(self.device, self.steps)
+        clock = Clock(self.device, WARM_STEPS, self.steps)
         kind = _Resident if resident else PatchDataModule
         data = kind(**self.data, num_workers=self.workers)  # type: ignore[arg-type]
         if isinstance(data, _Resident):
             data.device = self.device
-        trainer = pl.Trainer(
-            accelerator="gpu" if self.device.startswith("cuda") else "cpu", devices=1,
-            precision=precision, max_steps=WARM_STEPS + self.steps, max_epochs=-1,  # type: ignore[arg-type]
-            callbacks=[clock], logger=False, log_every_n_steps=10, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-            limit_val_batches=0, plugins=[LightningEnvironment()],
-        )  # fmt: skip
+        trainer = bare_trainer(
+            self.device, WARM_STEPS + self.steps, precision, callbacks=[clock], log_every_n_steps=10
+        )
         # A module keeps its graph: only its first turn compiles.
         module = self.compiled if compiled else self.module()
         if module is None:
             module = self.compiled = self.module(compile=True)
         trainer.fit(module, datamodule=data)
+        assert clock.seconds is not None
         return clock.seconds
 
     def theirs(self) -> float:
         """Seconds of a step of CompressAI's loop on the same network."""
-        clock = _Clock(self.device, self.steps)
+        clock = Clock(self.device, WARM_STEPS, self.steps)
         loader = PatchDataModule(**{**self.data, "batch_size": 1}).train_dataloader()  # type: ignore[arg-type]
         batches: DataLoader[Tensor] = DataLoader(
             _Floats(loader.batches), self.data["batch_size"], num_workers=self.workers,  # type: ignore[arg-type]
@@ -211,6 +187,7 @@ class _Bench:
         )  # fmt: skip
         network = self.module().network.to(self.device)
         example_loop(network, batches, self.device, clock.tick, WARM_STEPS + self.steps)
+        assert clock.seconds is not None
         return clock.seconds
 
     def timed(self, name: str, action: Callable[[], float]) -> float:

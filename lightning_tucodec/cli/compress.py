@@ -119,8 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _compress_chosen(arguments, target, _settings(arguments, target))
     _refuse(arguments, "qp", "preset")
     from lightning_tucodec.codecs import batch
-    from lightning_tucodec.codecs.learned.codec import WHOLE_POSITIONS
-    from lightning_tucodec.codecs.learned.refine import RefinedModel, with_effort
+    from lightning_tucodec.codecs.learned.codec import RefinedModel, with_effort
+    from lightning_tucodec.codecs.learned.transforms import WHOLE_POSITIONS
     from lightning_tucodec.codecs.library import NetworkModel, load_coder
     from lightning_tucodec.coding.container import check_size
     from lightning_tucodec.io.images import read_image, write_png
@@ -215,7 +215,7 @@ def _target(arguments: argparse.Namespace) -> "Target | None":
 def _settings(arguments: argparse.Namespace, target: "Target | None") -> "list[Setting]":
     """What `targets.best` or, for H.266, `targets.search` chooses from; a single one without a target."""
     from lightning_tucodec.codecs.h266.codec import H266, NO_FILTER
-    from lightning_tucodec.codecs.learned.refine import with_effort
+    from lightning_tucodec.codecs.learned.codec import with_effort
     from lightning_tucodec.codecs.library import family, load
 
     name = arguments.model

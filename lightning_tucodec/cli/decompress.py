@@ -83,8 +83,8 @@ def run_decompress(arguments: argparse.Namespace) -> int:
     from lightning_tucodec.codecs import batch
     from lightning_tucodec.codecs.h266.codec import decode_container
     from lightning_tucodec.codecs.h266.postfilter import FilterModel
-    from lightning_tucodec.codecs.learned.codec import WHOLE_POSITIONS
     from lightning_tucodec.codecs.learned.latents import mark
+    from lightning_tucodec.codecs.learned.transforms import WHOLE_POSITIONS
     from lightning_tucodec.codecs.library import NetworkModel, load_any, load_by_id
     from lightning_tucodec.coding.container import CodecKind, unpack
     from lightning_tucodec.io.images import write_png

@@ -5,6 +5,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+ZOO = "compressai"
+"""Name under which the networks of CompressAI's zoo are found."""
+
 MODEL_SUFFIX = ".safetensors"
 """Ending of the file of a learned model."""
 

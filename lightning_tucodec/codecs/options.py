@@ -2,11 +2,15 @@
 
 import dataclasses
 import math
+import re
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.io.files import cut_path
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,47 @@ def _text(value: object) -> str:
 def _alternatives(hint: object) -> tuple[object, ...]:
     """The members of a union, or the type itself."""
     return typing.get_args(hint) or (hint,)
+
+
+def pairs(options: str) -> Iterator[tuple[str, str]]:
+    """Keys and values of a specification's options; an option without value has an empty one."""
+    while options:
+        key = re.match("[^,=]*", options)[0]  # type: ignore[index]
+        sign, options = options[len(key) : len(key) + 1], options[len(key) + 1 :]
+        value = ""
+        if sign == "=":
+            suffix = MODEL_SUFFIX if key == "filter" else ""
+            value, options = cut_path(options, r",(?=\w+=|,|$)", suffix)
+        if key or sign == "=":
+            yield key, value
+
+
+def options_of(specification: str, text: str) -> dict[str, str]:
+    """The options that a specification gives, by key.
+
+    Raises:
+        ConfigError: one has no value, or is given twice.
+    """
+    options: dict[str, str] = {}
+    for key, value in pairs(text):
+        if not (key and value):
+            raise ConfigError(f"{specification}: {key or f'={value}'} is not KEY=VALUE")
+        if key in options:
+            raise ConfigError(f"{specification}: {key} is given twice")
+        options[key] = value
+    return options
+
+
+def quality_of(specification: str, text: str) -> float:
+    """The value of `quality` in a specification.
+
+    Raises:
+        ConfigError: it is no finite number.
+    """
+    try:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"{specification}: quality={text} is not a number") from None
+    return value

@@ -9,7 +9,9 @@ from typing import IO, Any, cast
 
 from PIL import Image, ImageFile
 
+from lightning_tucodec.codecs.base import DEFAULT_MODEL
 from lightning_tucodec.coding.container import MAGIC, unpack
+from lightning_tucodec.errors import ConfigError
 
 
 class TucImageFile(ImageFile.ImageFile):
@@ -46,12 +48,25 @@ class TucImageFile(ImageFile.ImageFile):
 
 
 def _save(image: Image.Image, stream: IO[bytes], filename: str | bytes) -> None:
-    """Options of `Image.save`: `model`, a name or a file (`tiny-mse-2`); `effort`, 0 … 9 (0)."""
-    from lightning_tucodec.codecs.library import load
+    """Options of `Image.save`: `model`, a name or a file (`tiny-mse-2`), and what it takes.
+
+    That is `effort`, 0 … 9 (0), of this package's own networks, and `quality` of variable-rate networks.
+    """
+    from lightning_tucodec.codecs.learned.latents import as_pixels
+    from lightning_tucodec.codecs.library import NetworkModel, load_coder
 
     options = cast("dict[str, Any]", getattr(image, "encoderinfo", {}))
-    model = load(options.get("model", "tiny-mse-2"))
-    stream.write(model.compress(image, options.get("effort", 0)))
+    model = load_coder(options.get("model", DEFAULT_MODEL))
+    effort, quality = options.get("effort", 0), options.get("quality")
+    if isinstance(model, NetworkModel):
+        if effort:
+            raise ConfigError(f"effort is for this package's own networks; {model.name} is none")
+        model = model if quality is None else model.at(quality)
+        stream.write(model.encode(as_pixels(image)))
+        return
+    if quality is not None:
+        raise ConfigError(f"quality is for variable-rate networks; {model.name} has one rate")
+    stream.write(model.compress(image, effort))
 
 
 Image.register_open(TucImageFile.format, TucImageFile, lambda prefix: prefix.startswith(MAGIC))

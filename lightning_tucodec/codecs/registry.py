@@ -14,14 +14,12 @@ A path, as name or value, may contain `:`, `,` and `=`: the longest existing one
 """
 
 import dataclasses
-import math
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lightning_tucodec.codecs.base import MODEL_SUFFIX, ImageCodec
+from lightning_tucodec.codecs.base import MODEL_SUFFIX, ZOO, ImageCodec
 from lightning_tucodec.codecs.classical.codecs import (
     Av1Aom,
     Av1Svt,
@@ -33,7 +31,7 @@ from lightning_tucodec.codecs.classical.codecs import (
     WebP,
 )
 from lightning_tucodec.codecs.h266.vvc import Vvc
-from lightning_tucodec.codecs.options import Options
+from lightning_tucodec.codecs.options import Options, options_of, pairs, quality_of
 from lightning_tucodec.errors import ConfigError, UnknownModelError
 from lightning_tucodec.io.files import cut_path, expanded
 
@@ -47,9 +45,6 @@ CLASSES: dict[str, type[Options]] = {
 }
 """Codecs that are not learned; any other name is a learned model's."""
 
-ZOO = "compressai"
-"""Name under which the networks of CompressAI's zoo are found."""
-
 
 def split(specification: str) -> tuple[str, str]:
     """Name and options as text, without loading anything."""
@@ -58,50 +53,6 @@ def split(specification: str) -> tuple[str, str]:
         return path, options
     name, _, options = specification.partition(":")  # no file of that name is meant
     return name, options
-
-
-def pairs(options: str) -> Iterator[tuple[str, str]]:
-    """Keys and values of a specification's options; an option without value has an empty one."""
-    while options:
-        key = re.match("[^,=]*", options)[0]  # type: ignore[index]
-        sign, options = options[len(key) : len(key) + 1], options[len(key) + 1 :]
-        value = ""
-        if sign == "=":
-            suffix = MODEL_SUFFIX if key == "filter" else ""
-            value, options = cut_path(options, r",(?=\w+=|,|$)", suffix)
-        if key or sign == "=":
-            yield key, value
-
-
-def options_of(specification: str, text: str) -> dict[str, str]:
-    """The options that a specification gives, by key.
-
-    Raises:
-        ConfigError: one has no value, or is given twice.
-    """
-    options: dict[str, str] = {}
-    for key, value in pairs(text):
-        if not (key and value):
-            raise ConfigError(f"{specification}: {key or f'={value}'} is not KEY=VALUE")
-        if key in options:
-            raise ConfigError(f"{specification}: {key} is given twice")
-        options[key] = value
-    return options
-
-
-def quality_of(specification: str, text: str) -> float:
-    """The value of `quality` in a specification.
-
-    Raises:
-        ConfigError: it is no finite number.
-    """
-    try:
-        value = float(text)
-        if not math.isfinite(value):
-            raise ValueError
-    except ValueError:
-        raise ConfigError(f"{specification}: quality={text} is not a number") from None
-    return value
 
 
 def files(specification: str) -> list[str]:
@@ -160,7 +111,8 @@ def codec(specification: str) -> ImageCodec:
         return model
     if isinstance(model, library.NetworkModel):
         return _at_quality(specification, model, options)
-    from lightning_tucodec.codecs.learned.refine import RefinedModel, Refinement
+    from lightning_tucodec.codecs.learned.codec import RefinedModel
+    from lightning_tucodec.codecs.learned.refine import Refinement
 
     return RefinedModel(model, Refinement.parse(options))
 
@@ -204,8 +156,7 @@ def _with_id(coder: ImageCodec) -> ImageCodec:
     """The same codec, called by its model's name and id; one without a model of its own as it is."""
     if type(coder) in CLASSES.values():
         return coder
-    from lightning_tucodec.codecs.learned.codec import TucModel
-    from lightning_tucodec.codecs.learned.refine import RefinedModel
+    from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel
     from lightning_tucodec.codecs.network.codec import NetworkModel
 
     if isinstance(coder, NetworkModel):
@@ -230,8 +181,7 @@ def model_of(coder: ImageCodec) -> "ModelFile | None":
     if type(coder) in CLASSES.values():
         return None
     from lightning_tucodec.codecs.h266.codec import H266
-    from lightning_tucodec.codecs.learned.codec import TucModel
-    from lightning_tucodec.codecs.learned.refine import RefinedModel
+    from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel
     from lightning_tucodec.codecs.network.codec import NetworkModel
 
     if isinstance(coder, H266):

@@ -144,27 +144,33 @@ class CompressAIMSSSIMLoss(RateDistortionLoss):
         return self.lmbda * distortion + bpp
 
 
+def recipe_name(recipe: str) -> str:
+    """A recipe's name today: cards and configurations of earlier versions call `mse` `transparent`."""
+    return "mse" if recipe == "transparent" else recipe
+
+
 def make_loss(recipe: str, lmbda: float) -> RateDistortionLoss:
     """The loss of a recipe.
 
     Args:
-        recipe: "transparent" (MSE), "ssim", or with CompressAI's λ "compressai-mse" or "compressai-ms-ssim".
+        recipe: "mse", "ssim", or with CompressAI's λ "compressai-mse" or "compressai-ms-ssim".
         lmbda: λ in its convention.
 
     Raises:
         ConfigError: another name, or λ is not positive.
     """
     losses: dict[str, type[RateDistortionLoss]] = {
-        "transparent": MSERateLoss,
+        "mse": MSERateLoss,
         "ssim": MSSSIMRateLoss,
         "compressai-mse": CompressAIMSELoss,
         "compressai-ms-ssim": CompressAIMSSSIMLoss,
     }
-    if recipe not in losses:
+    name = recipe_name(recipe)
+    if name not in losses:
         raise ConfigError(f"recipe {recipe!r} is unknown; choose one of {sorted(losses)}")
     if not lmbda > 0:
         raise ConfigError(f"lmbda must be positive, got {lmbda}")
-    return losses[recipe](lmbda)
+    return losses[name](lmbda)
 
 
 def check_crop(recipe: str, crop: int) -> None:

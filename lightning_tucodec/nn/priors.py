@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from lightning_tucodec.nn.blocks import lower_bound
 from lightning_tucodec.nn.noise import HYPER, Noise, uniform_like
-from lightning_tucodec.nn.quantizer import cell_edges
 
 MIN_SCALE = 2.0**-6
 """Least scale b of the Laplacian, in latent units: at most 0.04 of any two centres' distance, so that
@@ -69,14 +68,6 @@ class LaplacePrior(nn.Module):
             centred = value.float() - mu.float()
             mass = laplace_interval(centred - below, centred + above, self.scale(log_scale))
             return lower_bound(mass, MIN_LIKELIHOOD)
-
-    def cell_masses(self, centres: Tensor, mu: Tensor, log_scale: Tensor) -> Tensor:
-        """P over all M cells, in a new last axis; for tests, sampling and tables."""
-        edges = cell_edges(centres.float())
-        infinity = edges.new_full((1,), torch.inf)
-        lower = torch.cat([-infinity, edges]) - mu.float()[..., None]
-        upper = torch.cat([edges, infinity]) - mu.float()[..., None]
-        return laplace_interval(lower, upper, self.scale(log_scale)[..., None])
 
 
 class FactorizedPrior(nn.Module):

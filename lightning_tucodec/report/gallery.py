@@ -207,8 +207,7 @@ def _uri(data: bytes, kind: str) -> str:
 
 def bit_map(coder: ImageCodec, image: NDArray[np.uint8]) -> NDArray[np.float64] | None:
     """Estimated bits at every latent position of a learned codec, h×w; None for other codecs."""
-    from lightning_tucodec.codecs.learned.codec import TucModel
-    from lightning_tucodec.codecs.learned.refine import RefinedModel
+    from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel
 
     if isinstance(coder, RefinedModel):
         coder = coder.model  # where the bits are before refinement

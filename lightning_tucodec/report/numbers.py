@@ -152,7 +152,7 @@ def model_arguments(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def model_complexity(name: str) -> tuple[float, float, float, float] | None:
     """The same of a learned model that `tucodec` knows by this name; None for other codecs."""
-    from lightning_tucodec.codecs.learned.refine import RefinedModel
+    from lightning_tucodec.codecs.learned.codec import RefinedModel
     from lightning_tucodec.codecs.registry import CLASSES, codec, split
     from lightning_tucodec.nn.codec import TucodecVAE
     from lightning_tucodec.nn.complexity import of_network

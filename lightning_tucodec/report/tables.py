@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_tucodec.nn.losses import recipe_name
 from lightning_tucodec.quality.curves import QUALITIES, Quality, convex_hull
 from lightning_tucodec.report.figures import AXES, Style, style
 from lightning_tucodec.report.numbers import (
@@ -244,11 +245,13 @@ def cost_tables(material: Material) -> list[Table]:
                 *([_cell(v, 1) for v in counts] if counts else empty),
                 (last, f"{last:,}".replace(",", " ")),
                 _cell(hours, 2),
-                f"{model.get('recipe', '')} λ={model['lmbda']}" if "lmbda" in model else "",
+                f"{recipe_name(model.get('recipe', ''))} λ={model['lmbda']}"
+                if "lmbda" in model
+                else "",
             ]
         )
     if trainings:
-        note = "λ: recipe transparent minimises λ·MSE + bpp with MSE on [0, 1], ssim 0.2·MSE + "
+        note = "λ: recipe mse minimises λ·MSE + bpp with MSE on [0, 1], ssim 0.2·MSE + "
         note += "0.8·(1 − MS-SSIM) + λ·bpp."
         head = ["run", *columns, "steps", "hours", "recipe"]
         tables.append(_without_empty(Table("Cost of training", head, trainings, note)))

@@ -12,7 +12,8 @@ from lightning_tucodec.io.files import read_yaml
 from lightning_tucodec.sweeps.plan import Plan
 from lightning_tucodec.sweeps.queue import Job
 from lightning_tucodec.sweeps.spec import Task, entry
-from lightning_tucodec.training.runs.folder import ECHO, Manifest, RunFolder, read_metrics
+from lightning_tucodec.training.runs.folder import RunFolder, read_metrics
+from lightning_tucodec.training.runs.manifest import ECHO, Manifest
 
 
 @dataclass(frozen=True)

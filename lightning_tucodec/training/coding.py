@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from lightning_tucodec.errors import ConfigError, ModelFileError
 from lightning_tucodec.io.images import write_png
-from lightning_tucodec.nn.losses import RateDistortion, Reconstruction, check_crop, make_loss
+from lightning_tucodec.nn.losses import (
+    RateDistortion,
+    Reconstruction,
+    check_crop,
+    make_loss,
+    recipe_name,
+)
 from lightning_tucodec.quality.metrics import ms_ssim, psnr
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.module import ScheduledModule
@@ -44,7 +50,7 @@ class CodingModule(ScheduledModule):
         real_files: int | None,
     ) -> None:
         super().__init__(lr, final_lr, warmup_steps, decay_start, clip_norm)
-        self.recipe = recipe
+        self.recipe = recipe_name(recipe)
         self.loss = make_loss(recipe, lmbda)
         if real_files is not None and real_files < 0:
             raise ConfigError(f"model.real_files: must be 0 or more, got {real_files}")

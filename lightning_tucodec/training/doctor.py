@@ -111,8 +111,9 @@ def check_data(config: dict[str, Any]) -> Check:
 def check_start(config: dict[str, Any]) -> Check:
     """The checkpoint or weights that the run would start from."""
     from lightning_tucodec.training.configuration import check_config
-    from lightning_tucodec.training.runs.folder import Manifest, RunFolder
+    from lightning_tucodec.training.runs.folder import RunFolder
     from lightning_tucodec.training.runs.identity import identity
+    from lightning_tucodec.training.runs.manifest import Manifest
 
     try:
         check_config(config)
@@ -250,7 +251,7 @@ def check_ranks(config: dict[str, Any], seconds: float = 60.0) -> Check:
     import torch
     from lightning_fabric.plugins.environments import SLURMEnvironment
 
-    from lightning_tucodec.training.runs.folder import started_by_srun
+    from lightning_tucodec.training.runs.launcher import started_by_srun
 
     accelerator = str(config["trainer"]["accelerator"])
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,10 @@ from lightning_fabric.plugins.environments import (
 )
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_tucodec.errors import ConfigError, DatasetError, redacted
+from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.processes import announce, when_parent_ends
 from lightning_tucodec.training.arithmetic import arithmetic
-from lightning_tucodec.training.beside.companions import UNMIRRORED, Companion
-from lightning_tucodec.training.beside.pull import check_writable, pull
-from lightning_tucodec.training.beside.wandb_view import mode
+from lightning_tucodec.training.attempt import Attempt
 from lightning_tucodec.training.configuration import (
     ConfiguredCLI,
     UsageError,
@@ -36,21 +33,14 @@ from lightning_tucodec.training.configuration import (
     parsed,
     without_advice,
 )
-from lightning_tucodec.training.data import check_crop_size, check_validation
 from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.options import check_options
-from lightning_tucodec.training.runs.checkpoints import BackgroundWriter, Checkpointing
-from lightning_tucodec.training.runs.folder import (
-    ECHO,
-    Manifest,
-    RunFolder,
-    attempt_key,
-    started_by_srun,
-)
+from lightning_tucodec.training.runs.checkpoints import Checkpointing
+from lightning_tucodec.training.runs.folder import RunFolder
 from lightning_tucodec.training.runs.identity import (
-    identity,
     run_id,
 )
+from lightning_tucodec.training.runs.launcher import started_by_srun
 from lightning_tucodec.training.runs.preemption import (
     PREEMPTED,
     Preemption,
@@ -61,12 +51,7 @@ from lightning_tucodec.training.runs.preemption import (
 )
 from lightning_tucodec.training.runs.tracking import Counters, JsonlLogger
 from lightning_tucodec.training.runs.weights import load_checkpoint
-
-_MIRROR_SECONDS = {"finished": 900.0, "preempted": 60.0, "failed": 60.0}
-"""How long the last copy to the mirror may take; before a requeue there is little time."""
-
-_WANDB_SECONDS = {"online": 20.0, "offline": 120.0, "disabled": 20.0}
-"""How long W&B may take at the end; what it misses, `tucodec wandb-sync` sends."""
+from lightning_tucodec.training.runs.writer import BackgroundWriter
 
 
 class _PlainProgress(pl.Callback):
@@ -103,15 +88,10 @@ def slurm_environment() -> list[Any]:
 
 
 class TucodecCLI(ConfiguredCLI):
-    """Adds the `run` group; finds the run's folder and goes on from its newest checkpoint."""
+    """LightningCLI with the `run` group; `fit` is an attempt of a run."""
 
     preemption: Preemption
-    folder: RunFolder | None = None
-    resume: tuple[Path, dict[str, Any]] | None = None
-    mirror: Companion | None = None
-    wandb: Companion | None = None
-    outcome = "finished"
-    unmirrored = False
+    attempt: Attempt | None = None
 
     def __init__(self, *args: Any, preemption: Preemption, **kwargs: Any) -> None:
         self.preemption = preemption
@@ -160,125 +140,18 @@ class TucodecCLI(ConfiguredCLI):
         )
         # One owner of signals: Lightning's own handlers talk to other ranks from inside a signal.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        self._begin(config, folder, trainer)
-        if self.resume is not None:
-            state = self.resume[1]
+        self.attempt = Attempt(config, folder, self.model, self.preemption, self.cleanup)
+        self.attempt.begin(trainer)
+        if self.attempt.resume is not None:
+            state = self.attempt.resume[1]
             counters = {k: int(state["tucodec"][k]) for k in log.counters}
             checkpointing.rng = state.get("run", {}).get("rng")
             log.go_on_from(counters, state.get("run", {}).get("lines"))
         else:
             log.go_on_from(log.counters)
         if trainer.is_global_zero:
-            self._start_companions(run)
+            self.attempt.start_companions()
         return trainer
-
-    def _begin(self, config: dict[str, Any], folder: RunFolder, trainer: pl.Trainer) -> None:
-        """Find what to go on from; rank 0 first, who announces the attempt to the others.
-
-        Raises:
-            ConfigError: the folder is in use or belongs to another configuration.
-        """
-        self.folder = folder
-        manifest = Manifest(folder)
-        if not trainer.is_global_zero:
-            manifest.wait_for_rank_0(lambda: self.preemption.received is not None)
-            self.preemption.begun = True
-            self.resume = folder.latest()
-            return
-        if attempt_key() is None:  # the ranks that Lightning starts inherit it
-            os.environ["TUCODEC_ATTEMPT"] = uuid.uuid4().hex
-            self.cleanup.callback(os.environ.pop, "TUCODEC_ATTEMPT", None)
-        check_crop_size(config)
-        check_validation(config)
-        self.cleanup.enter_context(folder.locked())
-        manifest.check(identity(config))
-        self.resume = folder.latest()
-        step = 0 if self.resume is None else int(self.resume[1]["tucodec"]["opt_step"])
-        if mirror := config["run"]["mirror"]:
-            step = self._pull(folder, mirror)
-            manifest.check(identity(config))
-        folder.write_config(config)
-        images = 0 if self.resume is None else int(self.resume[1]["tucodec"]["images_seen"])
-        self.preemption.begun = True
-        manifest.begin(config, step, trainer.world_size, images)
-        self.cleanup.callback(self._finish_companions)
-        self.cleanup.push(self._end)
-
-    def _pull(self, folder: RunFolder, mirror: str) -> int:
-        """Take over the mirror's state if it is further; returns the step to go on from.
-
-        Raises:
-            DatasetError: it cannot be read or written, and there is nothing here to go on from.
-        """
-        own = None
-        if self.resume is not None:
-            counters = self.resume[1]["tucodec"]
-            own = int(counters["opt_step"]), int(counters["images_seen"])
-        pulled = None
-        try:
-            pulled = pull(folder, mirror, own)
-            check_writable(mirror)
-        except DatasetError as error:
-            if own is None and pulled is None:
-                raise
-            print(f"tucodec: {redacted(str(error))}; goes on with what is here", file=sys.stderr)
-        if pulled is None:
-            return 0 if own is None else own[0]
-        print(f"run {folder.path}: step {pulled} comes from {redacted(mirror)}", file=sys.stderr)
-        self.resume = folder.latest()
-        return pulled
-
-    def _start_companions(self, run: dict[str, Any]) -> None:
-        assert self.folder is not None
-        package = "lightning_tucodec.training.beside"
-        path = str(self.folder.path)
-        if run["mirror"]:
-            log = self.folder.path / "mirror.log"
-            url = run["mirror"]
-            self.mirror = Companion(f"{package}.mirror", [path], log, TUCODEC_MIRROR=url)
-        if run["wandb"] and mode() != "disabled":
-            log = self.folder.path / "wandb.log"
-            self.wandb = Companion(f"{package}.wandb_view", [path], log)
-
-    def _finish_companions(self) -> None:
-        if self.mirror is not None and not self.mirror.finish(_MIRROR_SECONDS[self.outcome]):
-            self.unmirrored = True
-            log = self.mirror.log
-            last = log.read_text(errors="replace").splitlines()[-1:] if log.exists() else []
-            reason = "".join(last).removeprefix("tucodec: ") or "it did not answer"
-            print(
-                f"tucodec: the end of this run, step {self.model.opt_step}, is not in its mirror ({reason}); "
-                f"it is in {log.parent}: start the same command again when the mirror works",
-                file=sys.stderr,
-            )
-        if self.wandb is not None and not self.wandb.finish(_WANDB_SECONDS.get(mode(), 20.0)):
-            print("tucodec: wandb_view did not get to its end; see its log", file=sys.stderr)
-
-    def _end(self, kind: type[BaseException] | None, error: BaseException | None, *_: Any) -> None:
-        """Leave in the manifest how this attempt ended."""
-        assert self.folder is not None
-        reason, status, text = "finished", 0, None
-        if error is not None:
-            self.outcome = reason = "failed"
-            status = 1
-            lines = redacted(str(error)).strip().splitlines() or [type(error).__name__]
-            text = lines[-1][:500]
-            step = several_processes()
-            # What is raised where a connection is closed; TERM may have come before or come yet.
-            if step and isinstance(error, RuntimeError) and self.preemption.is_echo():
-                text = f"{ECHO}: {text}"
-        elif self.preempted:
-            assert self.preemption.stopping is not None
-            self.outcome = "preempted"
-            reason, status = f"preempted ({self.preemption.stopping.name})", PREEMPTED
-        Manifest(self.folder).end(self.model.opt_step, reason, status, text)
-
-    @property
-    def preempted(self) -> bool:
-        """Whether a signal ended the run before its last step."""
-        unfinished = self.model.opt_step < self.model.max_steps
-        stopping = self.preemption.stopping is not None
-        return stopping and (unfinished or self.preemption.owes_validation)
 
     def _build_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer as Lightning builds it; `max_steps` counts batches also with several optimisers.
@@ -304,14 +177,15 @@ class TucodecCLI(ConfiguredCLI):
     def fit(self, model: TrainingModule, datamodule: pl.LightningDataModule, **kw: Any) -> None:
         """Start, or go on from the newest checkpoint."""
         del kw  # ckpt_path: the resolver decides
-        assert self.folder is not None
-        where = self.folder.path
+        attempt = self.attempt
+        assert attempt is not None
+        where = attempt.folder.path
         path: Path | None = None
         init_from = self._get(self.config, "run")["init_from"]
         start = "starts"
-        if self.resume is not None:
-            path = self.resume[0]
-            start = f"goes on at step {self.resume[1]['tucodec']['opt_step']}"
+        if attempt.resume is not None:
+            path = attempt.resume[0]
+            start = f"goes on at step {attempt.resume[1]['tucodec']['opt_step']}"
         elif init_from:
             model.warm_start(init_from)
         if self.trainer.is_global_zero:
@@ -324,7 +198,7 @@ class TucodecCLI(ConfiguredCLI):
                     file=sys.stderr,
                     flush=True,
                 )
-        self.resume = None  # its tensors are not needed twice
+        attempt.resume = None  # its tensors are not needed twice
         try:
             with contextlib.suppress(ValidationStopped):
                 self.trainer.fit(model, datamodule, ckpt_path=path, weights_only=True)
@@ -334,16 +208,7 @@ class TucodecCLI(ConfiguredCLI):
                 f"not all processes have come ({' '.join(str(error).split())}); are all started?"
             ) from None
         if self.trainer.is_global_zero:
-            print(f"run {where}: {self._end_words()}", file=sys.stderr)
-
-    def _end_words(self) -> str:
-        step = f"step {self.model.opt_step}"
-        if self.preempted:
-            assert self.preemption.stopping is not None
-            return (
-                f"saved at {step} after {self.preemption.stopping.name}; the same command goes on"
-            )
-        return f"finished at {step}"
+            print(f"run {where}: {attempt.words()}", file=sys.stderr)
 
     def validate(
         self, model: TrainingModule, datamodule: pl.LightningDataModule, **kw: Any
@@ -426,6 +291,4 @@ def _main(arguments: Sequence[str], preemption: Preemption) -> int:
         if not several_processes():
             announce()
         return PREEMPTED
-    if arguments[0] == "fit" and cli.preempted:
-        return PREEMPTED
-    return UNMIRRORED if cli.unmirrored else 0
+    return 0 if cli.attempt is None else cli.attempt.status

@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.processes import cores
-from lightning_tucodec.training.runs.identity import trainer_default
+from lightning_tucodec.training.runs.identity import arguments, trainer_default
 
 REFUSED = {
     "optimizer": "the model has its own: model.lr and the like",
@@ -32,6 +32,10 @@ _CHOSEN = {"ckpt_path": "a run goes on from its newest checkpoint; run.init_from
 """Refused by `fit` alone."""
 
 
+_CLIPPING = ("gradient_clip_val", "gradient_clip_algorithm")
+"""For models of the user's own."""
+
+
 def check_options(config: dict[str, Any], command: str = "fit") -> None:
     """Refuse what would have no effect.
 
@@ -49,6 +53,11 @@ def check_options(config: dict[str, Any], command: str = "fit") -> None:
         if value is not None and value != default:
             raise ConfigError(f"{name}: is not for `tucodec {command}`: {reason}")
     trainer = config["trainer"]
+    clips = [name for name in _CLIPPING if trainer.get(name) is not None]
+    if clips and "clip_norm" in arguments(config, "model"):
+        raise ConfigError(
+            f"trainer.{clips[0]}: this model clips its gradients itself: model.clip_norm"
+        )
     if str(trainer.get("precision")).startswith(("16", "fp16", "transformer-engine-float16")):
         raise ConfigError(
             f"trainer.precision {trainer['precision']}: gradients would be clipped while they are "

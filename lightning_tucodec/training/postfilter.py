@@ -18,12 +18,13 @@ from lightning_tucodec.nn.postfilter import (
     PostFilterConfig,
     corrected,
 )
-from lightning_tucodec.training.data import PatchDataModule, in_order
+from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.input.precoded import (
     PrecodedBatches,
     PrecodedSamples,
     check_samples,
 )
+from lightning_tucodec.training.input.validation import in_order
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.optimizers import follow, muon_adam
 from lightning_tucodec.training.runs.weights import (

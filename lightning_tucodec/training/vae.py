@@ -110,7 +110,7 @@ class CodecModule(CodingModule):
     and any number of ranks draw the same. Learning rate and clipping: `ScheduledModule`.
 
     Args:
-        recipe: "transparent" (λ·MSE + bpp) or "ssim" (0.2·MSE + 0.8·(1 − MS-SSIM) + λ·bpp).
+        recipe: "mse" (λ·MSE + bpp) or "ssim" (0.2·MSE + 0.8·(1 − MS-SSIM) + λ·bpp).
         lmbda: λ in that recipe's convention.
         preset: size of the network.
         codec: replaced fields of the preset, see `resolve_codec`.
@@ -135,7 +135,7 @@ class CodecModule(CodingModule):
 
     def __init__(
         self,
-        recipe: str = "transparent",
+        recipe: str = "mse",
         lmbda: float = 512.0,
         preset: str = "tiny",
         codec: dict[str, Any] | None = None,

@@ -164,7 +164,8 @@ def build_case(seed: int, case: int, scratch: Path) -> tuple[int, str]:
 
 def _train(shards: str, state: str, log: str, batch: int, world: int, workers: int) -> None:
     """A stand-in for training: notes what each global batch held, saves its state now and then."""
-    from lightning_tucodec.training.data import PlanLoader, RankBatches, data_plan
+    from lightning_tucodec.training.input.batches import RankBatches, data_plan
+    from lightning_tucodec.training.input.loader import PlanLoader
     from lightning_tucodec.training.input.shards import ShardReader
 
     reader = ShardReader(shards)

@@ -220,7 +220,7 @@ def _micro(path: Path) -> None:
     from lightning_tucodec.nn.codec import TucodecVAE
     from lightning_tucodec.training.vae import resolve_codec
 
-    card = {"recipe": "transparent", "lmbda": 100.0, "opt_step": 10, "kodak": {"bpp": 0.5}}
+    card = {"recipe": "mse", "lmbda": 100.0, "opt_step": 10, "kodak": {"bpp": 0.5}}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = TucodecVAE(resolve_codec("tiny", MICRO))
@@ -470,7 +470,7 @@ def use_results(folder: Path, out: Path, seldom: bool) -> None:
 
 def build_sweep(folder: Path) -> None:
     """Two stages over one recipe."""
-    recipe = {"seed_everything": 0, "model": {"recipe": "transparent", "lmbda": 100.0, "preset": "tiny"},
+    recipe = {"seed_everything": 0, "model": {"recipe": "mse", "lmbda": 100.0, "preset": "tiny"},
               "data": {"shards": "shards", "batch_size": 2}, "trainer": {"max_steps": 4}}  # fmt: skip
     (folder / "shards").mkdir()
     (folder / "shards" / "index.json").write_text("{}")

@@ -220,7 +220,7 @@ def test_a_folder_of_many_sizes_is_coded_as_one_by_one(
 ) -> None:
     """Batches by size, bad files between them: each file's bytes and pixels are those it has alone."""
     from lightning_tucodec.codecs import batch
-    from lightning_tucodec.codecs.learned import codec
+    from lightning_tucodec.codecs.learned import codec, transforms
 
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -230,7 +230,7 @@ def test_a_folder_of_many_sizes_is_coded_as_one_by_one(
         save(folder / f"{number}.png", Image.fromarray(pixels))
     (folder / "3b.png").write_bytes(b"no image")
     monkeypatch.setattr(batch, "PIXELS_IN_FLIGHT", 6000)
-    monkeypatch.setattr(codec, "WHOLE_POSITIONS", 27)  # three of 48×40
+    monkeypatch.setattr(transforms, "WHOLE_POSITIONS", 27)  # three of 48×40
     batches: list[int] = []
     analyse = codec.TucModel.analyse_batch
 

@@ -9,6 +9,8 @@ from PIL import Image
 
 import lightning_tucodec as tuc
 import lightning_tucodec.codecs.pillow
+from lightning_tucodec.codecs.network.codec import NetworkModel
+from tests.codecs import zoo
 
 
 @pytest.fixture
@@ -54,3 +56,22 @@ def test_a_save_that_fails_leaves_no_file(photo: Image.Image, tmp_path: Path) ->
     with pytest.raises(tuc.TucodecError):
         photo.save(tmp_path / "photo.tuc", model="no-such-model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("ScaleHyperprior", {}), ("ScaleHyperpriorVbr", {"quality": 1.5})]
+)
+def test_networks_of_another_form_save_too(
+    photo: Image.Image, tmp_path: Path, kind: str, options: dict[str, float]
+) -> None:
+    file = zoo.model(kind)
+    file.save(tmp_path / "own.safetensors")
+    stream = io.BytesIO()
+    photo.save(stream, "TUC", model=str(tmp_path / "own.safetensors"), **options)
+
+    coder = NetworkModel(file, quality=options.get("quality"))
+    assert stream.getvalue() == coder.encode(np.asarray(photo))
+    with pytest.raises(tuc.TucodecError, match="effort is for"):
+        photo.save(stream, "TUC", model=str(tmp_path / "own.safetensors"), effort=1)
+    with pytest.raises(tuc.TucodecError, match="quality is for"):
+        photo.save(stream, "TUC", quality=80)

@@ -12,10 +12,10 @@ from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.base import DEFAULT_MODEL
 from lightning_tucodec.codecs.learned import latents
 from lightning_tucodec.codecs.learned import refine as room
-from lightning_tucodec.codecs.learned.codec import TucModel
+from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel, with_effort
 from lightning_tucodec.codecs.learned.latents import Coded
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
-from lightning_tucodec.codecs.learned.refine import RefinedModel, Refinement, refine, with_effort
+from lightning_tucodec.codecs.learned.refine import Refinement, refine
 from lightning_tucodec.codecs.registry import codec
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.images import write_png
@@ -26,7 +26,7 @@ from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO, photo
 
 CARDS = {
-    "transparent": {"recipe": "transparent", "lmbda": 200.0},
+    "mse": {"recipe": "mse", "lmbda": 200.0},
     "ssim": {"recipe": "ssim", "lmbda": 0.05},
 }
 
@@ -76,7 +76,7 @@ def test_the_same_steps_give_the_same_file(model: TucModel) -> None:
 
 
 def test_more_effort_is_not_worse() -> None:
-    model = TucModel(micro("transparent"))
+    model = TucModel(micro("mse"))
     pixels, loss = photo("coffee.png", 64, 48), loss_for(model)
     values = [
         loss_of(model, loss, pixels, with_effort(model, e).code(pixels)) for e in (0, 1, 3, 5)
@@ -124,7 +124,7 @@ def test_strips_and_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latents, "STRIP_POSITIONS", 64)
     monkeypatch.setattr(room, "_BAND_POSITIONS", 24)
     monkeypatch.setattr(room, "_HALO", 2)
-    model = TucModel(micro("transparent"))
+    model = TucModel(micro("mse"))
     pixels, loss = photo("chelsea.png", 60, 300), loss_for(model)
     assert len(latents.strip_bounds(19, 4)) == 2
     assert len(room._bands(0, 16, 19, 4)) == 3
@@ -143,7 +143,7 @@ def test_another_balance_of_rate_and_distortion() -> None:
 
 
 def test_no_time_means_no_step() -> None:
-    model = TucModel(micro("transparent"))
+    model = TucModel(micro("mse"))
     pixels = photo("coffee.png", 64, 48)
     assert RefinedModel(model, Refinement(9, seconds=0.0)).encode(pixels) == model.encode(pixels)
 
@@ -155,7 +155,7 @@ def test_images_too_small_to_judge_stay_as_they_are(model: TucModel) -> None:
 
 def test_specifications(tmp_path: Path) -> None:
     path = tmp_path / "micro.safetensors"
-    micro("transparent").save(path)
+    micro("mse").save(path)
     coder = codec(f"{path}:effort=4,lmbda=150")
     assert coder.name == "micro:effort=4,lmbda=150"
     assert coder.describe()["options"]["refinement"] == {
@@ -179,7 +179,7 @@ def test_specifications(tmp_path: Path) -> None:
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "micro.safetensors"
-    micro("transparent").save(model)
+    micro("mse").save(model)
     write_png(tmp_path / "a.png", photo("coffee.png", 64, 48))
     words = ["compress", str(tmp_path / "a.png"), "--model", str(model), "--json"]
     rows = []
@@ -199,7 +199,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tmp_path / "micro.safetensors"
-    micro("transparent").save(model)
+    micro("mse").save(model)
     write_png(tmp_path / "a.png", photo("coffee.png", 64, 48))
     words = ["bench", "effort", str(tmp_path / "a.png"), "--model", str(model), "--effort", "2"]
     words += ["--seconds", "--rows", str(tmp_path / "rows.jsonl")]
@@ -213,7 +213,7 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bands_add_up_to_the_whole() -> None:
     """J of a strip in three bands is J in one, up to what lies beyond the halo."""
-    model = TucModel(micro("transparent"))
+    model = TucModel(micro("mse"))
     pixels = photo("chelsea.png", 24, 240, top=30)
     latents = model.analyse(pixels)
     losses = []

@@ -12,13 +12,13 @@ from PIL import Image
 
 import lightning_tucodec as tuc
 from lightning_tucodec.codecs import library
-from lightning_tucodec.codecs.learned import codec as room
 from lightning_tucodec.codecs.learned import latents as layout
+from lightning_tucodec.codecs.learned import transforms as room
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.latents import own_modes, strip_bounds
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze, shapes_only
 from lightning_tucodec.coding.container import pack, unpack
-from lightning_tucodec.coding.fixed_point import integer_layout, quantise_network
+from lightning_tucodec.coding.integer_weights import integer_layout, quantise_network
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.quality.metrics import pixels_ms_ssim
 from lightning_tucodec.training.vae import resolve_codec

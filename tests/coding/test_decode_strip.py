@@ -8,11 +8,8 @@ import torch
 
 from lightning_tucodec.codecs.learned.model_file import freeze
 from lightning_tucodec.coding import wavefront
-from lightning_tucodec.coding.fixed_point import (
-    IntegerEntropyModel,
-    IntegerLinear,
-    quantise_network,
-)
+from lightning_tucodec.coding.fixed_point import IntegerEntropyModel, IntegerLinear
+from lightning_tucodec.coding.integer_weights import quantise_network
 from lightning_tucodec.errors import CorruptStreamError, ModelFileError
 from lightning_tucodec.nn.codec import PRESETS, TucodecVAE
 from lightning_tucodec.nn.context import ContextConfig

@@ -9,9 +9,8 @@ from lightning_tucodec.coding.fixed_point import (
     IntegerLinear,
     WholePlane,
     leaky,
-    quantise_network,
-    restore_network,
 )
+from lightning_tucodec.coding.integer_weights import quantise_network, restore_network
 from lightning_tucodec.errors import ModelFileError
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec

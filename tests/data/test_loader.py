@@ -14,15 +14,11 @@ import webdataset
 from PIL import Image
 
 from lightning_tucodec.errors import ConfigError, DatasetError
-from lightning_tucodec.training.data import (
-    PatchDataModule,
-    PlanLoader,
-    RankBatches,
-    WholeImages,
-    data_plan,
-    in_order,
-)
+from lightning_tucodec.training.data import PatchDataModule
+from lightning_tucodec.training.input.batches import RankBatches, data_plan
+from lightning_tucodec.training.input.loader import PlanLoader
 from lightning_tucodec.training.input.shards import ShardReader
+from lightning_tucodec.training.input.validation import WholeImages, in_order
 
 # More workers than this machine has cores are meant.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

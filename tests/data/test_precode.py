@@ -18,9 +18,11 @@ from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.colour import planes_to_float
 from lightning_tucodec.codecs.h266.vvc import Vvc
 from lightning_tucodec.errors import ConfigError, DatasetError
-from lightning_tucodec.training.data import PlanLoader, as_floats, data_plan, in_order
+from lightning_tucodec.training.input.batches import as_floats, data_plan
+from lightning_tucodec.training.input.loader import PlanLoader
 from lightning_tucodec.training.input.precoded import Precoded, PrecodedBatches, PrecodedSamples
 from lightning_tucodec.training.input.shards import ShardReader
+from lightning_tucodec.training.input.validation import in_order
 
 CODECS = tuple(f"vvc:qp={qp},preset=faster,colour=orthonormal" for qp in (34, 44))
 OPTIONS = PrecodeOptions(CODECS, per_photo=2, patch=32, shard_size=8, seed=3)

@@ -224,7 +224,7 @@ def test_bf16_loses_little(device: str) -> None:
 def test_no_step_waits_for_the_gpu(kind: str) -> None:
     """CUDA itself says so: forward, backward, clipping and optimiser of the third step on."""
     module: Any = (
-        GANCodec(recipe="transparent", lmbda=256.0, codec=MICRO, discriminator_widths=[8, 8])
+        GANCodec(recipe="mse", lmbda=256.0, codec=MICRO, discriminator_widths=[8, 8])
         if kind == "gan"
         else vae(optimizer="muon" if kind == "muon" else "adam")
     )

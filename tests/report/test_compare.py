@@ -57,7 +57,7 @@ def write_run(folder: Path, lmbda: float, bpp: float, psnr: float) -> Path:
     config: dict[str, Any] = {
         "seed_everything": 0,
         "run": {"name": folder.name},
-        "model": {"recipe": "transparent", "lmbda": lmbda, "preset": "tiny", "codec": None},
+        "model": {"recipe": "mse", "lmbda": lmbda, "preset": "tiny", "codec": None},
         "trainer": {"max_steps": 20},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

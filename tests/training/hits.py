@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.training.module import TrainingModule
-from lightning_tucodec.training.runs import checkpoints
+from lightning_tucodec.training.runs import writer
 from lightning_tucodec.training.vae import VAE
 
 
@@ -90,7 +90,7 @@ def kill_at_rename(number: int) -> Callable[[], None]:
             def __getattr__(self, name: str) -> Any:
                 return getattr(os, name)
 
-        checkpoints.os = Counting()  # type: ignore[assignment]
+        writer.os = Counting()  # type: ignore[assignment]
 
     return prepare
 

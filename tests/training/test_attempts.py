@@ -13,10 +13,12 @@ from torch.distributed import TCPStore
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.fit import slurm_environment
-from lightning_tucodec.training.runs import folder, preemption
-from lightning_tucodec.training.runs.checkpoints import BackgroundWriter, SaveError
-from lightning_tucodec.training.runs.folder import Manifest, RunFolder, attempt_key
+from lightning_tucodec.training.runs import launcher, preemption
+from lightning_tucodec.training.runs.folder import RunFolder
+from lightning_tucodec.training.runs.launcher import attempt_key
+from lightning_tucodec.training.runs.manifest import Manifest
 from lightning_tucodec.training.runs.preemption import PREEMPTED, Preemption, in_step
+from lightning_tucodec.training.runs.writer import BackgroundWriter, SaveError
 
 OURS, FOREIGN = ConfigError("no such file"), RuntimeError("Connection closed by peer")
 
@@ -168,9 +170,9 @@ def test_every_start_by_torchrun_has_a_key_of_its_own(monkeypatch: pytest.Monkey
         monkeypatch.setenv("MASTER_PORT", str(store.port))
         for rank in ("0", "1"):
             monkeypatch.setenv("RANK", rank)
-            folder._torchrun_key.forget()
+            launcher._torchrun_key.forget()
             found.append(attempt_key())
-    folder._torchrun_key.forget()
+    launcher._torchrun_key.forget()
     assert found[0] == found[1]
     assert found[2] == found[3]
     assert found[0] != found[2]

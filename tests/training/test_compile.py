@@ -54,7 +54,7 @@ def test_codec_and_loss(preset: str, kind: str, backend: str) -> None:
     torch.manual_seed(0)
     proxy = {"rate_proxy": "hard"} if kind == "hard" else {"quantizer": kind}
     module = VAE(
-        preset=preset, codec={**THIN[preset], **proxy}, recipe="transparent",
+        preset=preset, codec={**THIN[preset], **proxy}, recipe="mse",
         frozen=["g_a"] if kind == "hard" else None,
     )  # fmt: skip
     x = torch.rand(2, 3, 48, 80).contiguous(

@@ -17,9 +17,9 @@ from lightning_tucodec.cli import main
 from lightning_tucodec.training.gan import GANCodec
 from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.postfilter import PostFilterModule
-from lightning_tucodec.training.runs.checkpoints import BackgroundWriter
 from lightning_tucodec.training.runs.folder import read_metrics
 from lightning_tucodec.training.runs.weights import weights_sha256
+from lightning_tucodec.training.runs.writer import BackgroundWriter
 from lightning_tucodec.training.vae import VAE
 from tests.support import MICRO
 from tests.training.test_fit import config, runs, same, state, without_time, write
@@ -27,7 +27,7 @@ from tests.training.test_hits import with_draws
 
 GAME: dict[str, Any] = {
     "gate_lower": 0.505, "gate_upper": 0.55, "discriminator_widths": [8, 8], "discriminator_lr": 3e-3,
-    "recipe": "transparent", "lmbda": 256.0, "ema": 0.9,
+    "recipe": "mse", "lmbda": 256.0, "ema": 0.9,
 }  # fmt: skip
 
 MODULES: dict[str, tuple[type[TrainingModule], dict[str, Any]]] = {

@@ -39,7 +39,7 @@ def module(**options: Any) -> GANCodec:
     """Freshly initialised, always with the same weights."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {
-        "recipe": "transparent", "lmbda": 256.0, "preset": "tiny", "codec": MICRO, "lr": 1e-3,
+        "recipe": "mse", "lmbda": 256.0, "preset": "tiny", "codec": MICRO, "lr": 1e-3,
         "warmup_steps": 2, "discriminator_widths": [8, 8], "discriminator_lr": 1e-3,
     }  # fmt: skip
     return GANCodec(**{**settings, **options})
@@ -457,7 +457,7 @@ def test_fit_stops_and_resumes_the_game(
         (tmp_path / name).mkdir()
         values = config(tmp_path / name, shard_folder, MICRO, steps=12)
         options = {"gate_lower": 0.55, "gate_upper": 0.6, "discriminator_widths": [8, 8],
-                   "discriminator_lr": 1e-3, "recipe": "transparent", "lmbda": 256.0}  # fmt: skip
+                   "discriminator_lr": 1e-3, "recipe": "mse", "lmbda": 256.0}  # fmt: skip
         path = "lightning_tucodec.training.gan.GANCodec"
         values["model"] = {"class_path": path, "init_args": values["model"] | options}
         values["data"]["val_images"] = str(val_folder)

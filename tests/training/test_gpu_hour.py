@@ -13,7 +13,7 @@ import torch
 
 from lightning_tucodec.codecs.library import load
 from lightning_tucodec.errors import ConfigError, DatasetError
-from lightning_tucodec.training.data import RankBatches
+from lightning_tucodec.training.input.batches import RankBatches
 from lightning_tucodec.training.input.resident import (
     ResidentDataModule,
     _Memory,

@@ -22,7 +22,7 @@ from hits import (
 )
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.training.runs import folder as run_folder
+from lightning_tucodec.training.runs import manifest
 from lightning_tucodec.training.runs.checkpoints import restore_rng, rng_state
 from lightning_tucodec.training.runs.folder import RunFolder, read_metrics
 from lightning_tucodec.training.runs.weights import load_checkpoint
@@ -103,7 +103,7 @@ def test_full_disk_during_a_save(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run_folder, "_DIFF_LIMIT", 0)  # a checkout with changes has a long manifest
+    monkeypatch.setattr(manifest, "_DIFF_LIMIT", 0)  # a checkout with changes has a long manifest
     words = settings(tmp_path / "run", shard_folder, val_folder)
     assert wait(start(words, full_disk_at_step(4, 30_000))) == 1
     errors = [line for line in capfd.readouterr().err.splitlines() if "tucodec:" in line]

@@ -56,6 +56,17 @@ def test_the_shipped_recipes_keep_their_names(resolved: dict[str, dict[str, Any]
     assert {name: run_id(values) for name, values in resolved.items()} == NAMES
 
 
+def test_the_former_name_of_a_recipe_names_the_same_run(
+    resolved: dict[str, dict[str, Any]],
+) -> None:
+    values = copy.deepcopy(resolved["tiny_mse"])
+    assert arguments(values, "model")["recipe"] == "mse"
+    arguments(values, "model")["recipe"] = "transparent"
+    assert run_id(values) == NAMES["tiny_mse"]
+    own = {**values, "model": {"class_path": "other.Model", "init_args": {"recipe": "mse"}}}
+    assert identity(own)["model"]["init_args"] == {"recipe": "mse"}
+
+
 def test_an_option_at_its_default_names_nothing(resolved: dict[str, dict[str, Any]]) -> None:
     """As with another release of Lightning: an option more, which may be used, and one less."""
     values = copy.deepcopy(resolved["tiny_mse"])

@@ -17,7 +17,8 @@ from lightning_tucodec.errors import DatasetError
 from lightning_tucodec.training.beside import companions, mirror
 from lightning_tucodec.training.beside import pull as pulling
 from lightning_tucodec.training.beside.pull import pull
-from lightning_tucodec.training.runs.folder import Manifest, RunFolder, read_metrics
+from lightning_tucodec.training.runs.folder import RunFolder, read_metrics
+from lightning_tucodec.training.runs.manifest import Manifest
 from tests.support import MICRO, s3_environment
 from tests.training.test_fit import config, same, state, without_time, write
 from tests.training.test_fit import runs as run_folders
@@ -430,7 +431,7 @@ def test_a_server_that_hangs_does_not_hold_up_the_start(
     with pytest.raises(DatasetError, match="no answer within 1 s"):
         pulling.check_writable(hanging)
     # A run that has begun goes on without it.
-    monkeypatch.setattr("lightning_tucodec.training.fit._MIRROR_SECONDS", {"finished": 1.0})
+    monkeypatch.setattr("lightning_tucodec.training.attempt._MIRROR_SECONDS", {"finished": 1.0})
     assert wait(start(words, kill_at_step(2))) == -9
     assert main([*words, "--mirror", hanging]) == companions.UNMIRRORED
     assert "no answer within 1 s; is its server up?; goes on with what is here" in (

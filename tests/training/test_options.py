@@ -9,7 +9,7 @@ from pytorch_lightning.cli import LightningCLI
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.training.configuration import RunConfig, resolve
-from lightning_tucodec.training.options import REFUSED
+from lightning_tucodec.training.options import REFUSED, check_options
 from tests.support import MICRO
 from tests.training.test_fit import config, write
 
@@ -18,8 +18,8 @@ HONOURED: dict[str, Any] = {
     "max_epochs": -1, "max_steps": 7, "limit_train_batches": 2, "limit_val_batches": 2,
     "limit_test_batches": 2, "val_check_interval": 4, "check_val_every_n_epoch": None,
     "num_sanity_val_steps": 1, "log_every_n_steps": 3, "enable_progress_bar": True,
-    "enable_model_summary": True, "gradient_clip_val": 0.5,
-    "gradient_clip_algorithm": "norm", "deterministic": True, "benchmark": True,
+    "enable_model_summary": True, "gradient_clip_val": None,
+    "gradient_clip_algorithm": None, "deterministic": True, "benchmark": True,
     "inference_mode": False, "use_distributed_sampler": True, "profiler": "simple",
     "detect_anomaly": True, "plugins": None, "sync_batchnorm": True,
 }  # fmt: skip
@@ -77,6 +77,23 @@ def test_what_is_honoured_reaches_the_trainer(
     assert {name: got[name] for name in HONOURED if name != "plugins"} == {
         name: value for name, value in HONOURED.items() if name != "plugins"
     }
+
+
+@pytest.mark.parametrize(
+    "option", [{"gradient_clip_val": 0.5}, {"gradient_clip_algorithm": "norm"}]
+)
+def test_a_model_that_clips_is_not_clipped_twice(
+    option: dict[str, Any], tmp_path: Path, shard_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = config(tmp_path, shard_folder, MICRO)
+    values["trainer"] |= option
+    assert main(["fit", "--config", write(tmp_path, values)]) == 1
+    (name,) = option
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        line == f"tucodec: trainer.{name}: this model clips its gradients itself: model.clip_norm"
+    )
+    check_options({**values, "model": {"class_path": "own.Model", "init_args": {}}})
 
 
 @pytest.mark.parametrize("name", VALUES)

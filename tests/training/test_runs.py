@@ -18,9 +18,10 @@ from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.cards import SHIPPED
 from lightning_tucodec.training.beside import companions
 from lightning_tucodec.training.runs import folder, identity
-from lightning_tucodec.training.runs.checkpoints import BackgroundWriter
-from lightning_tucodec.training.runs.folder import Manifest, RunFolder, read_metrics
+from lightning_tucodec.training.runs.folder import RunFolder, read_metrics
 from lightning_tucodec.training.runs.identity import run_id
+from lightning_tucodec.training.runs.manifest import Manifest
+from lightning_tucodec.training.runs.writer import BackgroundWriter
 from tests.support import MICRO
 from tests.training.test_fit import config, same, state, write
 from tests.training.test_fit import runs as run_folders

@@ -14,7 +14,8 @@ from lightning_tucodec.cli import main
 from lightning_tucodec.errors import DatasetError
 from lightning_tucodec.training.beside import companions, mirror
 from lightning_tucodec.training.beside.pull import pull
-from lightning_tucodec.training.runs.folder import Manifest, RunFolder, read_metrics
+from lightning_tucodec.training.runs.folder import RunFolder, read_metrics
+from lightning_tucodec.training.runs.manifest import Manifest
 from tests.support import MICRO
 from tests.training.test_fit import config, runs, write
 

@@ -49,7 +49,7 @@ def vae(**options: Any) -> VAE:
 
 def gan(**options: Any) -> GANCodec:
     return GANCodec(
-        recipe="transparent", lmbda=256.0, codec=MICRO, discriminator_widths=[8, 8], ema=0.9,
+        recipe="mse", lmbda=256.0, codec=MICRO, discriminator_widths=[8, 8], ema=0.9,
         gate_lower=0.0, gate_upper=2.0, **options,
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from lightning_tucodec.codecs.learned.model_file import freeze
 from lightning_tucodec.io.processes import cores
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.transforms import AnalysisTransform
-from lightning_tucodec.training.data import in_order
+from lightning_tucodec.training.input.validation import in_order
 from lightning_tucodec.training.runs.folder import read_metrics
 from lightning_tucodec.training.runs.weights import network_weights
 from lightning_tucodec.training.vae import VAE, resolve_codec

@@ -21,7 +21,7 @@ from hits import at_step, kill_at_step, start, wait
 from PIL import Image
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.training import fit
+from lightning_tucodec.training import attempt
 from lightning_tucodec.training.beside import wandb_view
 from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.runs.folder import read_metrics
@@ -248,7 +248,7 @@ def test_a_hung_server_costs_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It takes connections and never answers; the run is trained on while the client waits."""
-    monkeypatch.setitem(fit._WANDB_SECONDS, "online", 1.0)
+    monkeypatch.setitem(attempt._WANDB_SECONDS, "online", 1.0)
     held: list[socket.socket] = []
     connected = threading.Event()
     reached: list[float] = []

@@ -26,9 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_tucodec.codecs.cards import FORMAT, UNFIT, describe, identity, one_line
 from lightning_tucodec.coding.categorical import CategoricalTables, build_cdf
-from lightning_tucodec.coding.fixed_point import (
-    FRACTION_BITS,
-    IntegerEntropyModel,
+from lightning_tucodec.coding.fixed_point import FRACTION_BITS, IntegerEntropyModel
+from lightning_tucodec.coding.integer_weights import (
     integer_layout,
     quantise_network,
     restore_network,

@@ -22,7 +22,7 @@ Levenberg and Marquardt's method, and then decreases slowly.
 import itertools
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -30,42 +30,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_tucodec.codecs.learned.latents import Coded, Latents, own_modes, strip_bounds
+from lightning_tucodec.codecs.learned.latents import Latents, strip_bounds
+from lightning_tucodec.codecs.learned.transforms import Transforms
 from lightning_tucodec.codecs.options import Options
-from lightning_tucodec.coding.container import check_size
 from lightning_tucodec.coding.wavefront import Z_LIMIT
-from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.hyperprior import LaplaceParameters
-from lightning_tucodec.nn.losses import RateDistortionLoss, make_loss
+from lightning_tucodec.nn.losses import RateDistortionLoss
 from lightning_tucodec.nn.tiles import ALIGNMENT
 from lightning_tucodec.nn.transforms import STRIDE
-from lightning_tucodec.quality.metrics import as_tensor, bits_per_pixel, ms_ssim_scales
-
-if TYPE_CHECKING:
-    from lightning_tucodec.codecs.learned.codec import TucModel
+from lightning_tucodec.quality.metrics import as_tensor
 
 EFFORT_STEPS = (0, 2, 4, 6, 10, 16, 25, 40, 80, 160)
 """Steps of effort 0 … 9; a step costs about a forward and a backward pass of g_s."""
-
-_KAPPA = 0.5
-"""κ at the start, Taylor's."""
-_FALL, _LEAST_KAPPA = 0.7, 0.2
-"""κ falls where no move promises anything, and the search ends below the least."""
-_EXCESS, _RECOVERY = 2.0, 0.9
-"""Growth of a symbol's κ after a step that kept less than `_LITTLE` of its promise; what is left of that
-a step later."""
-_LITTLE = 0.3
-_NEIGHBOURHOOD = 3
-_SHARE_OF_BEST = 0.3
-_PROBE = 0.25
-"""Length of the curvature's random step, in latent units."""
-
-_BAND_POSITIONS = 3072
-"""g_s runs on bands of about this many positions of y (0.8 megapixels): it bounds the memory."""
-_HALO = 8
-"""Rows of y that a band sees beyond its ends, at least."""
-_OVERLAP = 2
-"""Rows of y beyond its strip whose pixels count among those that a symbol changes."""
 
 
 @dataclass(frozen=True)
@@ -96,95 +72,29 @@ class Refinement(Options):
                 self.check_range(key, 1e-9 if key == "lmbda" else 0, 1e9)
 
 
-class RefinedModel:
-    """A learned model whose encoder refines; an ImageCodec whose streams any decoder of the model reads.
+_KAPPA = 0.5
+"""κ at the start, Taylor's."""
+_FALL, _LEAST_KAPPA = 0.7, 0.2
+"""κ falls where no move promises anything, and the search ends below the least."""
+_EXCESS, _RECOVERY = 2.0, 0.9
+"""Growth of a symbol's κ after a step that kept less than `_LITTLE` of its promise; what is left of that
+a step later."""
+_LITTLE = 0.3
+_NEIGHBOURHOOD = 3
+_SHARE_OF_BEST = 0.3
+_PROBE = 0.25
+"""Length of the curvature's random step, in latent units."""
 
-    Raises:
-        ConfigError: the model's card does not say what the model was trained for.
-    """
-
-    def __init__(self, model: "TucModel", options: Refinement) -> None:
-        self.model = model
-        self.options = options
-        self.file = model.file
-        recipe, lmbda = (model.card.get(key) for key in ("recipe", "lmbda"))
-        if recipe is None or lmbda is None:
-            raise ConfigError(
-                f"model {model.name}: its card names no recipe and λ, so there is nothing to optimise for"
-            )
-        self._loss = make_loss(recipe, options.lmbda or lmbda)
-
-    @property
-    def name(self) -> str:
-        """The model's name with the options."""
-        _, _, options = self.options.name.partition(":")
-        return f"{self.model.name}:{options}"
-
-    def code(self, pixels: NDArray[np.uint8]) -> Coded:
-        """Code an H×W×3 image: refined, or as the model does where that is better on the real file.
-
-        Raises:
-            ImageInputError: the image is larger than the format allows.
-        """
-        height, width = pixels.shape[:2]
-        check_size(width, height)
-        latents = self.improve(pixels, self.model.analyse(pixels))
-        return Coded(self.model.write(latents, width, height), latents)
-
-    @own_modes()
-    def improve(self, pixels: NDArray[np.uint8], plain: Latents) -> Latents:
-        """Refined symbols, or the plain ones of `TucModel.analyse` where their file is better."""
-        steps = EFFORT_STEPS[self.options.effort]
-        if steps == 0 or not ms_ssim_scales(*pixels.shape[:2]):
-            return plain
-        refined = refine(self.model, self._loss, pixels, plain, steps, self.options.seconds)
-        return min(plain, refined, key=lambda latents: self._true_loss(pixels, latents))
-
-    def _true_loss(self, pixels: NDArray[np.uint8], latents: Latents) -> float:
-        """J of a file: its bytes, and the 8-bit image that a decoder shows."""
-        height, width = pixels.shape[:2]
-        size = len(self.model.write(latents, width, height))
-        shown = self.model.synthesise(latents.y, width, height)
-        distortion = self._loss.distortion(*(as_tensor(p).float() / 255 for p in (shown, pixels)))
-        return float(
-            self._loss.total(distortion, torch.tensor(bits_per_pixel(size, height * width)))
-        )
-
-    def encode(self, image: NDArray[np.uint8]) -> bytes:
-        """The `.tuc` file of an H×W×3 image."""
-        return self.code(image).data
-
-    def decode(self, data: bytes) -> NDArray[np.uint8]:
-        """The H×W×3 image of a `.tuc` file."""
-        return self.model.decode(data)
-
-    def describe(self) -> dict[str, Any]:
-        """See `ImageCodec.describe`."""
-        described = self.model.describe()
-        refinement = {
-            "steps": EFFORT_STEPS[self.options.effort],
-            "lmbda": self._loss.lmbda,
-            "seconds": self.options.seconds,
-        }
-        return {
-            **described,
-            "codec": self.name,
-            "options": {**described["options"], "refinement": refinement},
-        }
-
-
-def with_effort(model: "TucModel", effort: int) -> "TucModel | RefinedModel":
-    """The model itself at effort 0, otherwise with an encoder that refines.
-
-    Raises:
-        ConfigError: effort is not within 0 … 9, or the model cannot be refined.
-    """
-    options = Refinement(effort)
-    return RefinedModel(model, options) if effort else model
+_BAND_POSITIONS = 3072
+"""g_s runs on bands of about this many positions of y (0.8 megapixels): it bounds the memory."""
+_HALO = 8
+"""Rows of y that a band sees beyond its ends, at least."""
+_OVERLAP = 2
+"""Rows of y beyond its strip whose pixels count among those that a symbol changes."""
 
 
 def refine(
-    model: "TucModel",
+    model: Transforms,
     loss: RateDistortionLoss,
     pixels: NDArray[np.uint8],
     latents: Latents,

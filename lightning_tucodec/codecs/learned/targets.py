@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_tucodec.codecs.h266.codec import H266
-from lightning_tucodec.codecs.learned.codec import TucModel
-from lightning_tucodec.codecs.learned.refine import RefinedModel
+from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel
 from lightning_tucodec.codecs.network.codec import NetworkModel
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.once import once_property

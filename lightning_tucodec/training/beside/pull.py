@@ -22,7 +22,8 @@ from lightning_tucodec.training.beside.mirror import (
     progress,
     read_index,
 )
-from lightning_tucodec.training.runs.folder import MANIFEST, Manifest, RunFolder
+from lightning_tucodec.training.runs.folder import MANIFEST, RunFolder
+from lightning_tucodec.training.runs.manifest import Manifest
 from lightning_tucodec.training.runs.weights import CHECKPOINTS
 
 T = TypeVar("T")

@@ -35,12 +35,8 @@ from lightning_tucodec.quality.curve_files import read_named
 from lightning_tucodec.quality.curves import Curve, Quality
 from lightning_tucodec.quality.deltas import bd_rate, rate_at_quality
 from lightning_tucodec.training.beside.companions import wait
-from lightning_tucodec.training.runs.folder import (
-    Manifest,
-    RunFolder,
-    read_metrics,
-    validation_point,
-)
+from lightning_tucodec.training.runs.folder import RunFolder, read_metrics, validation_point
+from lightning_tucodec.training.runs.manifest import Manifest
 
 POLL_SECONDS = 5.0
 ARRAY_SECONDS = 60.0

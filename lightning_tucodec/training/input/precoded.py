@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from lightning_tucodec.codecs.colour import TRANSFORMS, Planes
 from lightning_tucodec.codecs.h266.postfilter import decoded_picture
 from lightning_tucodec.errors import ConfigError, DatasetError
-from lightning_tucodec.training.data import Batch, RankBatches, for_transfer
+from lightning_tucodec.training.input.batches import Batch, RankBatches, for_transfer
 from lightning_tucodec.training.input.plan import DataPlan
 from lightning_tucodec.training.input.shards import ShardReader
 

@@ -19,15 +19,9 @@ from torch import Tensor
 
 from lightning_tucodec.errors import ConfigError, DatasetError
 from lightning_tucodec.io.temporary import atomic_write
-from lightning_tucodec.training.data import (
-    Batch,
-    PatchDataModule,
-    PlanLoader,
-    RankBatches,
-    as_floats,
-    crop_within,
-    for_transfer,
-)
+from lightning_tucodec.training.data import PatchDataModule, crop_within
+from lightning_tucodec.training.input.batches import Batch, RankBatches, as_floats, for_transfer
+from lightning_tucodec.training.input.loader import PlanLoader
 from lightning_tucodec.training.input.plan import DataPlan
 from lightning_tucodec.training.input.shards import ShardReader
 

@@ -50,6 +50,9 @@ _UNNAMED_DATA = {"shards", "val_images", "num_workers", "cache_dir", "cache_gb"}
 _LATER = {"muon_iterations": 5, "real_files": None, "compile": False}
 """Options of models and data that came after runs had been named, with what those runs did: unnamed there."""
 
+_FORMER = {"recipe": {"mse": "transparent"}}
+"""Values of this package's models that had another name when runs were named."""
+
 _LOCATIONS = {
     "run": ("runs_dir", "init_from", "mirror", "baseline"),
     "data": ("shards", "val_images", "cache_dir"),
@@ -139,6 +142,10 @@ def _identity(
             if key not in unnamed and (key not in _LATER or value != _LATER[key])
         } | more
         own = config[name]
+        if own.get("class_path", DEFAULT_MODEL).startswith("lightning_tucodec."):
+            for key, former in _FORMER.items():
+                if key in values:
+                    values[key] = former.get(values[key], values[key])
         return {**own, "init_args": values} if "class_path" in own else values
 
     trainer = {
