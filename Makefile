@@ -6,13 +6,23 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 AREA ?= streams
 
-.PHONY: demo test gpu lint install campaign docs clean
+.PHONY: demo test quick gpu lint install campaign docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/tucodec demo --out demo
 
+# Files of tests side by side: most of them wait for processes. Each has one thread, unless it asks for more.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# Before a commit, about a minute: formats of files, entropy coding, measures, allocation, identity of runs.
+QUICK := tests/coding tests/codecs/test_tuc.py tests/codecs/test_specifications.py tests/test_metrics.py \
+	tests/test_curves.py tests/data/test_plan.py tests/training/test_identity.py tests/training/test_options.py
+quick: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(QUICK)
 
 # Tests and benches that need a CUDA GPU, within 9 minutes; results in docs/gpu.json. It installs nothing: it takes the
 # packages of $(GPU_PYTHON), and names those that are missing. Without a GPU it says so.

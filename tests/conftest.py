@@ -20,6 +20,19 @@ settings.load_profile("deterministic")
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is not installed
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files side by side; those of `cluster` one after the other, each wants the machine for itself."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "cluster" if file.startswith("tests/cluster/") else file
+
+    return Scheduling(config, log)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """What is marked `gpu` is collected everywhere."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
