@@ -153,10 +153,6 @@ class AdversarialModule(CodingModule):
         """
         raise NotImplementedError
 
-    def auxiliary_loss(self) -> Tensor | None:
-        """A loss of the codec's own beside rate and distortion."""
-        return None
-
     # --- The game ------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:

@@ -75,6 +75,10 @@ class CodingModule(ScheduledModule):
         """More numbers of an image's row."""
         return {}
 
+    def auxiliary_loss(self) -> Tensor | None:
+        """A loss of the network's own beside rate and distortion."""
+        return None
+
     # --- Training ----------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:

@@ -197,7 +197,9 @@ def run_import(arguments: argparse.Namespace) -> int:
     from lightning_tucodec.codecs.network.zoo import import_checkpoint
 
     source = f"{arguments.network}, from a checkpoint of CompressAI's form"
-    given = parse_yaml(arguments.args, "--args") if arguments.args else None
+    given = None if arguments.args is None else parse_yaml(arguments.args, "--args")
+    if arguments.args is not None and not isinstance(given, dict):
+        raise ConfigError("--args: must be a mapping, as in --args '{N: 192, M: 320}'")
     plain = arguments.network.rpartition(".")[2]
     stem = plain if arguments.quality is None else f"{plain}-{arguments.quality}"
 

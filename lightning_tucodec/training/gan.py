@@ -83,7 +83,3 @@ class GANNetwork(AdversarialModule, NetworkModule):
             coded = self.coded(torch.zeros(1, 3, self.stride, self.stride), torch.arange(1))
         assert coded.latent is not None
         return coded.latent.shape[1]
-
-    def auxiliary_loss(self) -> Tensor | None:
-        """Of the quantiles."""
-        return self.network.aux_loss() if self.auxiliary else None

@@ -12,13 +12,14 @@ from lightning_tucodec.codecs.learned.model_file import ModelFile
 from lightning_tucodec.codecs.network.build import (
     Rates,
     build,
+    failure,
     packages_of,
     parts,
     stride_of,
     trusting,
 )
 from lightning_tucodec.codecs.network.codec import NetworkModel, freeze_network
-from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.io.hashing import derive, hash_positions
 from lightning_tucodec.nn.blocks import pad_to_multiple
 from lightning_tucodec.nn.losses import make_loss
@@ -172,20 +173,30 @@ class NetworkModule(CodingModule):
             options: more arguments of the network.
 
         Raises:
-            ConfigError: the network does not answer in CompressAI's form.
+            ConfigError: the network fails, or does not answer in CompressAI's form.
         """
         height, width = x.shape[-2:]
-        output = network(
-            pad_to_multiple(x, self.stride).contiguous(memory_format=self.layout), **options
-        )
+        padded = pad_to_multiple(x, self.stride).contiguous(memory_format=self.layout)
+        try:
+            output = network(padded, **options)
+        except TucodecError:
+            raise
+        except Exception as error:
+            sizes = "×".join(map(str, padded.shape))
+            raise ConfigError(
+                f"{type(network).__name__}.forward fails on {sizes}: {failure(error, network)}"
+            ) from error
         try:
             if not isinstance(output, Mapping):
                 raise TypeError(f"it returns a {type(output).__name__}")
             x_hat, likelihoods = output["x_hat"], dict(output["likelihoods"])
-            if x_hat.shape[:2] != x.shape[:2] or not all(
-                len(v) == len(x) for v in likelihoods.values()
-            ):
+            if not likelihoods:
+                raise ValueError("there are no likelihoods")
+            if x_hat.shape[:2] != x.shape[:2]:
                 raise ValueError(f"x_hat has shape {tuple(x_hat.shape)}")
+            for key, values in likelihoods.items():
+                if not isinstance(values, Tensor) or len(values) != len(x):
+                    raise ValueError(f"likelihoods[{key!r}] is no tensor of {len(x)} images")
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             name = type(network).__name__
             raise ConfigError(
@@ -211,8 +222,8 @@ class NetworkModule(CodingModule):
         with self.without_reduction():
             terms = loss(self(x, **options), x)
             # In one backward pass: no parameter has a gradient of both.
-            total = terms.loss + self.network.aux_loss() if self.auxiliary else terms.loss  # type: ignore[operator]
-            self.manual_backward(total)
+            auxiliary = self.auxiliary_loss()
+            self.manual_backward(terms.loss if auxiliary is None else terms.loss + auxiliary)
         self.average_gradients([*self.main, *self.auxiliary])
         self.clip_and_log(*self.trainer.optimizers)
         for optimizer in optimizers:
@@ -220,6 +231,25 @@ class NetworkModule(CodingModule):
         self.images_seen += len(x) * self.trainer.world_size
         self.log_terms(terms)
         self.count_step()
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Of the quantiles; None without any, or where the network has none for them.
+
+        Raises:
+            ConfigError: the network's method fails, or returns no scalar.
+        """
+        if not self.auxiliary:
+            return None
+        name = type(self.network).__name__
+        try:
+            loss = self.network.aux_loss()  # type: ignore[operator]
+        except Exception as error:
+            raise ConfigError(f"{name}.aux_loss fails: {failure(error, self.network)}") from error
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            return loss
+        if isinstance(loss, int | float):  # a sum over nothing
+            return None
+        raise ConfigError(f"{name}.aux_loss returns no scalar")
 
     def on_validation_epoch_start(self) -> None:
         """Count the used channels anew."""

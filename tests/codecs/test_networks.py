@@ -31,7 +31,7 @@ from lightning_tucodec.nn.blocks import pad_to_multiple
 from lightning_tucodec.quality.curve_files import family
 from lightning_tucodec.quality.metrics import as_tensor
 from tests.codecs import zoo
-from tests.support import photo
+from tests.support import CALLER_MODES, caller_mode, photo
 
 EXACT = {"JointAutoregressiveHierarchicalPriors", "Cheng2020Anchor", "Cheng2020Attention"}
 """What the exact engine codes."""
@@ -195,6 +195,11 @@ class Half:
 class NoCoder(__import__("torch").nn.Module):
     def forward(self, x):
         return {}
+
+
+class Exits(MeanScaleHyperprior):
+    def __init__(self):
+        raise SystemExit(3)
 """
 
 
@@ -231,6 +236,9 @@ def test_bad_classes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[st
         "mbt2019": "'mbt2019' is no network of CompressAI's zoo (bmshj2018-factorized, ",
         "compressai.models.MeanScaleHyperprior --args {K:3}": "does not take these arguments",
         "compressai.models.MeanScaleHyperprior --args {N:eight,M:8}": "does not take these arguments",
+        "compressai.models.MeanScaleHyperprior --args [8,12]": "--args: must be a mapping",
+        'compressai.models.MeanScaleHyperprior --args {"N":60000,"M":60000}': "larger than its weights",
+        "tests_bad.Exits --args {}": "tests_bad.Exits does not take these arguments (none): 3",
         "compressai.models.MeanScaleHyperprior --quality 1": "--quality is for networks of the zoo",
         "mbt2018-mean --args {N:8}": "--args is for a class",
         "mbt2018-mean --quality 9": "mbt2018-mean, quality 9: Invalid quality",
@@ -494,3 +502,110 @@ def test_a_form_that_is_another_is_told(cat: NDArray[np.uint8]) -> None:
         pytest.raises(ModelFileError, match="does not return strings"),
     ):
         NetworkModel(freeze_network(build(description), description, "odd", {})).encode(cat)
+
+
+ODD = """
+import torch
+
+
+class Plain(torch.nn.Module):
+    def forward(self, x):
+        return {"x_hat": x, "likelihoods": {"y": x}}
+
+    def update(self):
+        return True
+
+    def compress(self, x):
+        return {"strings": [[b"abc"]], "shape": x.shape[-2:]}
+
+    def decompress(self, strings, shape):
+        return {"x_hat": torch.zeros(1, 3, *shape)}
+
+
+class Many(Plain):
+    def compress(self, x):
+        return {"strings": [[b"a"]] * 256, "shape": x.shape[-2:]}
+
+
+class None_(Plain):
+    def compress(self, x):
+        return {"strings": [], "shape": x.shape[-2:]}
+
+
+class Varying(Plain):
+    def compress(self, x):
+        return {"strings": [[b"a"]] * (1 + int(x.sum() > 0)), "shape": x.shape[-2:]}
+
+
+class Content(Plain):
+    def compress(self, x):
+        return {"strings": [[b"a"]], "shape": (int(x.sum()), 2)}
+
+
+class Fails(Plain):
+    def compress(self, x):
+        class Own(Exception):
+            pass
+
+        raise Own("two\\nlines")
+
+
+class Reads(Plain):
+    def compress(self, x):
+        raise OSError("no such table")
+
+
+class Noise(Plain):
+    def decompress(self, strings, shape):
+        return {"x_hat": torch.full((1, 3, *shape), torch.nan)}
+
+
+class Nothing(Plain):
+    def decompress(self, strings, shape):
+        raise KeyError("x")
+"""
+
+
+def test_odd_networks_write_no_file_that_cannot_be_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "tests_odd.py").write_text(ODD)
+
+    def compress(name: str) -> str:
+        description = {"class_path": f"tests_odd.{name}", "init_args": {}}
+        freeze_network(build(description), description, name, {}).save(Path(f"{name}.safetensors"))
+        return f"compress cat.png -o {name}.tuc --model {name}.safetensors --trust tests_odd"
+
+    for name, told in {
+        "Many": "Many.compress makes 256 strings; it must be a number from 1 to 255",
+        "None_": "None_.compress makes 0 strings",
+        "Varying": "Varying.compress makes 2 strings; it must be a number from 1 to 255, the same for all",
+        "Content": "Content: the shapes that it codes do not grow with the image",
+        "Fails": "model Fails cannot code this image: two lines",
+        "Reads": "model Reads cannot code this image: no such table",
+    }.items():
+        assert told in fails(compress(name), capsys)
+        assert not Path(f"{name}.tuc").exists()
+    for name, told in {
+        "Noise": "makes values of the file that are no numbers",
+        "Nothing": "the file cannot be decoded: 'x'",
+    }.items():
+        assert cli.main(compress(name).split()) == 0
+        decompress = f"decompress {name}.tuc -o {name}.png --model {name} --trust tests_odd"
+        assert told in fails(decompress, capsys)
+        assert not Path(f"{name}.png").exists()
+    assert cli.main(compress("Plain").split()) == 0  # without a single weight
+    line = "decompress Plain.tuc -o Plain.png --model Plain --trust tests_odd"
+    assert cli.main(line.split()) == 0
+
+
+@pytest.mark.parametrize("mode", CALLER_MODES)
+def test_the_modes_of_the_caller_change_no_network(mode: str, cat: NDArray[np.uint8]) -> None:
+    for name in ("MeanScaleHyperprior", "JointAutoregressiveHierarchicalPriors"):
+        known = NetworkModel(zoo.model(name))
+        data = known.encode(cat)
+        with caller_mode(mode):
+            model = NetworkModel(known.file)
+            assert model.encode(cat) == data
+            shown = model.decode(data)
+        assert (shown == known.decode(data)).all()

@@ -167,6 +167,26 @@ class Tensors(MeanScaleHyperprior):
         return x
 
 
+class Silent(MeanScaleHyperprior):
+    def forward(self, x):
+        return {"x_hat": x, "likelihoods": {}}
+
+
+class Lists(MeanScaleHyperprior):
+    def forward(self, x):
+        return {"x_hat": x, "likelihoods": {"y": [1, 2]}}
+
+
+class Fails(MeanScaleHyperprior):
+    def forward(self, x):
+        raise OSError("no table")
+
+
+class Auxiliary(MeanScaleHyperprior):
+    def aux_loss(self):
+        return None
+
+
 class Breaks(MeanScaleHyperprior):
     def __init__(self, N):
         raise RuntimeError("two\\nlines")
@@ -191,6 +211,26 @@ class Breaks(MeanScaleHyperprior):
             {"class_path": "bad_networks.Tensors", "init_args": {"N": 8, "M": 8}},
             {},
             "Tensors.forward does not return x_hat and likelihoods",
+        ),
+        (
+            {"class_path": "bad_networks.Silent", "init_args": {"N": 8, "M": 8}},
+            {},
+            "Silent.forward does not return x_hat and likelihoods as CompressAI's networks do (there are no",
+        ),
+        (
+            {"class_path": "bad_networks.Lists", "init_args": {"N": 8, "M": 8}},
+            {},
+            "(likelihoods['y'] is no tensor of 2 images)",
+        ),
+        (
+            {"class_path": "bad_networks.Fails", "init_args": {"N": 8, "M": 8}},
+            {},
+            "Fails.forward fails on 2×3×64×64: OSError: no table (bad_networks.py:",
+        ),
+        (
+            {"class_path": "bad_networks.Auxiliary", "init_args": {"N": 8, "M": 8}},
+            {},
+            "Auxiliary.aux_loss returns no scalar",
         ),
         (
             {"class_path": "compressai.models.MeanScaleHyperprior", "init_args": {"N": 8, "M": 8}},

@@ -17,6 +17,8 @@ import importlib
 import inspect
 import math
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -113,11 +115,9 @@ def build(description: Any, allowed: Callable[[str], None] = lambda class_path: 
     try:
         inspect.signature(kind).bind(**values)
         network = kind(**values)
-    except MemoryError:
+    except (ConfigError, MemoryError):
         raise
-    except ConfigError:
-        raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         given = ", ".join(f"{key}={value}" for key, value in arguments.items()) or "none"
         raise ConfigError(
             f"{class_path} does not take these arguments ({given}): {one_line(error)}"
@@ -174,7 +174,7 @@ def _built(value: Any, allowed: Callable[[str], None]) -> Any:
         return kind(**{key: _built(inner, allowed) for key, inner in arguments.items()})
     except (ConfigError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{class_path} cannot be built: {one_line(error)}") from None
 
 
@@ -210,6 +210,15 @@ class Budget(TorchDispatchMode):
         self.left -= values
         if self.left < 0:
             raise ConfigError("its arguments ask for a network larger than its weights")
+
+
+def failure(error: BaseException, network: nn.Module) -> str:
+    """An error of a network's own code in one line, with the place in the file of its class."""
+    frames = traceback.extract_tb(error.__traceback__)
+    file = getattr(sys.modules.get(type(network).__module__), "__file__", None)
+    own = [frame for frame in frames if frame.filename == file] or frames
+    where = f" ({os.path.basename(own[-1].filename)}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {one_line(error)}{where}"
 
 
 def stride_of(network: nn.Module) -> int:

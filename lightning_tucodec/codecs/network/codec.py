@@ -59,7 +59,6 @@ from lightning_tucodec.nn.blocks import pad_to_multiple
 from lightning_tucodec.quality.metrics import as_tensor
 
 _EXACT, _QUALITY = 1, 2
-_SEGMENTS_MAX = 255
 
 
 class NetworkModel:
@@ -199,7 +198,7 @@ class NetworkModel:
                     segments = self.own.encode(x, **self._options(self.quality))
         except TucodecError:
             raise
-        except UNFIT as error:
+        except Exception as error:  # of a class that anybody wrote
             raise ModelFileError(
                 f"model {self.name} cannot code this image: {one_line(error)}"
             ) from None
@@ -237,9 +236,11 @@ class NetworkModel:
         segments, quality = self._segments(container.strips[0], container.flags)
         try:
             x_hat = self._decoded(segments, quality, container)
+            if bool(x_hat.isnan().any()):
+                raise CorruptStreamError("the network makes values of the file that are no numbers")
         except TucodecError:
             raise
-        except UNFIT as error:
+        except Exception as error:  # of a class that anybody wrote
             raise CorruptStreamError(f"the file cannot be decoded: {one_line(error)}") from None
         shown = x_hat[0, :, : container.height, : container.width].clamp(0, 1).mul(255).round()
         return np.ascontiguousarray(shown.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
@@ -330,7 +331,7 @@ def freeze_network(
     try:
         with own_modes(), torch.no_grad():
             network.update()  # type: ignore[operator]
-    except UNFIT as error:
+    except Exception as error:  # of a class that anybody wrote
         raise ModelFileError(
             f"model {name}: no tables can be made of it ({one_line(error)})"
         ) from None

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from lightning_tucodec.coding.rans64 import Rans64Decoder, all_read
 from lightning_tucodec.errors import CorruptStreamError, ModelFileError
 
+SEGMENTS_MAX = 255
+"""A file holds so many segments at most."""
+
 _LARGEST = 1 << 26
 """A symbol may be so far from zero; CompressAI's escape holds less than 32 bits."""
 
@@ -42,7 +45,19 @@ class OwnStrings:
         Raises:
             ModelFileError: the network does not answer in CompressAI's form.
         """
-        return self._compress(x, options)[0]
+        segments, shape = self._compress(x, options)
+        form, count = self._shape(options)
+        name = type(self.network).__name__
+        rows, columns = (side // self.stride for side in x.shape[2:])
+        # No file is written that its decoder could not read.
+        if len(segments) != count or not 1 <= count <= SEGMENTS_MAX:
+            raise ModelFileError(
+                f"{name}.compress makes {len(segments)} strings; it must be a number from 1 to "
+                f"{SEGMENTS_MAX}, the same for all images"
+            )
+        if _merged(shape, shape, name) != _scaled(form, rows, columns):
+            raise ModelFileError(f"{name}: the shapes that it codes do not grow with the image")
+        return segments
 
     def decode(self, segments: Sequence[bytes], height: int, width: int, **options: Any) -> Tensor:
         """The image 1×3×H×W of its segments.
@@ -86,7 +101,7 @@ class OwnStrings:
     def _shape(self, options: dict[str, Any]) -> tuple[Any, int]:
         """The shape of an image of s×s pixels, its sides marked, and the number of segments."""
         if self._form is None:
-            some = next(self.network.parameters())
+            some = next(self.network.parameters(), torch.zeros(()))
             found = []
             for rows, columns in ((1, 1), (2, 3)):
                 size = (1, 3, rows * self.stride, columns * self.stride)

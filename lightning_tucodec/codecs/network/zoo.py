@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_tucodec.codecs.base import ZOO
 from lightning_tucodec.codecs.cards import UNFIT, one_line
 from lightning_tucodec.codecs.learned.model_file import ModelFile
-from lightning_tucodec.codecs.network.build import build, find_class
+from lightning_tucodec.codecs.network.build import Budget, build, find_class
 from lightning_tucodec.codecs.network.codec import NetworkModel, freeze_network
 from lightning_tucodec.codecs.options import options_of, quality_of
 from lightning_tucodec.errors import ConfigError
@@ -120,7 +120,12 @@ def import_checkpoint(
             description = _described(made)
         elif arguments is not None:
             description = {"class_path": network, "init_args": dict(arguments)}
-            made = build(description)
+            values = sum(value.numel() for value in state.values())
+            try:
+                with Budget(16 * values + (1 << 22)):
+                    made = build(description)
+            except ConfigError as error:
+                raise ConfigError(f"--args: {error}") from None
             _load(made, state)
         else:
             made, description = _from_state(kind, state)
