@@ -53,3 +53,5 @@ def test_evaluate_says_it_and_counts_what_the_journal_holds(
     evaluate(images, codecs, tmp_path / "rows.jsonl", workers=1)
     (line,) = (text for text in capsys.readouterr().err.splitlines() if "minutes" in text)
     assert "for the 4 codings that are left, 1 at a time" in line
+    evaluate(images, codecs, tmp_path / "rows.jsonl", workers=1)
+    assert "minutes" not in capsys.readouterr().err  # nothing is left to code

@@ -139,10 +139,10 @@ def evaluate(
                     row["ceiling_psnr"] = conversion_ceiling(image)
                 journal.add(key, row)
                 line = forecast.finished(job.described, sizes[job.image], clock() - started)
+                if line:
+                    tqdm.write(line, file=sys.stderr)
             else:
-                line = forecast.known(job.described, sizes[job.image], row)
-            if line:
-                tqdm.write(line, file=sys.stderr)
+                forecast.known(job.described, sizes[job.image], row)
             label = job.image.name if unique else str(job.image)
             return {"image": label, "codec": job.codec.name, "pixels": digest, **row}
         except TucodecError as error:

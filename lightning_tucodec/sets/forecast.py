@@ -63,9 +63,10 @@ class Forecast:
         self._told = not jobs
         self._lock = threading.Lock()
 
-    def known(self, setting: str, pixels: int, row: Mapping[str, Any]) -> str | None:
-        """Take note of a coding that was measured before; see `finished`."""
-        return self.finished(setting, pixels, row["encode_seconds"] + row["decode_seconds"])
+    def known(self, setting: str, pixels: int, row: Mapping[str, Any]) -> None:
+        """Take note of a coding that was measured before; as these take no time, none of them tells."""
+        with self._lock:
+            self._note(setting, pixels, row["encode_seconds"] + row["decode_seconds"])
 
     def finished(self, setting: str, pixels: int, seconds: float) -> str | None:
         """Take note of a coding.
@@ -74,10 +75,7 @@ class Forecast:
             A line for the user, once: when no setting is unknown any more and more than a minute is left.
         """
         with self._lock:
-            before, area = self._pace.get(setting, (0.0, 0))
-            self._pace[setting] = before + seconds, area + pixels
-            self._left[setting] = self._left.get(setting, pixels) - pixels
-            self._codings -= 1
+            self._note(setting, pixels, seconds)
             if self._told or any(
                 left > 0 and s not in self._pace for s, left in self._left.items()
             ):
@@ -95,3 +93,9 @@ class Forecast:
             f"evaluate: about {minutes:.0f} minutes for the {self._codings} codings that are left, "
             f"{self._workers} at a time, judged by one of each setting"
         )
+
+    def _note(self, setting: str, pixels: int, seconds: float) -> None:
+        before, area = self._pace.get(setting, (0.0, 0))
+        self._pace[setting] = before + seconds, area + pixels
+        self._left[setting] = self._left.get(setting, pixels) - pixels
+        self._codings -= 1
