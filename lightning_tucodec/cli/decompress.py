@@ -16,6 +16,7 @@ from lightning_tucodec.cli.arguments import (
     command,
     location,
 )
+from lightning_tucodec.codecs.base import H266_MODELS
 from lightning_tucodec.coding.compiling import clock
 from lightning_tucodec.errors import TucodecError, UnknownModelError
 from lightning_tucodec.io.files import target_check
@@ -101,7 +102,7 @@ def run_decompress(arguments: argparse.Namespace) -> int:
         started = clock()
         if container.kind == CodecKind.VVC:
             shown = decode_container(container, chosen if isinstance(chosen, FilterModel) else None)
-            name = jobs.H266_MODELS[bool(any(container.model_id))]
+            name = H266_MODELS[bool(any(container.model_id))]
             return _Picture(name, container, shown, [], clock() - started)
         model = chosen or load_by_id(container.model_id, device)
         if isinstance(model, FilterModel):

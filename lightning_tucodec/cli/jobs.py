@@ -1,22 +1,20 @@
 """What `compress` and `decompress` share: files in, files out, one line for each."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from lightning_tucodec.coding.container import MAGIC
 from lightning_tucodec.errors import ConfigError, ImageInputError, OutputError, printable, reason
-from lightning_tucodec.io.files import read_bytes
+from lightning_tucodec.io.files import read_bytes, target_check
 
 Job = tuple[Path, Path]
 """A file and what is made of it."""
-
-H266_MODELS = ("vvc", "vvc+postfilter")
-"""What `--model` also takes: H.266 without and with the learned post-filter."""
 
 
 def device(name: str) -> str:
@@ -64,6 +62,45 @@ def targets(sources: list[Path], out: str, suffix: str) -> list[tuple[Path, Path
             raise OutputError(f"{seen[target]} and {source} would both be written to {target}")
         seen[target] = source
     return jobs
+
+
+def outputs(
+    images: Iterable[str], out: str, recon: str | None, force: bool
+) -> tuple[list[Job], dict[Path, Path], Callable[[Job], None]]:
+    """Jobs of `compress`, pictures by source, and what refuses a job whose outputs would replace a file."""
+    files = targets(_images(images), out, ".tuc")
+    sources = [source for source, _ in files]
+    recons = dict(targets(sources, recon, ".png") if recon else [])
+    refuse = target_check(sources, force)
+
+    def check(job: Job) -> None:
+        source, target = job
+        if os.path.isdir(source):
+            os.listdir(source)  # says when it must not be read
+            raise ImageInputError(f"{source}: no image files in this folder")
+        for path in (target, recons.get(source)):
+            if path is not None:
+                refuse(path)
+
+    return files, recons, check
+
+
+def _images(names: Iterable[str]) -> list[Path]:
+    """Files as named, folders replaced by the image files in them, in order of name.
+
+    A folder without image files stays; coding it will say so.
+    """
+    from lightning_tucodec.io.images import image_files
+
+    files: list[Path] = []
+    for path in map(Path, names):
+        inside: list[Path] = []
+        # Not the method of Path, which raises for names that are too long.
+        if os.path.isdir(path):
+            with contextlib.suppress(OSError):
+                inside = image_files(path)
+        files += inside or [path]
+    return files
 
 
 def read(path: Path) -> bytes:

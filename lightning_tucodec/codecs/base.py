@@ -11,6 +11,9 @@ ZOO = "compressai"
 MODEL_SUFFIX = ".safetensors"
 """Ending of the file of a learned model."""
 
+H266_MODELS = ("vvc", "vvc+postfilter")
+"""What `--model` also takes: H.266 without and with the learned post-filter."""
+
 DEFAULT_MODEL = "tiny-mse-2"
 """What codes an image when nothing is said."""
 

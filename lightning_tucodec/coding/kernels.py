@@ -1,10 +1,10 @@
 """The compiled loops of the entropy coder: integers throughout, some of them carried in float64.
 
-All of them stand in this one file because numba's disk cache watches only the file that a
-function is defined in: a kernel that inlined a helper from elsewhere would go on running the
-helper's old code after an update. The typed interfaces are in `rans`, `laplace` and
-`categorical`, that of `decode_strip` in `fixed_point` and `wavefront`; the functions here trust
-their arguments, except that no stream, however hostile, makes one read or write outside an array.
+One file because numba's disk cache watches only the file that a function is defined in: a kernel
+that inlined a helper from elsewhere would go on running the helper's old code after an update.
+The typed interfaces are in `rans`, `laplace` and `categorical`, that of `decode_strip` in
+`fixed_point` and `wavefront`. The functions here trust their arguments, except that no stream,
+however hostile, makes one read or write outside an array.
 
 A decoder's state is `head = int64[2]`: the rANS state and the index of the next unread word.
 Its `words` end with a sentinel, which a sound stream never uses up.

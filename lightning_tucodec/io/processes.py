@@ -1,4 +1,8 @@
-"""Worker threads and child processes, and how an interrupt ends all of them at once."""
+"""Worker threads and child processes, and how an interrupt ends all of them at once.
+
+One file because each half needs the other: a signal that is not heeded in time ends the children, and while a
+child is being started a signal has to wait.
+"""
 
 import multiprocessing
 import os
