@@ -93,7 +93,7 @@ class Source:
         return self.storage.read(entry.name)
 
     def _is_lost(self, name: str) -> bool:
-        """Whether it is a link to something, perhaps a folder of images, that is not there."""
+        """Whether it is a link whose target, perhaps a folder of images, does not exist."""
         path = self.storage.path(name)
         return not self.storage.remote and os.path.islink(path) and not os.path.exists(path)
 

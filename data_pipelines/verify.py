@@ -75,7 +75,7 @@ def verify(location: str) -> Report:
 
 
 def _check_tar(data: bytes, index: ShardIndex, shard: int) -> Iterator[str]:
-    """What is wrong with the samples of one shard."""
+    """Faults of the samples of one shard."""
     extension = EXTENSION.get(index.format, index.format)
     first, end = int(index.starts[shard]), int(index.starts[shard + 1])
     try:

@@ -144,7 +144,7 @@ def _trusting(packages: Sequence[str]) -> contextlib.AbstractContextManager[None
 
 
 def _usable_streams() -> None:
-    """Closed output counts as /dev/null; what an output's encoding lacks is escaped."""
+    """Replace a closed output by /dev/null; escape characters that an output's encoding lacks."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             # In order, as each takes the lowest free number: so no file of ours is taken for an output.
@@ -155,6 +155,6 @@ def _usable_streams() -> None:
 
 
 def _drop_output() -> None:
-    """What is still to be printed goes nowhere, so that the interpreter's end does not fail on it."""
+    """Discard what is still to be printed, so that the interpreter does not fail at its end."""
     with contextlib.suppress(io.UnsupportedOperation):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -59,7 +59,7 @@ def _add_decompress(parser: argparse.ArgumentParser) -> None:
 
 
 class _Picture(NamedTuple):
-    """A file that needs no network of ours any more."""
+    """A file whose picture is complete: only the PNG file remains to be written."""
 
     name: str
     container: "Container"
@@ -69,7 +69,7 @@ class _Picture(NamedTuple):
 
 
 class _Symbols(NamedTuple):
-    """A file between the entropy decoder and g_s."""
+    """A file after entropy decoding and before the synthesis transform g_s."""
 
     name: str
     model: "TucModel"

@@ -1,4 +1,4 @@
-"""`tucodec doctor`: what would fail, before it does."""
+"""`tucodec doctor`: checks before a training."""
 
 import argparse
 import json

@@ -51,7 +51,7 @@ class Stages(Generic[Job, Prepared, Result]):
 def run(
     stages: Stages[Job, Prepared, Result], jobs: Sequence[Job]
 ) -> Iterator[tuple[Job, Row | Exception]]:
-    """Every job with its row, or with the error (TucodecError, OSError) that it ended in; in order."""
+    """Every job in order, with its row or with the error (TucodecError, OSError) that ended it."""
     workers = max(1, min(cores(), len(jobs)))
     # As many threads as the caller's: what an encoder shows is to the bit what a decoder will show, and
     # sums of floating-point numbers depend on that number.

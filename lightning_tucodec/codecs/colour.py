@@ -173,7 +173,7 @@ def pad(image: NDArray[np.uint8], multiple: int, smallest: int) -> NDArray[np.ui
 
 
 def conversion_ceiling(image: NDArray[np.uint8], chroma: str = "420") -> float:
-    """RGB-PSNR in dB that remains after conversion to 10-bit planes and back, nothing coded.
+    """RGB-PSNR in dB of the conversion to 10-bit planes and back alone, without coding.
 
     No codec behind this conversion can exceed it on this image.
     """

@@ -39,7 +39,7 @@ _RATES_A_LEVEL = 16
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of an encoder; None is what is not.
+    """What the user asks of an encoder; None where an option is not given.
 
     Attributes:
         model: name or file; with a target the name of a family; or one of `H266_MODELS`.
@@ -74,7 +74,7 @@ class Encoder:
         self._model = alone.model if isinstance(alone, RefinedModel) else alone
 
     def together(self, pixels: NDArray[np.uint8]) -> int:
-        """So many images like this H×W×3 one are analysed at once."""
+        """How many images of the size of this H×W×3 one are analysed at once."""
         if not isinstance(self._model, TucModel):
             return 1
         return max(1, WHOLE_POSITIONS * STRIDE**2 // (pixels.size // 3))

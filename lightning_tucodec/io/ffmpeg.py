@@ -142,7 +142,7 @@ def compare(
 
 @once
 def version(encoder: str) -> str:
-    """What coded a picture: ffmpeg's version, the encoder and, where it tells, its own version."""
+    """The version of ffmpeg, the encoder and, where it prints it, the encoder's version."""
     import imageio_ffmpeg
 
     executable()

@@ -185,7 +185,7 @@ def write_png(path: Path | str, image: NDArray[np.uint8]) -> None:
 
 
 def _stream(file: Path | str | BinaryIO) -> BinaryIO:
-    """A stream of our own, at its beginning."""
+    """The file as a stream of our own, at its beginning."""
     if not isinstance(file, str | Path):
         return io.BytesIO(file.read())
     if is_special(file):
@@ -200,7 +200,7 @@ def is_special(path: Path | str) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Pillow's warnings about metadata.
+    """In this block Pillow gives no warnings about metadata.
 
     Python's filters belong to the process: two threads that change them at once leave them changed.
     """

@@ -37,7 +37,7 @@ class once(Generic[P, T]):
         functools.update_wrapper(self, build)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        """The value for these arguments; who comes while it is built waits."""
+        """The value for these arguments; waits while another thread builds it."""
         key = (args, tuple(kwargs.items()))
         with self.lock:
             slot = self.slots.setdefault(key, _Slot())

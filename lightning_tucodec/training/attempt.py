@@ -139,7 +139,7 @@ class Attempt:
 
     @property
     def status(self) -> int:
-        """Of the process, see `fit.main`."""
+        """Exit status of the process, see `fit.main`."""
         if self.preempted:
             return PREEMPTED
         return UNMIRRORED if self.unmirrored else 0

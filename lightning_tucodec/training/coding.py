@@ -72,7 +72,7 @@ class CodingModule(ScheduledModule):
         raise NotImplementedError
 
     def watch(self, output: Reconstruction) -> dict[str, float]:
-        """More numbers of an image's row."""
+        """Further entries of an image's row."""
         return {}
 
     def auxiliary_loss(self) -> Tensor | None:
@@ -102,7 +102,7 @@ class CodingModule(ScheduledModule):
         )
 
     def without_reduction(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, backward passes do not start DDP's own reduction, which supports one a batch."""
+        """In this block backward passes do not start DDP's own reduction, which supports one a batch."""
         inside = getattr(self.trainer.model, "no_sync", contextlib.nullcontext)
         return inside()
 
@@ -202,7 +202,7 @@ class CodingModule(ScheduledModule):
 
 
 def numbers_of(values: dict[str, Tensor]) -> dict[str, float]:
-    """Scalars of float32 or less, by name; the device is waited for once."""
+    """Scalars of float32 or less, by name, read with one wait for the device."""
     stacked = torch.stack([value.detach().float() for value in values.values()])
     return dict(zip(values, stacked.tolist(), strict=True))
 

@@ -1,4 +1,4 @@
-"""From words and files to one resolved configuration: `fit`, `doctor` and sweeps read it here."""
+"""Command line and files → one resolved configuration, for `fit`, `doctor` and sweeps."""
 
 import contextlib
 import logging
@@ -135,7 +135,7 @@ class ConfiguredCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that runs: each parser costs half a second."""
+        """Build only the parser of the command that runs: each costs half a second."""
         return {self.command: super().subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -174,7 +174,7 @@ class ConfiguredCLI(LightningCLI):
 
 
 class _Resolver(ConfiguredCLI):
-    """Only parses."""
+    """Only parses; builds and runs nothing."""
 
     def _set_seed(self) -> None:
         """Nothing will run."""
@@ -315,7 +315,7 @@ def _own_error(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def without_advice() -> Iterator[None]:
-    """Nothing that is of no use to a user of this command: tips, devices found, deprecations inside.
+    """In this block Lightning's tips, found devices and internal deprecations are not printed.
 
     A caller's filters of warnings and levels of logs are given back.
     """

@@ -100,7 +100,7 @@ class TucodecCLI(ConfiguredCLI):
             super().__init__(*args, **kwargs)
 
     def before_instantiate_classes(self) -> None:
-        """Look at the configuration before anything is built."""
+        """Check the configuration before anything is built."""
         config = self.plain_config()
         if self.subcommand == "fit":
             check_config(config)

@@ -29,7 +29,7 @@ class Turn(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """What a batch showed, on its way to the host.
+    """The measured values of a batch, while they are copied to the host.
 
     Attributes:
         turn: who was trained.
@@ -45,7 +45,7 @@ class Observed(NamedTuple):
 
     @classmethod
     def of(cls, turn: Turn, rated: bool, values: Tensor) -> "Observed":
-        """Send a batch's means on their way."""
+        """Start to copy a batch's means to the host."""
         if values.device.type != "cuda":
             return cls(turn, rated, values.cpu())
         values = values.to("cpu", non_blocking=True)  # into pinned memory
@@ -54,7 +54,7 @@ class Observed(NamedTuple):
         return cls(turn, rated, values, arrived)
 
     def means(self) -> dict[str, float]:
-        """The values by name, once they are here."""
+        """The values by name; waits for the copy."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return dict(zip(BATCH, self.values.tolist(), strict=True))
@@ -99,7 +99,7 @@ class Gate(_Plain):
         return Turn(self.accuracy < self.upper, self.accuracy >= self.lower)
 
     def update(self, accuracy: float) -> None:
-        """A batch was judged with this accuracy."""
+        """Take note of the accuracy on a batch."""
         self.streak = 0 if self.turn == (True, True) else self.streak + 1
         self.accuracy = self.momentum * self.accuracy + (1 - self.momentum) * accuracy
 

@@ -94,7 +94,7 @@ class TrainingModule(pl.LightningModule):
 
     @property
     def logging_is_due(self) -> bool:
-        """Whether this training step's values are written: worth a wait for the device and the ranks."""
+        """Whether this training step is logged; only then may it wait for the device and other ranks."""
         if self._trainer is None:  # a bench steps it by hand
             return False
         every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
@@ -133,7 +133,7 @@ class TrainingModule(pl.LightningModule):
         self.count_step()
 
     def describe(self) -> dict[str, Any]:
-        """What else stands under `tucodec` in a checkpoint; plain types."""
+        """Further entries of a checkpoint under `tucodec`; plain types."""
         return {}
 
     def warm_start(self, source: str) -> None:
@@ -292,13 +292,13 @@ class ScheduledModule(TrainingModule):
     def clip_and_log(
         self, optimizer: torch.optim.Optimizer, *others: torch.optim.Optimizer
     ) -> None:
-        """`clip`, and the norm in the log where that is due."""
+        """`clip`; logs the norm where the step is logged."""
         norm = self.clip(optimizer, *others)
         if self.logging_is_due:
             self.log_step({"train/grad_norm": norm}, {})
 
     def check_finite(self) -> None:
-        """Ask the device; waits for it.
+        """Check whether the training is still finite; waits for the device.
 
         Raises:
             NonFiniteLossError: names the step; the weights are those of before it.

@@ -233,7 +233,7 @@ class NetworkModule(CodingModule):
         self.count_step()
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Of the quantiles; None without any, or where the network has none for them.
+        """The auxiliary loss of the quantiles; None where the network has no quantiles or no such loss.
 
         Raises:
             ConfigError: the network's method fails, or returns no scalar.

@@ -25,7 +25,7 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 class FusedAdam(torch.optim.Adam):
-    """Adam in one kernel, which a device can be told to leave out without the host knowing.
+    """Adam in one kernel; the device itself can skip a step, without a wait of the host.
 
     Attributes:
         found_inf: a float32 scalar on the device: 1 where nothing is to change. PyTorch's gradient scaler
@@ -38,7 +38,7 @@ class FusedAdam(torch.optim.Adam):
         super().__init__(params, lr=lr, fused=True, **options)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state, fused also if that one was not."""
+        """Load a state, also of an optimiser that was not fused."""
         fused = {"fused": True, "foreach": None}
         groups = [{**group, **fused} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
@@ -166,7 +166,7 @@ def muon_adam(
 
 @torch.no_grad()
 def follow(average: nn.Module, network: nn.Module, decay: float, steps: int) -> None:
-    """Move an exponential moving average of weights; while it is young it forgets faster.
+    """Update an exponential moving average of weights; its decay is faster at the start of a run.
 
     Args:
         average: has the same weights by the same names; its buffers become the network's.

@@ -155,7 +155,7 @@ class PostFilterModule(ScheduledModule):
 
     @torch.no_grad()
     def _target(self, picture: DecodedPicture, image: Tensor) -> Tensor:
-        """What a crop is to become: the original, or something between it and the teacher's picture."""
+        """The training target of a crop: the original, or a mixture of it and the teacher's picture."""
         if self.teacher is None:
             return image
         teacher = self.teacher.network.to(self.device)
@@ -167,7 +167,7 @@ class PostFilterModule(ScheduledModule):
 
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The average follows; while it is young it forgets faster."""
+        """Update the average of the weights; its decay is faster at the start of a run."""
         follow(self.averaged, self.network, self.decay, self.opt_step)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -257,5 +257,5 @@ def _errors(x: Tensor, original: Tensor) -> Tensor:
 
 
 def _eight_bits(x: Tensor) -> Tensor:
-    """What a decoder shows."""
+    """The 8-bit picture that a decoder shows."""
     return (x.clamp(0, 1) * 255).round() / 255

@@ -304,7 +304,7 @@ class CodecModule(CodingModule):
         self.network.load_state_dict(fitting, strict=False)
 
     def _taken(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of a network's weights those of `init_parts`."""
+        """The weights of `init_parts` out of a network's weights."""
         parts = self.init_parts
         return {k: v for k, v in state.items() if parts is None or k.partition(".")[0] in parts}
 

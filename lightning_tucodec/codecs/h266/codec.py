@@ -166,7 +166,7 @@ class H266(Options):
         }
 
     def _code(self, image: NDArray[np.uint8], planes: Planes) -> CodedPicture:
-        """With this very offset and turn."""
+        """Code with exactly this chroma offset and this turn."""
         height, width = image.shape[:2]
         coder, turn = self._coder(), self.turn or 0
         stream = coder.encode_planes(turned(planes, turn))

@@ -77,7 +77,7 @@ class Vvc(VideoCodec):
 
     @property
     def transform(self) -> str:
-        """As chosen."""
+        """The colour conversion that was chosen."""
         return self.colour
 
     def encoder_options(self) -> list[str]:

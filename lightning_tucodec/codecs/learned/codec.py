@@ -44,7 +44,10 @@ Strip = TypeVar("Strip")
 
 
 def _each_strip(work: Callable[[int], Strip], count: int) -> list[Strip]:
-    """What `work` returns for every strip, in order; on PyTorch's number of threads, and exact on any."""
+    """What `work` returns for every strip, in order.
+
+    It runs in as many threads as PyTorch has; their number changes no result.
+    """
     own = torch.get_num_threads()
     if min(count, own) == 1:
         return [work(number) for number in range(count)]

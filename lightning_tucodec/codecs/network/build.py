@@ -280,7 +280,7 @@ class Rates:
         return round(quality * self.STEPS) / self.STEPS
 
     def arguments(self, quality: float) -> dict[str, Any]:
-        """What a call of the network takes for a quality."""
+        """The arguments of a call of the network at a quality."""
         gains = self.network.Gain.detach().abs()  # type: ignore[operator]
         below = min(int(quality), self.levels - 2)
         share = quality - below

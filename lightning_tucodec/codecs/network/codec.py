@@ -147,7 +147,7 @@ class NetworkModel:
 
     @once_property
     def rates(self) -> Rates | None:
-        """Those of a variable-rate network."""
+        """The rates of a variable-rate network; None for one rate."""
         return Rates.of(self.network)
 
     @once_property
@@ -298,7 +298,7 @@ class NetworkModel:
             return self.own.decode(segments, height, width, **self._options(quality))
 
     def describe(self) -> dict[str, Any]:
-        """What a reader needs to repeat the numbers."""
+        """See `ImageCodec.describe`."""
         card = {
             k: v for k, v in self.card.items() if k in ("recipe", "lmbda", "convention", "source")
         }

@@ -1,4 +1,4 @@
-"""The exact engine for networks with a raster-scan context: theirs, as they are, in integers on diagonals.
+"""The exact engine for CompressAI's networks with a raster-scan context, in integers on diagonals.
 
 CompressAI's own coder for such networks (mbt2018, cheng2020-anchor and -attn) runs them once for every
 position of y, in floating point: slow, and its files decode to noise where another machine rounds otherwise.
@@ -122,7 +122,7 @@ def _has_the_parts(network: nn.Module) -> bool:
 
 
 def _mask(like: Tensor) -> Tensor:
-    """Type A: ones at what comes earlier in raster order."""
+    """The mask of type A: ones at positions that come earlier in raster order."""
     mask = torch.zeros_like(like)
     for i, j in _TAPS:
         mask[..., i, j] = 1
@@ -137,7 +137,7 @@ def _flat(module: nn.Module) -> list[nn.Module]:
 
 
 def _slope(layer: nn.Module) -> float | None:
-    """Of a leaky ReLU or a ReLU."""
+    """The slope of a leaky ReLU or a ReLU."""
     if type(layer) is nn.ReLU:
         return 0.0
     if type(layer) is nn.LeakyReLU and 0 <= layer.negative_slope <= 1:

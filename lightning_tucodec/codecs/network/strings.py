@@ -155,7 +155,7 @@ class _CheckedEncoder:
         self._own = self.theirs()
 
     def encode_with_indexes(self, symbols: list[int], *rest: Any) -> Any:
-        """As theirs.
+        """See CompressAI's encoder.
 
         Raises:
             ModelFileError: a symbol is too large.
@@ -167,7 +167,7 @@ class _CheckedEncoder:
         return self._own.encode_with_indexes(symbols, *rest)
 
     def flush(self) -> bytes:
-        """As theirs."""
+        """See CompressAI's encoder."""
         data: bytes = self._own.flush()
         return data
 

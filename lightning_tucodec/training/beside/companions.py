@@ -57,7 +57,7 @@ class Companion:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def finish(self, seconds: float) -> bool:
-        """Let it do what is left, then end it; returns whether it came to its end by itself."""
+        """Give it time to finish, then end it; returns whether it ended by itself."""
         if self._process is None:
             return False
         assert self._process.stdin is not None

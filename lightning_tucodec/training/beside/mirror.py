@@ -80,7 +80,7 @@ def _mirrored(name: str) -> bool:
 
 
 def _problem(index: dict[str, Any]) -> str | None:
-    """What cannot be; names become paths."""
+    """Refuse impossible values: names become paths."""
     for name, entry in index["files"].items():
         if not _mirrored(name) or entry["name"] not in (_stored(name, entry["sha256"]), name):
             return f"{entry['name']!r} as {name!r}"
@@ -97,7 +97,7 @@ def _problem(index: dict[str, Any]) -> str | None:
 
 
 def _checkpoint(step: int, sha256: str) -> str:
-    """Its content is in its name: two states of one step, as a GAN has them, are two files."""
+    """The name of a checkpoint in a mirror: of its content, as a GAN has two states at one step."""
     return f"checkpoints/step-{step:08d}-{sha256[:16]}.ckpt"
 
 
@@ -113,12 +113,12 @@ def _old(step: int) -> str:
 
 
 def progress(entry: dict[str, Any]) -> Progress:
-    """Of a checkpoint in an index; earlier versions did not write down the images."""
+    """Step and images of a checkpoint in an index; earlier versions wrote no number of images."""
     return entry["step"], entry.get("images", 0)
 
 
 def _names(index: dict[str, Any]) -> set[str]:
-    """Of all files that an index names."""
+    """Names of all files in an index."""
     return {entry["name"] for entry in (*index["checkpoints"], *index["files"].values())}
 
 
@@ -233,7 +233,7 @@ class Mirror:
 
 
 class _Nothing:
-    """Stands for every class in a checkpoint while only its step is looked for."""
+    """Placeholder of every class in a checkpoint when only its step is read."""
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -243,7 +243,7 @@ class _Nothing:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads dictionaries and numbers; whatever else a pickle names is not run."""
+    """Unpickler of dictionaries and numbers; it runs nothing else that a pickle names."""
 
     def find_class(self, module: str, name: str) -> Any:
         return _Nothing
@@ -267,7 +267,7 @@ def _progress_of(data: bytes) -> Progress | None:
 
 
 def follow(folder: RunFolder, url: str) -> bool:
-    """Push until standard input is closed, then once more; trouble is said when it changes.
+    """Push until standard input is closed, then once more; an error is printed once, until it changes.
 
     Returns:
         Whether the last push went well.

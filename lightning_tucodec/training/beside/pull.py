@@ -1,4 +1,4 @@
-"""What a run does with its mirror before its first step: look for a state there that is further, and write.
+"""A run's mirror before the first step: fetch a newer state from it, and check that it can be written.
 
 No server can hold up the start: one that gives no answer for a while is given up.
 """
@@ -40,7 +40,7 @@ class DamagedError(DatasetError):
 
 
 class NoAnswerError(DatasetError):
-    """A server hangs."""
+    """A server does not answer."""
 
 
 def check_writable(url: str) -> None:
@@ -143,7 +143,7 @@ def _get_small(storage: Storage, files: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _get_pictures(storage: Storage, files: dict[str, Any], folder: RunFolder) -> None:
-    """Fetch those that are not here."""
+    """Fetch the files that are missing here."""
     for name, file in files.items():
         target = folder.path / name
         if name not in SMALL and not target.exists():

@@ -225,7 +225,7 @@ class View:
 
 
 def _label(path: Path) -> str:
-    """What tells pictures of one step apart, as `TrainingModule.picture_path` got it."""
+    """The label that distinguishes the pictures of one step, see `TrainingModule.picture_path`."""
     return path.stem.split("-", 2)[2] if path.stem.count("-") > 1 else ""
 
 

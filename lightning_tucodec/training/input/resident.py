@@ -122,7 +122,7 @@ class _Index(NamedTuple):
 
 
 class _Memory:
-    """What `RankBatches` asks of a reader, of patches in the host's memory."""
+    """The reader that `RankBatches` needs, over patches in the host's memory."""
 
     cache = None
 

@@ -88,7 +88,7 @@ class ShardIndex:
         return found
 
     def _problem(self, counts: list[int]) -> str | None:
-        """What cannot be; names and hashes become paths, sizes are allocated."""
+        """Refuse impossible values: names and hashes become paths, and sizes are allocated."""
         if not 1 <= self.patch < 1 << 16:
             return f"patches of {self.patch} pixels"
         if min(counts) < 1 or any(count != self.shard_size for count in counts[:-1]):

@@ -134,7 +134,7 @@ class Checkpointing(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
-        """What a stop in a validation at the start would have to save again; that validation's turn."""
+        """Prepare an owed validation, and keep what a stop during it would have to save again."""
         loop = self._after_batch["loop"] = checkpoint["loops"]["fit_loop"]
         self.owes_validation = "lines" in checkpoint.get("run", {})
         if self.owes_validation:
@@ -143,7 +143,7 @@ class Checkpointing(pl.Callback):
             _extend(trainer, 1)
 
     def _repay(self, trainer: pl.Trainer) -> None:
-        """The owed validation has its turn."""
+        """Mark the owed validation as begun."""
         if self.owes_validation:
             self.owes_validation = False
             _extend(trainer, -1)
@@ -151,12 +151,12 @@ class Checkpointing(pl.Callback):
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """The module has its own methods back."""
+        """Give the module its own methods back."""
         for name in ("on_train_batch_end", "validation_step"):
             vars(pl_module).pop(name, None)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        """Everything of the step before this one is written.
+        """Publish the checkpoint of the step before this one, whose lines are all written.
 
         Raises:
             StopIteration: only a validation was left to do, and there are no images any more.
@@ -188,7 +188,7 @@ class Checkpointing(pl.Callback):
         self._after_batch = {"rng": rng_state(), "loop": trainer.fit_loop.state_dict()}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """If it was owed, it is no more; a broken training is not measured."""
+        """Mark an owed validation as begun; refuse to measure a training that is not finite."""
         if _is_within_fit(trainer):
             pl_module.check_finite()
             self._repay(trainer)
@@ -234,7 +234,7 @@ class Checkpointing(pl.Callback):
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """The final state, on disk."""
+        """Save the final state and wait until it is on disk."""
         self._save(trainer)
         self.writer.settle()
 
@@ -251,7 +251,7 @@ class Checkpointing(pl.Callback):
                 checkpoint["run"]["lines"] = len(read_metrics(self.writer.folder.metrics))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Keep the state of a run whose loss was not finite for whoever looks for the cause."""
+        """Save the state of a run whose loss was not finite, so that the cause can be found."""
         if isinstance(exception, NonFiniteLossError):
             path = self.writer.folder.checkpoints / f"nonfinite-{exception.step}.ckpt"
             trainer.save_checkpoint(path, weights_only=False)

@@ -1,4 +1,4 @@
-"""A run's folder: what lies in it, who may train in it, where it goes on.
+"""A run's folder: its files, its lock, and its newest checkpoint.
 
 It is `<runs_dir>/<name>-<run_id>`, run_id a hash of everything that decides the result. The same config finds
 the same folder and resumes there, without a further option.
@@ -31,7 +31,7 @@ _OWN_START = 120.0  # seconds to wait for whoever still holds the folder
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics file; what a kill has cut short, or is no such line, is left out."""
+    """All complete lines of a metrics file, without those that a kill cut short or of another kind."""
     rows = read_json_lines(path)
     return [row for row in rows if isinstance(row, dict) and type(row.get("opt_step")) is int]
 

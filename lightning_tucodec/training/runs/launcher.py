@@ -37,7 +37,7 @@ def slurm_ids() -> dict[str, str]:
 
 
 def attempt_key() -> str | None:
-    """The same on all ranks of one start of the run; None when nothing tells starts apart."""
+    """A key that all ranks of one start of the run share; None where starts cannot be distinguished."""
     if "TUCODEC_ATTEMPT" in os.environ:  # set by rank 0 for the ranks that Lightning starts
         return os.environ["TUCODEC_ATTEMPT"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -55,7 +55,7 @@ def started_by_srun() -> bool:
 
 @once
 def _torchrun_key(restart: str) -> str:
-    """A word of rank 0 for all ranks that torchrun starts: its own id is `none` unless the user gives one."""
+    """A key that rank 0 draws for all ranks of torchrun, whose own id is `none` unless the user gives one."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return f"{os.environ['TORCHELASTIC_RUN_ID']}/{restart}"
     from torch.distributed import TCPStore

@@ -124,7 +124,7 @@ class Preemption(pl.Callback):
 
     @contextlib.contextmanager
     def abandoning(self) -> Iterator[None]:
-        """Inside it a signal ends the work at hand before the next layer of a network; this rank's alone.
+        """In this block a signal abandons this rank's work before the next layer of a network.
 
         Raises:
             ImageAbandoned: that has happened.
@@ -151,7 +151,7 @@ class Preemption(pl.Callback):
         return self.received is not None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Open a line between the ranks that does not wait for a GPU."""
+        """Open a connection between the ranks that does not wait for a GPU."""
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
 

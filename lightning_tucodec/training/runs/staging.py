@@ -1,4 +1,4 @@
-"""A checkpoint's way to the host while training goes on."""
+"""Copying a checkpoint from the device to the host while training goes on."""
 
 from collections.abc import Callable
 from typing import Any

@@ -89,7 +89,7 @@ class Counters(pl.Callback):
         self.rows = log
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        """The step that was just done is what the next lines belong to."""
+        """The next lines belong to the step that was just done."""
         self.rows.counters = {
             "opt_step": pl_module.opt_step,
             "images_seen": pl_module.images_seen,

@@ -152,7 +152,7 @@ def _sha256(path: Path, inode: int, size: int, modified_ns: int) -> str:
 
 
 def _content_sha256(state: "dict[str, torch.Tensor]") -> str:
-    """Of tensors by their names.
+    """SHA-256 of tensors, in order of their names.
 
     Raises:
         TypeError: a value is no plain tensor.

@@ -30,7 +30,7 @@ class SaveError(TucodecError):
 
 
 class BackgroundWriter(CheckpointIO):
-    """Lightning's way to files, for rank 0: copy now, write in a thread, rename on `publish`.
+    """Lightning's checkpoint writer of rank 0: copy now, write in a thread, rename on `publish`.
 
     Args:
         folder: of the run.
@@ -121,7 +121,7 @@ class BackgroundWriter(CheckpointIO):
         return load_checkpoint(path)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Never asked for: there are two generations."""
+        """Remove a checkpoint. Lightning does not call this here, because saves rename two generations."""
         Path(path).unlink(missing_ok=True)
 
     def teardown(self) -> None:
@@ -132,7 +132,7 @@ class BackgroundWriter(CheckpointIO):
 
 
 def _flush(path: Path) -> None:
-    """Have a file or folder on disk before going on."""
+    """Wait until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
