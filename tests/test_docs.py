@@ -39,6 +39,7 @@ _ELSEWHERE = {
     r"sbatch ": "a Slurm: tests/cluster",
     r"tucodec bench codec --large": "24 megapixels, minutes",
     r"PSNR_CODECS=": "the images of CLIC 2019",
+    r"tucodec .*\bclic(/|40|\.json)": "the images of CLIC 2020",
 }
 """What does not run here, by how it begins, and why."""
 
