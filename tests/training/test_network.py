@@ -11,11 +11,13 @@ from compressai.losses import RateDistortionLoss
 from compressai.optimizers import net_aux_optimizer
 from hits import kill_at_step, start, wait
 
+from lightning_tucodec.bench.complexity import of_preset
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.library import NetworkModel, load_any
 from lightning_tucodec.codecs.network.build import build
 from lightning_tucodec.io.images import read_image
 from lightning_tucodec.nn.codec import TucodecVAE, config_to_dict
+from lightning_tucodec.nn.complexity import SIDE, kmac_per_pixel
 from lightning_tucodec.nn.losses import make_loss
 from lightning_tucodec.training.network import NetworkOutput
 from lightning_tucodec.training.runs.folder import read_metrics
@@ -319,3 +321,12 @@ def test_an_export_names_what_differs_from_the_configuration(
             named = differing.removeprefix("network.")
             assert line.endswith(f"weights of another network (differs in {named}, …)")
             assert not out.exists()
+
+
+def test_the_small_recipe_decodes_with_as_many_operations_as_tiny() -> None:
+    recipe = next(path for path in ZOO if path.stem == "mean_scale_hyperprior_small")
+    network: Any = build(yaml.safe_load(recipe.read_text())["model"]["init_args"]["network"]).eval()
+    with torch.no_grad():
+        y = network.g_a(torch.rand(1, 3, SIDE, SIDE))
+        theirs = kmac_per_pixel(lambda: network.g_s(y))
+    assert theirs == pytest.approx(of_preset("tiny").decoder, rel=0.01)
