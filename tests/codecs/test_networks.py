@@ -308,6 +308,8 @@ def test_arguments_and_quality_of_an_import(
     assert ModelFile.load(Path("Elic2022Official.safetensors")).name == "Elic2022Official"
     torch.save(zoo.network("ScaleHyperpriorVbr").state_dict(), "vbr.pth")
     assert cli.main(["import", "vbr.pth", "--network", "bmshj2018-hyperprior-vbr"]) == 0
+    said = fails("import vbr.pth --network bmshj2018-hyperprior-vbr --quality 3", capsys)
+    assert "--quality is chosen when bmshj2018-hyperprior-vbr codes" in said
     vbr = ModelFile.load(Path("bmshj2018-hyperprior-vbr.safetensors"))
     assert vbr.config["init_args"] == {"N": 8, "M": 12, "vr_entbttlnck": True}
 

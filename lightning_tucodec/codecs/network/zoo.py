@@ -108,13 +108,17 @@ def import_checkpoint(
         raise ConfigError(
             f"--quality is for networks of the zoo; {network} is a class, with --args"
         )
+    if quality is not None and _is_variable(network):
+        raise ConfigError(
+            f"--quality is chosen when {network} codes: one checkpoint holds all of them"
+        )
     if arguments is not None and "." not in network:
         raise ConfigError(f"--args is for a class; {network} is of the zoo, with --quality")
     state = read_checkpoint(path)
     description: dict[str, Any]
     kind = find_class(network) if "." in network else type(of_zoo(network, quality))
     try:
-        if "." not in network and quality is not None and not _is_variable(network):
+        if quality is not None:
             made = of_zoo(network, quality)
             _load(made, state)
             description = _described(made)
