@@ -1,6 +1,7 @@
 """`tucodec decompress | info | models`: what `.tuc` files hold."""
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from lightning_tucodec.cli.arguments import (
 )
 from lightning_tucodec.codecs.base import H266_MODELS
 from lightning_tucodec.coding.compiling import clock
-from lightning_tucodec.errors import TucodecError, UnknownModelError
+from lightning_tucodec.errors import ModelFileError, TucodecError, UnknownModelError
 from lightning_tucodec.io.files import target_check
 
 if TYPE_CHECKING:
@@ -201,9 +202,14 @@ def run_info(arguments: argparse.Namespace) -> int:
 
 
 def _name_of(identity: bytes) -> str | None:
-    from lightning_tucodec.codecs.cards import models
+    from lightning_tucodec.codecs.cards import PREVIOUS, coding_files, read_card
 
-    return next((name for name, card in models().items() if card["id"] == identity.hex()), None)
+    for path in coding_files():
+        with contextlib.suppress(ModelFileError):
+            card = read_card(path)
+            if card.id == identity:
+                return f"{card.name} (previous)" if path.parent == PREVIOUS else card.name
+    return None
 
 
 def run_models(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,9 @@ FORMAT = 1
 SHIPPED = Path(__file__).parents[1] / "weights"
 """Models that come with the package."""
 
+PREVIOUS = SHIPPED / "previous"
+"""Their predecessors, by the same names: only for files that state their ids."""
+
 _CARD: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recipe": (lambda v: isinstance(v, str) and v.isprintable(), "a line of text"),
     "lmbda": (lambda v: type(v) in (int, float) and 0 < v < 1e300, "a number above 0"),
@@ -148,6 +151,11 @@ def model_files() -> list[Path]:
         for path in sorted(folder.glob(f"*{MODEL_SUFFIX}"))
         if path.is_file()
     ]
+
+
+def coding_files() -> list[Path]:
+    """Files of all models that a coded file may need: those known by name, then `PREVIOUS`."""
+    return [*model_files(), *sorted(PREVIOUS.glob(f"*{MODEL_SUFFIX}"))]
 
 
 def models() -> dict[str, dict[str, Any]]:

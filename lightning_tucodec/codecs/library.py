@@ -6,7 +6,13 @@ import re
 from pathlib import Path
 
 from lightning_tucodec.codecs.base import MODEL_SUFFIX
-from lightning_tucodec.codecs.cards import Card, model_files, model_folder, read_card
+from lightning_tucodec.codecs.cards import (
+    Card,
+    coding_files,
+    model_files,
+    model_folder,
+    read_card,
+)
 from lightning_tucodec.codecs.h266.postfilter import FilterModel
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
@@ -144,7 +150,7 @@ def load_filter_by_id(identity: bytes) -> FilterModel:
 
 
 def _load_by_id(identity: bytes, device: str) -> Model:
-    for path in model_files():
+    for path in coding_files():
         # `tucodec models` names a damaged file; here a damaged neighbour must not stop a decode.
         with contextlib.suppress(ModelFileError):
             version = _version(path)

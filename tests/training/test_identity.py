@@ -22,14 +22,14 @@ RECIPES = [*RECIPES, RECIPES[0].parent / "tucodecpsnr_postfilter.yaml"]
 
 NAMES = {
     "tiny_ablation": "cf73ba37d156",
-    "tiny_entropy": "2a6be2d17bcb",
+    "tiny_entropy": "fc2947305df2",
     "tiny_gan": "90d2179b9905",
     "tiny_mse": "b16ca56453cf",
     "tiny_mse_bf16": "33209031078c",
     "tiny_mse_bf16_decay": "54c8debb5bbe",
     "tiny_mse_centres": "9ea4f01461d4",
     "tiny_mse_decay": "10cda703f1f4",
-    "tiny_ssim": "1e348d0d6ed5",
+    "tiny_ssim": "39d22f6a0ec9",
     "tiny_transparent": "622288499404",
     "tucodecpsnr40db": "f3fcd6b54c35",
     "tucodecpsnr_postfilter": "71bd48d419d4",

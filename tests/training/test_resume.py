@@ -47,6 +47,14 @@ def test_stopped_after_any_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = settings(tmp_path / "run", shard_folder, val_folder, micro)
+    stop_after(stop, words, monkeypatch)
+    (folder,) = runs(tmp_path / "run")
+    assert state(folder)["tucodec"]["opt_step"] == stop
+    assert main(words) == 0
+    check(straight, folder)
+
+
+def stop_after(stop: int, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     original = VAE.on_before_optimizer_step
 
     def interrupt(self: VAE, optimizer: torch.optim.Optimizer) -> None:
@@ -57,10 +65,36 @@ def test_stopped_after_any_step(
     with monkeypatch.context() as patch:
         patch.setattr(VAE, "on_before_optimizer_step", interrupt)
         assert main(words) == 75
-    (folder,) = runs(tmp_path / "run")
-    assert state(folder)["tucodec"]["opt_step"] == stop
-    assert main(words) == 0
-    check(straight, folder)
+
+
+def test_the_last_stage_stopped_moves_no_transform(
+    tmp_path: Path, shard_folder: Path, micro: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entropy networks by Muon on hard symbols, as in tiny_entropy.yaml."""
+    states = {}
+    for name, stop in (("straight", 0), ("stopped", 2)):
+        (tmp_path / name).mkdir()
+        hard = {**micro, "quantizer": "noise", "rate_proxy": "hard"}
+        values = config(tmp_path / name, shard_folder, hard, 4, optimizer="muon", muon_iterations=3)
+        values["model"]["frozen"] = ["g_a", "g_s", "quantizer"]
+        words = ["fit", "--config", write(tmp_path / name, values)]
+        if stop:
+            stop_after(stop, words, monkeypatch)
+            (folder,) = runs(tmp_path / name)
+            states["before"] = state(folder)
+        assert main(words) == 0
+        (folder,) = runs(tmp_path / name)
+        states[name] = state(folder)
+    for part in ("state_dict", "optimizer_states", "tucodec"):
+        assert same(states["straight"][part], states["stopped"][part]), part
+    before, after = states["before"]["state_dict"], states["stopped"]["state_dict"]
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    parts = {part: {n for n in before if f".{part}." in f".{n}"} for part in ("g_a", "g_s", "h_s")}
+    assert parts["g_a"]
+    assert parts["g_s"]
+    assert parts["g_a"] | parts["g_s"] <= still
+    assert parts["h_s"]
+    assert not parts["h_s"] & still
 
 
 def check(straight: Path, folder: Path) -> None:
