@@ -68,7 +68,7 @@ def location(text: str) -> str:
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
-    """Limits that a set of images is to keep to; `sets.limits.Asked.of` reads them."""
+    """Limits that a set of images is to keep to; `sets.limits.Requirements.of` reads them."""
     add = parser.add_argument_group("limits that the set must keep to").add_argument
     add("--max-bpp", type=several(positive), metavar="BPP",
         help="bits a pixel of the set; several, as 0.075,0.15,0.3: budgets of one submission")  # fmt: skip

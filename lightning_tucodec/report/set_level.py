@@ -21,7 +21,7 @@ from lightning_tucodec.quality.curve_files import UNREADABLE, family
 from lightning_tucodec.report.sources import Entry, Evaluation, Material, read_sources
 from lightning_tucodec.sets.allocation import Allocation, Quantity, Table, allocate
 from lightning_tucodec.sets.clic2019 import ENTRIES, VALIDATION_IMAGES, VALIDATION_MEGAPIXELS
-from lightning_tucodec.sets.limits import Asked
+from lightning_tucodec.sets.limits import Requirements
 from lightning_tucodec.sets.manifest import Limits
 from lightning_tucodec.sets.results import finite
 
@@ -132,13 +132,13 @@ def _points(
     return points
 
 
-def reached(given: Candidates, minimise: Quantity, asked: Asked) -> list[dict[str, Any]]:
+def reached(given: Candidates, minimise: Quantity, required: Requirements) -> list[dict[str, Any]]:
     """What each family reaches alone, all of ours together, and these with each published one.
 
     Args:
         given: the candidates.
         minimise: `sse`, `ms_ssim` or `bytes`.
-        asked: of the set.
+        required: of the set.
 
     Returns:
         A row a choice: `candidates`, `published` (whether some of them are), and `bytes, bpp, psnr, ms_ssim,
@@ -150,7 +150,7 @@ def reached(given: Candidates, minimise: Quantity, asked: Asked) -> list[dict[st
     if len(own) > 1:
         groups.append(own)
     groups += [[*own, name] for name in names if name in given.published]
-    limits = asked.over(int(given.table.pixels.sum()))
+    limits = required.over(int(given.table.pixels.sum()))
     rows = []
     for group in groups:
         row: dict[str, Any] = {"candidates": " + ".join(group)}
@@ -159,8 +159,8 @@ def reached(given: Candidates, minimise: Quantity, asked: Asked) -> list[dict[st
             table = given.part(group, minimise, limits)
             if table is None:
                 raise ConfigError("an image has no coding that states what is asked")
-            if asked.max_image_bpp is not None:
-                table = table.capped(asked.max_image_bpp)
+            if required.max_image_bpp is not None:
+                table = table.capped(required.max_image_bpp)
             row |= _told(given, allocate(table, minimise, **asdict(limits)))
         except ConfigError as error:
             row["refused"] = str(error)
@@ -253,13 +253,13 @@ def run(arguments: argparse.Namespace) -> int:
     given = candidates(material)
     if arguments.times is not None:
         given = with_times(given, arguments.times)
-    asked = Asked.of(arguments).one()
-    if not asked.given():
+    required = Requirements.of(arguments).one()
+    if not required.given():
         raise ConfigError("without a limit there is nothing to choose: --max-bpp, --min-psnr, …")
     minimise: Quantity = "bytes"
     if arguments.maximise:
         minimise = "sse" if arguments.maximise == "psnr" else "ms_ssim"
-    rows = reached(given, minimise, asked)
+    rows = reached(given, minimise, required)
     for note in material.notes:
         print(note, file=sys.stderr)
     if arguments.json:

@@ -197,9 +197,9 @@ def allocate(
     weights = {key: table.amounts(key) for key in limits}
     exists = table.bytes >= 0
     for key, limit in limits.items():
-        asked = given[key]
-        assert asked is not None
-        _check_reachable(table, key, weights[key], limit, asked, exists)
+        stated = given[key]
+        assert stated is not None
+        _check_reachable(table, key, weights[key], limit, stated, exists)
     cost = table.amounts(minimise)
     if len(limits) == 1:
         (key,) = limits
@@ -228,12 +228,12 @@ def _check_reachable(
     quantity: Quantity,
     weight: NDArray[np.int64],
     limit: int,
-    asked: float,
+    stated: float,
     exists: NDArray[np.bool_],
 ) -> None:
     """Refuse a limit that even the most favourable choice misses, with what would help.
 
-    `asked` is the limit as it was given, of which `limit` is what whole numbers allow.
+    `stated` is the limit as it was given, of which `limit` is what whole numbers allow.
     """
     filled = np.where(exists, weight, np.iinfo(np.int64).max)
     best = filled.argmin(1)
@@ -250,16 +250,16 @@ def _check_reachable(
     elif quantity == "sse":
         have = psnr_from_sse(max(1, least), 3 * pixels)
         reached = f"the best choice reaches {have:.3f} dB pooled PSNR"
-        wanted = f"{asked:.3f} dB are asked for, {asked - have:.3f} dB more"
+        wanted = f"{stated:.3f} dB are asked for, {stated - have:.3f} dB more"
         help_ = f"add a candidate finer than {favourite}; {worst} has the largest error"
     elif quantity == "ms_ssim":
         have = 1 - least / (pixels * MS_SSIM_UNITS)
         reached = f"the best choice reaches an MS-SSIM of {have:.5f}"
-        wanted = f"{asked:.5f} is asked for, {asked - have:.5f} more"
+        wanted = f"{stated:.5f} is asked for, {stated - have:.5f} more"
         help_ = f"add a candidate finer than {favourite}; {worst} loses most"
     else:
         have = least / SECONDS_UNITS
         reached = f"the fastest choice decodes in {have:.4g} s"
-        wanted = f"{asked:.4g} s are allowed, {have - asked:.4g} s fewer"
+        wanted = f"{stated:.4g} s are allowed, {have - stated:.4g} s fewer"
         help_ = f"add a candidate faster than {favourite}; {worst} takes longest"
     raise ConfigError(f"cannot be met: {reached}, but {wanted}; {help_}")

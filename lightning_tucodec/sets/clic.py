@@ -34,7 +34,7 @@ from lightning_tucodec.sets.allocation import Quantity, Table, relative_gap
 from lightning_tucodec.sets.clic2019 import comparison
 from lightning_tucodec.sets.evaluate import find_images
 from lightning_tucodec.sets.knapsack import METHODS
-from lightning_tucodec.sets.limits import Asked
+from lightning_tucodec.sets.limits import Requirements
 from lightning_tucodec.sets.manifest import (
     DECODE,
     MANIFEST,
@@ -69,14 +69,14 @@ sys.exit(main(sys.argv[1:]))
 
 
 def verify(
-    folder: Path, originals: Sequence[str], asked: Asked | None = None
+    folder: Path, originals: Sequence[str], required: Requirements | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """Decode everything in a clean process and measure it again.
 
     Args:
         folder: the submission.
         originals: files and folders that hold the images.
-        asked: what the set must keep to, whatever limits the manifest claims; those count as well, but for
+        required: what the set must keep to, whatever limits the manifest claims; those count as well, but for
             the decoding time, which was measured elsewhere.
 
     Returns:
@@ -88,7 +88,7 @@ def verify(
         ConfigError: there is no readable manifest, an original is missing, or two have one name.
     """
     manifest = read_manifest(folder)
-    asked = (asked or Asked(Limits())).one()
+    required = (required or Requirements(Limits())).one()
     paths: dict[str, Path] = {}
     for path in find_images(originals):
         other = paths.setdefault(path.name, path)
@@ -120,14 +120,14 @@ def verify(
                 shown.unlink(missing_ok=True)
             rows.append({**row, "decode_seconds": result["seconds"]})
             wrong += _wrong_values(label, entry, row)
-            cap = asked.max_image_bpp
+            cap = required.max_image_bpp
             if cap is not None and size > byte_budget(cap, row["width"] * row["height"]):
                 wrong.append(f"{label}: {row['bpp']:.4f} bpp, above the {cap:g} of an image")
     if not rows:
         return {}, wrong
     totals, table = _totals(rows)
     totals["decoder_bytes"] = decoder_bytes(folder, manifest)
-    wrong += _missed(table, asked.over(totals["pixels"]), "limit")
+    wrong += _missed(table, required.over(totals["pixels"]), "limit")
     claimed = replace(Limits(**manifest["limits"]), max_seconds=None)
     wrong += _missed(table, claimed, "claimed limit")
     if totals["decoder_bytes"] > MAX_DECODER_BYTES:
@@ -287,7 +287,11 @@ def _missed(table: Table, limits: Limits, called: str) -> list[str]:
 
 
 def told(
-    folder: Path, totals: dict[str, Any], asked: Asked, as_json: bool, wrong: Sequence[str]
+    folder: Path,
+    totals: dict[str, Any],
+    required: Requirements,
+    as_json: bool,
+    wrong: Sequence[str],
 ) -> None:
     """Print what `verify` measured of a submission, and what its manifest claims."""
     manifest = read_manifest(folder)
@@ -298,7 +302,7 @@ def told(
     if not totals:
         return
     print(", ".join(f"{key} {value:.6g}" for key, value in totals.items()))
-    if claimed and not asked.given():
+    if claimed and not required.given():
         limits = ", ".join(f"{key} {value:.10g}" for key, value in claimed.items())
         print(f"limits claimed by the submission, not asked for by --max-bpp, …: {limits}")
     if (seconds := claimed.get("max_seconds")) is not None:
@@ -316,20 +320,20 @@ def told(
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """`tucodec clic verify`: status 1 when anything is wrong, a line each on stderr."""
-    asked = Asked.of(arguments)
+    required = Requirements.of(arguments)
     folder = Path(arguments.submission)
     parts = budgets(folder) if folder.is_dir() else []
     if not parts:
-        totals, wrong = verify(folder, arguments.originals, asked)
-        told(folder, totals, asked, arguments.json, wrong)
+        totals, wrong = verify(folder, arguments.originals, required)
+        told(folder, totals, required, arguments.json, wrong)
         return complain(arguments.submission, wrong)
-    status, names = 0, [f"{budget:.10g}" for budget in asked.budgets]
+    status, names = 0, [f"{budget:.10g}" for budget in required.budgets]
     for name in [name for name in names if name not in parts]:
         status |= complain(arguments.submission, [f"has no part for {name} bpp"])
     for name in parts:
         if not arguments.json:
             print(f"{name} bpp")
-        own = asked.only(float(name))
+        own = required.only(float(name))
         totals, wrong = verify(folder / name, arguments.originals, own)
         told(folder / name, totals, own, arguments.json, wrong)
         status |= complain(str(folder / name), wrong)
@@ -349,7 +353,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     minimised: dict[str, Quantity] = {}
     status = 0
     for name in arguments.submission:
-        totals, wrong = verify(Path(name), arguments.originals, Asked.of(arguments))
+        totals, wrong = verify(Path(name), arguments.originals, Requirements.of(arguments))
         status |= complain(name, wrong)
         if totals:
             measured[name] = totals

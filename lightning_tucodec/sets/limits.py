@@ -9,7 +9,7 @@ from lightning_tucodec.sets.manifest import Limits, byte_budget
 
 
 @dataclass(frozen=True)
-class Asked:
+class Requirements:
     """What a set must keep to, as a command is told.
 
     Attributes:
@@ -34,7 +34,7 @@ class Asked:
             raise ConfigError("--max-bpp: a budget is given twice")
 
     @classmethod
-    def of(cls, arguments: Any) -> "Asked":
+    def of(cls, arguments: Any) -> "Requirements":
         """From the options of `cli.arguments.add_limits`."""
         seconds = getattr(arguments, "max_decode_seconds", None)
         pace = arguments.max_decode_seconds_per_megapixel
@@ -45,11 +45,11 @@ class Asked:
         limits = Limits(arguments.max_bytes, arguments.min_psnr, arguments.min_ms_ssim, seconds)
         return cls(limits, arguments.max_bpp or (), pace, arguments.max_image_bpp)
 
-    def only(self, budget: float) -> "Asked":
+    def only(self, budget: float) -> "Requirements":
         """The same with this budget alone."""
         return replace(self, budgets=(budget,))
 
-    def one(self) -> "Asked":
+    def one(self) -> "Requirements":
         """The same, where a set has one budget at most.
 
         Raises:

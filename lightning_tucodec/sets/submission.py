@@ -30,7 +30,7 @@ from lightning_tucodec.io.files import check_targets, launchers
 from lightning_tucodec.io.images import write_png
 from lightning_tucodec.io.temporary import FORMER, atomic_write, temporary_folder
 from lightning_tucodec.sets.evaluate import Part, evaluate, find_images
-from lightning_tucodec.sets.limits import Asked
+from lightning_tucodec.sets.limits import Requirements
 from lightning_tucodec.sets.manifest import (
     DECODE,
     DECODE_ALL_TEXT,
@@ -106,7 +106,7 @@ def build(
     candidates: Candidates,
     out: Path,
     minimise: "Quantity",
-    asked: Asked,
+    required: Requirements,
     workers: int | None = None,
 ) -> "dict[str, Allocation]":
     """Code every image with every candidate, choose, and write the submission.
@@ -116,7 +116,7 @@ def build(
         out: the submission's folder. A former submission there is replaced if every file of it is one that
             this program wrote; at each moment the former or the new one exists.
         minimise: `sse` or `ms_ssim` for the best quality, or `bytes`.
-        asked: what the set must keep to; of several budgets each has a folder of its own in `out`.
+        required: what the set must keep to; of several budgets each has a folder of its own in `out`.
         workers: codings at a time; all processors when None.
 
     Returns:
@@ -134,10 +134,10 @@ def build(
     candidates.forget_damaged()
     rows = candidates.code(workers)
     table = allocation_table(rows)
-    if asked.max_image_bpp is not None:
-        table = table.capped(asked.max_image_bpp)
-    several = len(asked.budgets) > 1
-    parts = {f"{b:.10g}": asked.only(b) for b in asked.budgets} if several else {"": asked}
+    if required.max_image_bpp is not None:
+        table = table.capped(required.max_image_bpp)
+    several = len(required.budgets) > 1
+    parts = {f"{b:.10g}": required.only(b) for b in required.budgets} if several else {"": required}
     out.parent.mkdir(parents=True, exist_ok=True)
     found = {}
     # A name of its own: nothing that lies beside is ever in the way.
@@ -293,10 +293,10 @@ def run_allocate(arguments: argparse.Namespace) -> int:
         coded = candidates.code(arguments.workers, part)
         print(f"part {part.index}/{part.count}: {len(coded)} codings done")
         return 0
-    asked = Asked.of(arguments)
-    if asked.budgets and arguments.max_bytes is not None:
+    required = Requirements.of(arguments)
+    if required.budgets and arguments.max_bytes is not None:
         raise ConfigError("give --max-bpp or --max-bytes, not both")
-    if not asked.given():
+    if not required.given():
         raise ConfigError("without a limit there is nothing to allocate: --max-bpp, --min-psnr, …")
     if arguments.slurm is not None:
         _submit(arguments, candidates)
@@ -306,7 +306,7 @@ def run_allocate(arguments: argparse.Namespace) -> int:
     minimise: Quantity = "bytes"
     if arguments.maximise:
         minimise = "sse" if arguments.maximise == "psnr" else "ms_ssim"
-    found = build(candidates, out, minimise, asked, arguments.workers)
+    found = build(candidates, out, minimise, required, arguments.workers)
     if arguments.json:
         told = {name: finite(summary(best)) for name, best in found.items()}
         print(json.dumps(told.get("", told)))

@@ -28,7 +28,7 @@ from PIL import Image
 
 from lightning_tucodec.errors import TucodecError
 from lightning_tucodec.sets import clic
-from lightning_tucodec.sets.limits import Asked
+from lightning_tucodec.sets.limits import Requirements
 from lightning_tucodec.sets.manifest import DECODE_TEXT, LITTER, Limits, contents, read_manifest
 from lightning_tucodec.sets.submission import Candidates, build, decode
 from tests.campaigns.hostile import LIMIT_BYTES, LIMIT_SECONDS
@@ -197,7 +197,7 @@ def mutate(seed: int, case: int, folder: Path) -> str:
 def _verify(folder: Path, originals: Path) -> list[str]:
     """`clic.verify`, decoding in this process."""
     with mock.patch.object(clic, "_decode_elsewhere", decode):
-        return clic.verify(folder, [str(originals)], Asked(Limits(max_bytes=10**6)))[1]
+        return clic.verify(folder, [str(originals)], Requirements(Limits(max_bytes=10**6)))[1]
 
 
 def _unsound(folder: Path) -> bool:
@@ -249,7 +249,7 @@ def make_corpus(root: Path) -> Path:
         Image.fromarray(photo(name, 48, 40)).save(root / "originals" / f"{index}.png")
     out = root / "submission"
     candidates = Candidates.of([str(root / "originals")], ["jpeg:q=40", "webp:q=30"], out)
-    build(candidates, out, "sse", Asked(Limits(max_bytes=1500)), workers=1)
+    build(candidates, out, "sse", Requirements(Limits(max_bytes=1500)), workers=1)
     return out
 
 

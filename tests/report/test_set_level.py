@@ -11,7 +11,7 @@ from lightning_tucodec import cli
 from lightning_tucodec.quality.curves import Curve, ImageCurves
 from lightning_tucodec.report.set_level import candidates, reached, text
 from lightning_tucodec.report.sources import Entry, Evaluation, Material
-from lightning_tucodec.sets.limits import Asked
+from lightning_tucodec.sets.limits import Requirements
 from lightning_tucodec.sets.manifest import Limits
 
 SIDE = 1000  # so that a file of n bytes has 8·n·10⁻⁶ bpp
@@ -48,7 +48,7 @@ def by_name(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def test_each_alone_and_together() -> None:
     given = candidates(material())
-    rows = by_name(reached(given, "sse", Asked(Limits(), budgets=(0.12,))))
+    rows = by_name(reached(given, "sse", Requirements(Limits(), budgets=(0.12,))))
     assert list(rows) == ["fine", "quick", "Best", "fine + quick", "fine + quick + Best"]
     assert [rows[name]["published"] for name in rows] == [False, False, True, False, True]
     # 0.12 bpp over two images: one at 0.08 and one at 0.16.
@@ -66,10 +66,10 @@ def test_each_alone_and_together() -> None:
 
 def test_published_points_without_ms_ssim_or_times_are_not_asked_for_them() -> None:
     given = candidates(material())
-    rows = by_name(reached(given, "ms_ssim", Asked(Limits(), budgets=(0.12,))))
+    rows = by_name(reached(given, "ms_ssim", Requirements(Limits(), budgets=(0.12,))))
     assert "states" in rows["Best"]["refused"]
     assert rows["fine + quick + Best"]["shares"].keys() <= {"fine:q=1", "fine:q=2"}
-    quick = Asked(Limits(), budgets=(0.16,), max_seconds_per_megapixel=2.0)
+    quick = Requirements(Limits(), budgets=(0.16,), max_seconds_per_megapixel=2.0)
     rows = by_name(reached(given, "sse", quick))
     assert "fastest choice" in rows["fine"]["refused"]
     share = rows["fine + quick"]["shares"]
@@ -79,10 +79,10 @@ def test_published_points_without_ms_ssim_or_times_are_not_asked_for_them() -> N
 
 def test_a_cap_on_each_image() -> None:
     given = candidates(material())
-    asked = Asked(Limits(), budgets=(0.12,), max_image_bpp=0.1)
+    asked = Requirements(Limits(), budgets=(0.12,), max_image_bpp=0.1)
     rows = by_name(reached(given, "sse", asked))
     assert rows["fine"]["bytes"] == 20_000
-    tight = Asked(Limits(), budgets=(0.12,), max_image_bpp=0.05)
+    tight = Requirements(Limits(), budgets=(0.12,), max_image_bpp=0.05)
     assert "a.png: its smallest file has 0.0800 bpp" in reached(given, "sse", tight)[0]["refused"]
 
 
