@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -310,11 +311,13 @@ def test_a_signal_ends_it_at_once(name: str, material: Path, tmp_path: Path) -> 
     for path in material.iterdir():
         if path.name != "said":
             (tmp_path / path.name).symlink_to(path)
-    environment = {"TMPDIR": str(tmp_path / "tmp")}
-    if name == "warmup":
-        environment["NUMBA_CACHE_DIR"] = str(tmp_path / "compiled")
     (tmp_path / "tmp").mkdir()
-    with silent_server() as port:
+    with silent_server() as port, tempfile.TemporaryDirectory() as short:
+        # Below pytest's own folder the name of a fork server's socket would be too long.
+        (Path(short) / "t").symlink_to(tmp_path / "tmp")
+        environment = {"TMPDIR": f"{short}/t"}
+        if name == "warmup":
+            environment["NUMBA_CACHE_DIR"] = str(tmp_path / "compiled")
         if case.busy is connected:
             environment |= s3_environment(f"http://127.0.0.1:{port}")
         before = slowdown()
@@ -330,6 +333,7 @@ def test_a_signal_ends_it_at_once(name: str, material: Path, tmp_path: Path) -> 
     assert "tucodec: interrupted" in text or case.status
     assert not left(tmp_path)
     if case.goes_on:
+        environment["TMPDIR"] = str(tmp_path / "tmp")
         with started(case.words, tmp_path, **environment) as command:
             assert command.process.wait(300) == 0, (tmp_path / "said").read_text()
         assert not left(tmp_path)
