@@ -18,6 +18,9 @@ settings.register_profile("deterministic", deadline=None, derandomize=True, max_
 settings.load_profile("deterministic")
 
 torch.set_num_threads(1)
+# Autograd starts its threads at the first backward pass, one a device that is known by then. Compiling makes
+# more known; after threads a process of a test could not be forked.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.hookimpl(optionalhook=True)  # where pytest-xdist is not installed

@@ -172,6 +172,7 @@ CASES = {
         "bench entropy --models tiny --peers --size 512 768 --repeats 9999", computes, INT, True
     ),
     "bench-loader": Case("bench loader --count 60 --repeats 999", computes, TERM, False),
+    "bench-parts": Case(f"bench parts photos/0.png --codec {SLOW}", runs("libvvenc"), INT, True),
     "bench-fit": Case("bench fit --steps 5000", runs("bare loop"), INT, True),
     "bench-train": Case("bench train --steps 5000", computes, INT, True),
     # Trainings save themselves, also in a sweep; before they train there is nothing to save.
@@ -196,7 +197,7 @@ CASES = {
 
 
 QUICK = {
-    *("info", "models", "import", "clic check", "bench complexity", "wandb-sync"),
+    *("info", "models", "import", "clic check", "clic reach", "bench complexity", "wandb-sync"),
     *(f"sweep {name}" for name in ("plan", "submit", "retry", "status", "resolve")),
     *("test",),  # `validate` under another name
 }
