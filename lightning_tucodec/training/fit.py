@@ -67,7 +67,8 @@ class _PlainProgress(pl.Callback):
             self._last = now
             shown = {k: f"{float(v):.4g}" for k, v in trainer.progress_bar_metrics.items()}
             words = " ".join(f"{k}={v}" for k, v in shown.items())
-            print(f"step {pl_module.opt_step}/{pl_module.max_steps} {words}", file=sys.stderr)
+            line = f"step {pl_module.opt_step}/{pl_module.max_steps} {words}"
+            print(line.rstrip(), file=sys.stderr)
 
 
 def slurm_environment() -> list[Any]:
