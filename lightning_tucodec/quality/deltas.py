@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -61,10 +62,7 @@ def bd_rate(
     import bjontegaard
 
     sides = _sides(anchor, test, quality, "BD-rate")
-    low = max(values[0] for _, values in sides)
-    high = min(values[-1] for _, values in sides)
-    span = max(values[-1] for _, values in sides) - min(values[0] for _, values in sides)
-    overlap = max(0.0, high - low) / span
+    low, high, overlap = _overlap([values for _, values in sides])
     if overlap < min_overlap:
         raise ConfigError(
             f"{anchor.name} and {test.name} share {overlap:.0%} of their {quality} range; "
@@ -78,6 +76,13 @@ def bd_rate(
         min_overlap=0,
     )
     return BDRate(float(percent), float(low), float(high), float(overlap), method)
+
+
+def _overlap(ranges: Sequence[Floats]) -> tuple[float, float, float]:
+    """Ends of what rising values have in common, and its share of what they span together."""
+    low, high = max(values[0] for values in ranges), min(values[-1] for values in ranges)
+    span = max(values[-1] for values in ranges) - min(values[0] for values in ranges)
+    return low, high, max(0.0, high - low) / span
 
 
 def bd_quality(
@@ -95,9 +100,7 @@ def bd_quality(
     import bjontegaard
 
     sides = _sides(anchor, test, quality, "BD-quality")
-    logs = [np.log(rates) for rates, _ in sides]
-    shared = min(log[-1] for log in logs) - max(log[0] for log in logs)
-    overlap = max(0.0, shared) / (max(log[-1] for log in logs) - min(log[0] for log in logs))
+    _, _, overlap = _overlap([np.log(rates) for rates, _ in sides])
     if overlap < MIN_OVERLAP:
         raise ConfigError(
             f"{anchor.name} and {test.name} share {overlap:.0%} of their range of rates; "
