@@ -42,6 +42,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no CUDA GPU here; `make gpu` runs it where there is one")
 
 
+class Failures:
+    """Tells what failed when it fails: a run that is killed shows no summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.reporter.ensure_newline()
+            self.reporter.write_line(f"{report.nodeid} ({report.when}) failed:")
+            self.reporter.write_line("\n".join(report.longreprtext.splitlines()[-12:]))
+
+
+@pytest.hookimpl(trylast=True)  # the reporter is made in this hook
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.has_plugin("terminalreporter"):
+        config.pluginmanager.register(Failures(config))
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """A test leaves PyTorch one thread: Lightning's launcher of DDP sets them, also for child processes."""

@@ -21,7 +21,7 @@ from lightning_tucodec.training.vae import VAE
 
 NO_PATHS = {
     # Codecs' specifications: see test_models_in_specifications.
-    "allocate --candidate", "evaluate --codec", "shards precode --codec",
+    "allocate --candidate", "bench parts --codec", "evaluate --codec", "shards precode --codec",
     # Values inside, which are expanded as those of a configuration.
     "sweep plan --set", "sweep submit --set", "sweep run --set", "doctor options",
     # Names and texts.
@@ -80,7 +80,7 @@ def test_every_argument_is_expanded_or_no_path(home: Path) -> None:
 
 
 def test_every_entry_of_a_configuration_is_expanded_or_no_path(home: Path) -> None:
-    classes = {
+    classes: dict[str, list[typing.Any]] = {
         "run": [RunConfig],
         "model": [VAE, GANCodec, GANNetwork, PostFilterModule, NetworkModule],
         "data": [PatchDataModule, PrecodedDataModule],

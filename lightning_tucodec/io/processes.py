@@ -60,6 +60,8 @@ class _Watch:
         self.told = False
         self.number: int | None = None
         """What it was told to end by."""
+        self.children: Any = None
+        """The handler of SIGCHLD that there was then."""
         self.announced = False
         self.ended = threading.Event()
         self.held = False
@@ -76,6 +78,9 @@ class _Watch:
             return
         self.told = True
         self.number = number
+        if self.children is None:
+            # PyTorch's would raise, wherever this thread is, as each of its workers ends.
+            self.children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise Interrupted(number)
 
     def lost(self, number: int) -> None:
@@ -145,6 +150,8 @@ def interruptible() -> Iterator[None]:
         sys.unraisablehook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)
+        if watch.children is not None:
+            signal.signal(signal.SIGCHLD, watch.children)
         signal.set_wakeup_fd(wakeup)
         watch.ended.set()
         os.close(watch.writer)

@@ -276,19 +276,21 @@ def _only_models_of(folder: Path) -> Iterator[None]:
         if before is not None:
             os.environ["TUCODEC_MODELS"] = before
         library._load.forget()
-        library._id.forget()
+        library._card.forget()
 
 
 def build_submission(folder: Path) -> None:
     """Two pictures by a learned model, with their originals beside."""
-    from lightning_tucodec.sets.submission import Candidates, Limits, build
+    from lightning_tucodec.sets.limits import Requirements
+    from lightning_tucodec.sets.manifest import Limits
+    from lightning_tucodec.sets.submission import Candidates, build
 
     _micro(folder / "micro.safetensors")
     for name in ("a", "b"):
         _picture(folder / "originals" / f"{name}.png")
     out = folder / "submission"
     chosen = Candidates.of([str(folder / "originals")], [str(folder / "micro.safetensors")], out)
-    build(chosen, out, "sse", Limits(max_bytes=10**6), workers=1)
+    build(chosen, out, "sse", Requirements(Limits(max_bytes=10**6)), workers=1)
     shutil.rmtree(folder / "submission-candidates")
     (folder / "micro.safetensors").unlink()
 

@@ -141,7 +141,7 @@ def test_chroma_is_the_least_squares_fit_to_the_interpolation() -> None:
             neighbour = np.where(np.arange(16) % 2, *[1, 0])
             shape = (-1, 1) if axis == 0 else (1, -1)
             # Samples in the centre of pairs: ¾ own, ¼ the nearer neighbour.
-            nearer = np.where(neighbour.reshape(shape), after, before)
+            nearer = np.where(neighbour.reshape(shape), after, before)  # type: ignore[attr-defined]
             interpolated = 0.75 * interpolated + 0.25 * nearer
         return float(np.square(interpolated - full).sum())
 

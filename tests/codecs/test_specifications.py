@@ -67,7 +67,7 @@ def test_a_path_that_is_missing_is_named_whole(tmp_path: Path) -> None:
         with pytest.raises(ModelFileError, match=r"x=3/model\.safetensors: No such file"):
             registry.codec(text)
     with pytest.raises(ModelFileError, match=r"x=3/model\.safetensors: No such file"):
-        registry.codec(f"vvc+postfilter:qp=42,filter={path},turn=3").model()
+        registry.codec(f"vvc+postfilter:qp=42,filter={path},turn=3").model()  # type: ignore[attr-defined]
 
 
 def test_a_codecs_name_is_not_taken_for_a_file(

@@ -134,7 +134,7 @@ def rank_of(rank: int, world: int, port: int) -> Callable[[], None]:
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TUCODEC_ATTEMPT=f"{port}",
             GLOO_SOCKET_IFNAME="lo",
         )  # fmt: skip
-        pl.utilities.rank_zero_only.rank = rank  # it was read when Lightning was imported
+        pl.utilities.rank_zero_only.rank = rank  # type: ignore[attr-defined]  # it was read when Lightning was imported
 
     return prepare
 

@@ -60,7 +60,7 @@ def test_fit_says_which_number_is_out_of_range(
     assert not (tmp_path / "runs").exists()
 
 
-GROUPS = {
+GROUPS: dict[str, Any] = {
     "run": limits._RUN,
     "trainer": limits._TRAINER,
     "data": limits._DATA,

@@ -1,9 +1,11 @@
 """Validation measures each image once, whatever the number of images and ranks."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch.utils.data import Dataset
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.model_file import freeze
-from lightning_tucodec.io.processes import cores
+from lightning_tucodec.io.processes import child, cores
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.transforms import AnalysisTransform
 from lightning_tucodec.training.input.validation import in_order
@@ -52,6 +54,11 @@ def test_every_item_is_on_a_rank(items: int, ranks: int) -> None:
     assert len(seen) - items < ranks  # no more repeats than ranks need to be equally long
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
 def fit_on(
     ranks: int,
     words: list[str],
@@ -59,8 +66,7 @@ def fit_on(
     status: int = 0,
 ) -> None:
     """A fit of so many gloo processes, each of which begins with `prepare` and ends with the status."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     shape = ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
 
     def begin(rank: int) -> None:
@@ -98,25 +104,49 @@ def test_processes_measure_every_image_once(
     assert told == [f"run {folder}: starts", f"run {folder}: finished at step 1"]
 
 
+RANK = """
+import pathlib, sys, torch
+from lightning_tucodec.cli import main
+from lightning_tucodec.training.vae import VAE
+from tests.training.hits import rank_of
+
+rank, port, told, *words = sys.argv[1:]
+end = VAE.on_train_end
+
+def tell(self):
+    pathlib.Path(told).write_text(str(torch.get_num_threads()))
+    end(self)
+
+VAE.on_train_end = tell
+rank_of(int(rank), 2, int(port))()
+sys.exit(main(words))
+"""
+
+
 def test_every_process_has_the_threads_that_are_asked_for(
-    tmp_path: Path, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shard_folder: Path
 ) -> None:
-    """Not a share of the cores, which Lightning would give it."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    """Not a share of the cores, which Lightning would give it. New processes: see `hits.start`."""
     values = config(tmp_path, shard_folder, MICRO, steps=1)
     threads = values["run"]["threads"] = cores() // 2 + 1
-
-    def watched(rank: int) -> None:
-        end = VAE.on_train_end
-
-        def tell(self: VAE) -> None:
-            (tmp_path / str(rank)).write_text(str(torch.get_num_threads()))
-            end(self)
-
-        VAE.on_train_end = tell  # type: ignore[method-assign]
-
-    fit_on(2, ["fit", "--config", write(tmp_path, values)], watched)
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(threads)] * 2
+    words = ["fit", "--config", write(tmp_path, values)]
+    words += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    told = [tmp_path / f"threads-{rank}" for rank in range(2)]
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                child(
+                    [sys.executable, "-c", RANK, str(rank), str(port), str(told[rank]), *words],
+                    env=environment,
+                )
+            )
+            for rank in range(2)
+        ]
+        assert [process.wait(300) for process in processes] == [0, 0]
+    assert [path.read_text() for path in told] == [str(threads)] * 2
 
 
 def assert_measured_once(folder: Path, images: int) -> None:

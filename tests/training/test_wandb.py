@@ -101,7 +101,7 @@ def check_rows(folder: Path, sent: list[dict[str, Any]]) -> None:
 
 def offline_records(folder: Path) -> list[Any]:
     """Records of the one offline run below a folder; a `.wandb` file is a LevelDB log of protobufs."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     data = path.read_bytes()
@@ -373,7 +373,8 @@ def test_names_that_the_client_refuses_are_known_before_the_first_step(
 ) -> None:
     import wandb
 
-    outcome = contextlib.nullcontext() if taken else pytest.raises((wandb.UsageError, ValueError))
+    refused = (wandb.UsageError, ValueError)  # type: ignore[attr-defined]
+    outcome = contextlib.nullcontext() if taken else pytest.raises(refused)
     with outcome:
         wandb.Settings(**{{"project": "project", "tags": "run_tags"}[name]: value})
     if taken:
