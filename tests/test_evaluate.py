@@ -221,7 +221,9 @@ def test_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
             row["bytes"] for row in content["rows"]
         ]
     assert cli.main(words) == 0
-    assert "jpeg:q=70" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "jpeg:q=70" in said
+    assert "bytes, bpp, PSNR, PSNR-Y: of the set as a whole" in said
 
 
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

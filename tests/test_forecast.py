@@ -22,6 +22,26 @@ def test_workers_are_bounded_by_memory_and_pixels() -> None:
     assert free is None or free > 1 << 20
 
 
+@pytest.mark.parametrize(
+    ("limit", "used", "free"),
+    [
+        ("memory.max 300", "memory.current 100", 200),
+        ("memory.max max", "memory.current 100", 1024),
+        ("memory/memory.limit_in_bytes 300", "memory/memory.usage_in_bytes 100", 200),
+        ("memory/memory.limit_in_bytes 300", "memory/memory.usage_in_bytes 301", 0),
+        ("memory/memory.limit_in_bytes 9223372036854771712", "memory/memory.usage_in_bytes 9", 1024),
+        ("none 1", "none 1", 1024),
+    ],
+)  # fmt: skip
+def test_memory_is_that_of_the_container(limit: str, used: str, free: int, tmp_path: Path) -> None:
+    files = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 1 kB"}
+    files |= {f"sys/fs/cgroup/{name}": text for name, text in map(str.split, (limit, used))}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert forecast.available_memory(tmp_path) == free
+
+
 def test_the_minutes_are_told_once_when_every_setting_has_been_timed() -> None:
     """Two settings, ten images of a megapixel: a takes 10 s a megapixel, b takes 50 s."""
     both = Forecast([(name, 10**6) for _ in range(10) for name in "ab"], workers=2)

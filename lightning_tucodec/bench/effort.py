@@ -9,7 +9,7 @@ from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel
 from lightning_tucodec.codecs.learned.refine import Refinement
 from lightning_tucodec.codecs.library import load
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.nn.losses import make_loss, recipe_name
+from lightning_tucodec.nn.losses import make_loss
 from lightning_tucodec.quality.curves import Curve, Quality
 from lightning_tucodec.quality.deltas import bd_rate
 from lightning_tucodec.sets.evaluate import evaluate, find_images
@@ -49,7 +49,7 @@ def run(
         a small change is that of the rate at equal quality (MSE recipe); `bd_rate_percent`.
     """
     models = [load(name) for name in names]
-    recipes = {recipe_name(str(model.card.get("recipe"))) for model in models}
+    recipes = {str(model.card.get("recipe")) for model in models}
     if len(recipes) > 1:
         raise ConfigError(f"models of different recipes ({recipes}) are no curve")
     quality: Quality = "ms_ssim_db" if recipes == {"ssim"} else "psnr"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from lightning_tucodec.bench.timing import asked, in_turns, machine, rows_of
+from lightning_tucodec.codecs.network.build import imported
 from lightning_tucodec.training.vae import VAE
 
 PEER = "CompressAI, joint model"
@@ -40,21 +41,20 @@ def _ours(module: VAE, x: torch.Tensor) -> Callable[[], None]:
 
 def _theirs(parameters: int, x: torch.Tensor) -> tuple[Callable[[], None], dict[str, int]]:
     """The joint model (mbt2018) with M = 3/2·N, N the multiple of 4 that comes closest in parameters."""
-    from compressai.losses import RateDistortionLoss
-    from compressai.models import JointAutoregressiveHierarchicalPriors as Joint
+    joint = imported("compressai.models").JointAutoregressiveHierarchicalPriors
 
     def distance(n: int) -> int:
-        return abs(_count(Joint(n, 3 * n // 2)) - parameters)
+        return abs(_count(joint(n, 3 * n // 2)) - parameters)
 
     width = min(range(16, 97, 4), key=distance)
-    network = Joint(width, 3 * width // 2).train()
+    network = joint(width, 3 * width // 2).train()
     auxiliary = {name for name, _ in network.named_parameters() if name.endswith(".quantiles")}
     main = [p for name, p in network.named_parameters() if name not in auxiliary]
     optimizer = torch.optim.Adam(main, lr=1e-4)
     aux_optimizer = torch.optim.Adam(
         [p for name, p in network.named_parameters() if name in auxiliary], lr=1e-3
     )
-    criterion = RateDistortionLoss(lmbda=0.01)
+    criterion = imported("compressai.losses").RateDistortionLoss(lmbda=0.01)
 
     def step() -> None:
         optimizer.zero_grad()

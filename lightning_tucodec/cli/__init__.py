@@ -22,6 +22,9 @@ _FAMILIES = (
 )
 """Modules of this package, imported by `main`: Ctrl-C while that lasts finds it in charge."""
 
+_BRIEF = ("compress", "decompress", "info", "models")
+"""Commands that have written and closed everything when they return; see `main`."""
+
 EXTRAS = {
     "bjontegaard": "report", "compressai": "train", "flip_evaluator": "perceptual",
     "fsspec": "data", "imagehash": "data", "imageio_ffmpeg": "h266", "jinja2": "report",
@@ -56,7 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Until and after our time for it, Ctrl-C just ends the process: no traceback.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         _usable_streams()
-        return _interruptible(list(sys.argv[1:] if argv is None else argv), argv is None)
+        words = list(sys.argv[1:] if argv is None else argv)
+        status = _interruptible(words, argv is None)
+        if argv is None and words[:1] and words[0] in _BRIEF:
+            # What PyTorch and numba do at the interpreter's end takes longer than to decode an image.
+            import_module("lightning_tucodec.io.processes").end(status)
+        return status
     except KeyboardInterrupt:  # before the signals were ours
         print("tucodec: interrupted", file=sys.stderr)
         return 130
@@ -104,6 +112,8 @@ def _run(words: Sequence[str]) -> int:
 
                 status = lightning_main(words)
             else:
+                if words and words[0] == "doctor":
+                    words = import_module(f"{__name__}.doctor").arranged(words)
                 arguments = build_parser().parse_args(words)
                 with _trusting(getattr(arguments, "trust", [])):
                     status = int(arguments.run(arguments))

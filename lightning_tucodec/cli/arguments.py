@@ -43,9 +43,9 @@ def show(result: Any, text: Callable[[Any], str], arguments: argparse.Namespace)
     return 0
 
 
-def add_force(parser: argparse.ArgumentParser) -> None:
-    """`--force`: existing files may be replaced; inputs never are."""
-    parser.add_argument("--force", action="store_true", help="replace existing files")
+def add_force(parser: argparse.ArgumentParser, but: str = "") -> None:
+    """`--force`: existing files may be replaced; inputs never are. `but`: which are without it."""
+    parser.add_argument("--force", action="store_true", help=f"replace existing files{but}")
 
 
 def add_trust(*parsers: argparse.ArgumentParser) -> None:

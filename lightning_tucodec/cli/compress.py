@@ -31,6 +31,10 @@ _QUANTITIES: "tuple[Quantity, ...]" = ("bpp", "psnr", "ms_ssim")
 """What there are targets of."""
 
 
+_NEAR = 0.75
+"""What is below this share of a target rate is remarked where no setting has a higher one."""
+
+
 def register(subparsers: Subparsers) -> None:
     """`tucodec compress`."""
     parser = command(subparsers, "compress", run, "compress images to .tuc files")
@@ -83,7 +87,8 @@ def register(subparsers: Subparsers) -> None:
         choices=range(10),
         default=0,
         metavar="0-9",
-        help="search for symbols that code the image better; higher levels take longer (0)",
+        help="search for symbols with a smaller loss, which is rate and distortion together: the file may "
+        "also grow and the picture improve; higher levels take longer (0)",
     )
     parser.add_argument(
         "--recon",
@@ -99,6 +104,7 @@ def register(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Code images; a bad one is named, the others succeed, the status says that one failed."""
+    jobs.import_torch()
     from lightning_tucodec.codecs import batch
     from lightning_tucodec.codecs.encoder import Encoder, Request
     from lightning_tucodec.coding.container import check_size
@@ -120,9 +126,13 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.images, arguments.out, arguments.recon, arguments.force
     )
 
+    remark = jobs.remarks()
+
     def prepare(job: jobs.Job) -> "NDArray[np.uint8]":
         check(job)
-        pixels = read_image(job[0])
+        pixels = read_image(
+            job[0], lambda loss: remark(loss, job[0], f"{loss}; 8-bit RGB is coded")
+        )
         check_size(pixels.shape[1], pixels.shape[0])
         return pixels
 
@@ -151,6 +161,9 @@ def run(arguments: argparse.Namespace) -> int:
             "bytes": len(coding.data),
             "bpp": bits_per_pixel(len(coding.data), width * height),
         }
+        if coding.is_finest and target and row["bpp"] < _NEAR * target.value:
+            text = f"{row['bpp']:.3g} bpp is the highest quality there is, far below {target}"
+            remark("target", source, text)
         if source in recons:
             write_png(recons[source], coding.shown)
         if arguments.json:

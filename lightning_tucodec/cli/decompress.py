@@ -19,7 +19,7 @@ from lightning_tucodec.cli.arguments import (
 )
 from lightning_tucodec.codecs.base import H266_MODELS
 from lightning_tucodec.coding.compiling import clock
-from lightning_tucodec.errors import ModelFileError, TucodecError, UnknownModelError
+from lightning_tucodec.errors import ModelFileError, TucodecError, UnknownModelError, printable
 from lightning_tucodec.io.files import target_check
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def register(subparsers: Subparsers) -> None:
     _add_decompress(
         command(subparsers, "decompress", run_decompress, "decompress .tuc files to PNG")
     )
-    info = command(subparsers, "info", run_info, "show the header of a .tuc file")
-    info.add_argument("file", type=location, metavar="TUC")
+    info = command(subparsers, "info", run_info, "show the headers of .tuc files")
+    info.add_argument("files", type=location, nargs="+", metavar="TUC")
     models = command(subparsers, "models", run_models, "list shipped and local models")
     add_json(info, models)
     add_trust(models)
@@ -82,6 +82,7 @@ class _Symbols(NamedTuple):
 
 def run_decompress(arguments: argparse.Namespace) -> int:
     """Decode files; a bad one is named and leaves no output, unless it is to be salvaged."""
+    jobs.import_torch()
     from lightning_tucodec.codecs import batch
     from lightning_tucodec.codecs.h266.codec import decode_container
     from lightning_tucodec.codecs.h266.postfilter import FilterModel
@@ -172,16 +173,41 @@ def _coded_size(path: Path) -> int:
 
 
 def run_info(arguments: argparse.Namespace) -> int:
-    """Say what stands in a `.tuc` file without decoding it."""
+    """Say what stands in `.tuc` files without decoding them; a bad one is named, the others are shown."""
+    status, gap = 0, ""
+    for name in arguments.files:
+        try:
+            row = _header(Path(name))
+        except TucodecError as error:
+            status = 1
+            print(f"tucodec: {error}", file=sys.stderr)
+            continue
+        if arguments.json:
+            print(json.dumps(row))
+            continue
+        row["bpp"] = f"{row['bpp']:.4f}"
+        if not any(bytes.fromhex(row["model_id"])):  # H.266 alone
+            row["model_id"] = None
+        lines = [printable(f"{key:13} {value}") for key, value in row.items() if value is not None]
+        print(gap + "\n".join(lines))
+        gap = "\n"
+    return status
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What stands in a `.tuc` file, by name; None is not known.
+
+    Raises:
+        TucodecError: the file cannot be read, or is damaged.
+    """
     from lightning_tucodec.coding.container import CodecKind, unpack
 
-    path = Path(arguments.file)
     data = jobs.read(path)
     try:
         container = unpack(data)
     except TucodecError as error:
         raise type(error)(f"{path}: {error}") from None
-    row: dict[str, Any] = {
+    return {
         "file": str(path),
         "kind": CodecKind(container.kind).name.lower(),
         "width": container.width,
@@ -193,12 +219,6 @@ def run_info(arguments: argparse.Namespace) -> int:
         "model_id": container.model_id.hex(),
         "model": _name_of(container.model_id),
     }
-    if arguments.json:
-        print(json.dumps(row))
-    else:
-        for key, value in row.items():
-            print(f"{key:13} {value}")
-    return 0
 
 
 def _name_of(identity: bytes) -> str | None:
@@ -231,7 +251,17 @@ def run_models(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return status
+    measured = dict.fromkeys(["bpp", "psnr", "ms_ssim"])
     for row in rows:
-        words = " ".join(f"{key}={value}" for key, value in row.get("kodak", {}).items())
-        print(f"{row['name']:16} {row['id']}  {words}  ({row['where']})")
+        measured |= dict.fromkeys(row.get("kodak", {}))
+    table = [
+        [row["name"], row["id"]]
+        + [f"{key}={own[key]}" if key in (own := row.get("kodak", {})) else "" for key in measured]
+        + [f"({row['where']})"]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        padded = (f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True) if width)
+        print(printable("  ".join(padded).rstrip()))
     return status

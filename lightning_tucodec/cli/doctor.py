@@ -1,9 +1,10 @@
-"""`tucodec doctor`: checks before a training."""
+"""`tucodec doctor`: checks of an installation, or before a training."""
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,13 +14,38 @@ from lightning_tucodec.io.files import read_yaml
 
 def register(subparsers: Subparsers) -> None:
     """`tucodec doctor`."""
-    parser = command(subparsers, "doctor", run, "check what would fail in a training")
+    summary = "check this installation, or with a configuration what would fail in its training"
+    parser = command(subparsers, "doctor", run, summary)
     add = parser.add_argument
     add("--config", type=location, metavar="YAML", help="configuration file of `fit`")
     add("--mirror", type=location, metavar="URL", help="mirror URL, as for `fit`")
     add("--script", type=location, metavar="FILE", help="a batch script, or an sbatch command")
-    add("options", nargs="*", metavar="OPTION", help="after `--`: further options of `fit`")
+    add(
+        "options",
+        nargs="*",
+        metavar="OPTION",
+        help="further options of `fit`, such as --data.shards DIR",
+    )
     add_json(parser)
+
+
+_OWN = ("--config", "--mirror", "--script", "--json", "--help")
+
+
+def arranged(words: Sequence[str]) -> list[str]:
+    """The command with `fit`'s options, which argparse does not know, at its end after `--`."""
+    own: list[str] = []
+    options: list[str] = []
+    target = own
+    for place, word in enumerate(words):
+        if word == "--":
+            options += words[place + 1 :]
+            break
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            target = own if any(one.startswith(name) for one in _OWN) else options
+        target.append(word)
+    return [*own, "--", *options] if options else own
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ def register(subparsers: Subparsers) -> None:
     add("--codec", nargs="+", required=True, metavar="SPEC",
         help="NAME[:KEY=VALUE,...], such as jpeg:q=30 or vvc:qp=37, or a learned model's name")  # fmt: skip
     add("-o", "--out", type=location, required=True, metavar="RESULTS.json")
-    add_force(parser)
+    add_force(parser, "; former results of `evaluate` are written anew without it")
     add("--workers", type=count, help="images coded in parallel (default: all processors)")
     add("--keep", type=location, metavar="DIR", help="keep the coded files, named by their SHA-256")
     add(

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -15,6 +16,17 @@ from lightning_tucodec.io.files import read_bytes, target_check
 
 Job = tuple[Path, Path]
 """A file and what is made of it."""
+
+
+def import_torch() -> None:
+    """Import PyTorch without looking for garbage among its hundreds of thousands of new objects."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        import torch  # noqa: F401
+    finally:
+        if collects:
+            gc.enable()
 
 
 def device(name: str) -> str:
@@ -113,6 +125,20 @@ def read(path: Path) -> bytes:
         return read_bytes(path, MAGIC)
     except OSError as error:
         raise ImageInputError(f"{path}: {error.strerror}") from None
+
+
+def remarks() -> Callable[[str, Path, str], None]:
+    """What takes the kind of a remark, a file and the remark; of each kind one is printed, to stderr."""
+    said: dict[str, str] = {}
+
+    def remark(kind: str, source: Path, text: str) -> None:
+        from tqdm import tqdm
+
+        line = f"{printable(str(source))}: {text} (said once)"
+        if said.setdefault(kind, line) is line:  # one step, whatever the threads
+            tqdm.write(line, file=sys.stderr)
+
+    return remark
 
 
 def report(

@@ -95,7 +95,8 @@ def _add_allocate(subparsers: Subparsers) -> None:
         metavar="SPEC",
         help="codec settings to choose from, as for `evaluate --codec`",
     )
-    add("-o", "--out", type=location, required=True, metavar="DIR")
+    add("-o", "--out", type=location, required=True, metavar="DIR",
+        help="the submission's folder: new, or a former submission, which is replaced")  # fmt: skip
     add(
         "--maximise",
         choices=("psnr", "ms-ssim"),

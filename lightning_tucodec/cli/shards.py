@@ -56,7 +56,12 @@ def _add_build_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="side of a patch in pixels (default 256)",
     )
-    add("--count", type=int, metavar="N", help="total number of patches (default: all)")
+    add(
+        "--count",
+        type=int,
+        metavar="N",
+        help="at most N patches, chosen over all images (default: all there are)",
+    )
     add(
         "--shard-size",
         type=int,
@@ -146,8 +151,8 @@ def run_build(arguments: argparse.Namespace) -> int:
         )
         if summary.wanted:
             print(
-                f"tucodec: only {index['samples']} of {summary.wanted} patches exist under these "
-                "limits; raise --max-overlap or add --scales",
+                f"{arguments.out}: the images have {index['samples']} patches within these limits, "
+                f"fewer than --count {summary.wanted} allows; raise --max-overlap or add --scales",
                 file=sys.stderr,
             )
     print(json.dumps(report) if arguments.json else text)

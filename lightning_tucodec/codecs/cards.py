@@ -16,6 +16,7 @@ from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.coding.container import MODEL_ID_BYTES
 from lightning_tucodec.errors import ModelFileError
 from lightning_tucodec.io.files import expanded, home
+from lightning_tucodec.nn.recipes import recipe_name
 
 FORMAT = 1
 """Version of the layout described above."""
@@ -99,6 +100,8 @@ def describe(path: Path, metadata: Mapping[str, str] | None) -> Description:
     for key, (fits, what) in _CARD.items():
         if card.get(key) is not None and not fits(card[key]):
             raise ValueError(f"card.{key} is not {what}")
+    if "recipe" in card:
+        card["recipe"] = recipe_name(card["recipe"])
     return Description(name, config, card)
 
 

@@ -112,8 +112,12 @@ def find(name: str | Path) -> Path:
             return path
     if members := family(text):
         raise UnknownModelError(f"{text} stands for several models; name one: {', '.join(members)}")
-    known = ", ".join(sorted({path.stem for path in model_files()})) or "none"
-    raise UnknownModelError(f"no model is called {text!r} (known: {known}; or give a path)")
+    raise UnknownModelError(f"no model is called {text!r} (known: {known()}; or give a path)")
+
+
+def known() -> str:
+    """Names of all models, for messages."""
+    return ", ".join(sorted({path.stem for path in model_files()})) or "none"
 
 
 def family(name: str) -> list[str]:

@@ -106,7 +106,9 @@ def codec(specification: str) -> ImageCodec:
         if library.family(name):
             raise ConfigError(str(error)) from None
         known = ", ".join(sorted([*CLASSES, H266.codec_name, ZOO]))
-        raise ConfigError(f"no codec or model is named {name}; codecs: {known}") from None
+        raise ConfigError(
+            f"no codec or model is named {name}; codecs: {known}; models: {library.known()}"
+        ) from None
     if not options:
         return model
     if isinstance(model, library.NetworkModel):

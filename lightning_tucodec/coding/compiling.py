@@ -9,6 +9,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 _pending: list[Callable[..., Any]] = []
@@ -52,6 +54,16 @@ def emitted(function: Callable[..., Any]) -> Any:
     """`numba.extending.intrinsic` for a function of a module, which compiled functions call."""
     _emitters.append(function)
     return function
+
+
+def cache_of(module: ModuleType) -> tuple[Path | None, bool]:
+    """The folder for a module's compiled functions, None where none can be written; whether it has any."""
+    _compile_all()
+    folders = [value.stats.cache_path for value in vars(module).values() if hasattr(value, "stats")]
+    if not any(folders):
+        return None, False
+    folder = Path(next(filter(None, folders)))
+    return folder, any(folder.glob(f"{module.__name__.rpartition('.')[2]}.*.nbi"))
 
 
 def _compile_all() -> None:

@@ -64,7 +64,10 @@ def _dense_rows(layer: nn.Conv2d) -> Tensor:
 
 def _transposed_rows(layer: nn.ConvTranspose2d) -> Tensor:
     """in×out×3×3 to (9·in)×out: a transposed convolution is a flipped one over inserted zeros."""
-    return layer.weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)
+    # Without storage only the shape counts, and PyTorch would import SymPy to flip nothing; so it would for
+    # `zeros_like` below.
+    taps = layer.weight if layer.weight.is_meta else layer.weight.flip(2, 3)
+    return taps.permute(2, 3, 0, 1).flatten(0, 2)
 
 
 _LOG_SCALE_FACTOR = SCALE_STEPS / math.log(2)
@@ -97,7 +100,8 @@ def _sources(network: TucodecVAE) -> dict[str, _Source]:
     split = network.config.hyper.out_channels
     sources["parameters.gamma"] = _Source(first[:split], parameters.layer1.bias)
     if network.context is not None:
-        nothing = torch.zeros_like(parameters.layer1.bias)
+        bias = parameters.layer1.bias
+        nothing = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
         sources["parameters.upsilon"] = _Source(first[split:], nothing)
     take("parameters.hidden", parameters.layer2, _tap_rows(parameters.layer2))
     weight_mu, weight_scale = _tap_rows(parameters.layer3).chunk(2, dim=1)

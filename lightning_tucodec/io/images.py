@@ -3,11 +3,8 @@
 import io
 import os
 import struct
-import threading
-import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
@@ -16,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from lightning_tucodec.errors import ImageInputError
+from lightning_tucodec.io.quiet import without_warnings
 from lightning_tucodec.io.temporary import atomic_write
 
 # fmt: off
@@ -33,9 +31,9 @@ IMAGE_SUFFIXES = READABLE_SUFFIXES | NAMED_SUFFIXES
 MAX_PIXELS = 1 << 27
 """Images above 134 million pixels are refused before they are decoded."""
 
+_TRANSPARENT = "transparency is shown on white"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_PROFILE = 1 << 25  # bytes of an ICC profile in a PNG, unpacked
-_FILTERS = threading.Lock()
 
 _FOREIGN: tuple[tuple[str, Callable[[bytes], bool]], ...] = (
     ("HEIC", lambda b: b[4:8] == b"ftyp" and b[8:11] in {b"hei", b"hev", b"mif", b"msf"}),
@@ -74,7 +72,9 @@ def image_files(folder: Path | str) -> list[Path]:
     return sorted(p for p in Path(folder).iterdir() if is_image_name(p.name) and not p.is_dir())
 
 
-def read_image(file: Path | str | BinaryIO) -> NDArray[np.uint8]:
+def read_image(
+    file: Path | str | BinaryIO, lost: Callable[[str], None] = lambda kind: None
+) -> NDArray[np.uint8]:
     """Read one image as RGB.
 
     JPEG, PNG, WebP, AVIF, TIFF and what else Pillow knows. The EXIF orientation is applied, an
@@ -84,6 +84,7 @@ def read_image(file: Path | str | BinaryIO) -> NDArray[np.uint8]:
 
     Args:
         file: a path, or a binary stream positioned at the image's first byte.
+        lost: is told what the image has and the array has not, in words that do not depend on the file.
 
     Returns:
         uint8 array H×W×3.
@@ -101,12 +102,12 @@ def read_image(file: Path | str | BinaryIO) -> NDArray[np.uint8]:
             if start.startswith(_PNG):
                 data, profile = _without_damage(stream.read())
                 stream = io.BytesIO(data)
-            with _quiet():
+            with without_warnings():
                 image = Image.open(stream)
             with image:
                 if profile is not None:
                     image.info["icc_profile"] = profile
-                return to_pixels(image, name)
+                return to_pixels(image, name, lost)
     except ImageInputError:
         raise
     except FileNotFoundError:
@@ -128,18 +129,21 @@ def read_image(file: Path | str | BinaryIO) -> NDArray[np.uint8]:
 def image_pixels(path: Path | str) -> int | None:
     """Pixels of an image by its header, without decoding; None where `read_image` will say what is wrong."""
     try:
-        with _quiet(), Image.open(path) as image:
+        with without_warnings(), Image.open(path) as image:
             return image.width * image.height
     except Exception:
         return None
 
 
-def to_pixels(image: Image.Image, name: str = "image") -> NDArray[np.uint8]:
+def to_pixels(
+    image: Image.Image, name: str = "image", lost: Callable[[str], None] = lambda kind: None
+) -> NDArray[np.uint8]:
     """What `read_image` gives for the file, of an image that Pillow has opened or made.
 
     Args:
         image: of any mode; its EXIF orientation, ICC profile and transparency count.
         name: for messages.
+        lost: see `read_image`.
 
     Returns:
         uint8 array H×W×3, contiguous.
@@ -161,9 +165,15 @@ def to_pixels(image: Image.Image, name: str = "image") -> NDArray[np.uint8]:
     # Of a PNG this decodes the pixels, since EXIF may follow them.
     orientation = _orientation(image)
     if samples is not None:
+        if (samples % 257).any():
+            lost("samples of 16 bits are rounded to 8")
+        if samples.shape[2] % 2 == 0 and samples[..., -1].min() < 0xFFFF:
+            lost(_TRANSPARENT)
         image = Image.fromarray(_eight_bits(samples, image.info.get("transparency")))
     elif image.has_transparency_data:
         image = image.convert("LA" if image.mode in {"L", "LA"} else "RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            lost(_TRANSPARENT)
         white = Image.new(image.mode, image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         image = white.convert(image.mode[:-1])
@@ -196,17 +206,6 @@ def _stream(file: Path | str | BinaryIO) -> BinaryIO:
 def is_special(path: Path | str) -> bool:
     """Whether something is neither a file nor a folder: to open it could wait for ever."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """In this block Pillow gives no warnings about metadata.
-
-    Python's filters belong to the process: two threads that change them at once leave them changed.
-    """
-    with _FILTERS, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _unknown(start: bytes) -> str:
@@ -269,7 +268,7 @@ def _unpacked_profile(content: bytes) -> bytes | None:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 … 8; 1 where EXIF is damaged or absent."""
     try:
-        with _quiet():
+        with without_warnings():
             return int(image.getexif().get(0x0112, 1))
     except Exception:  # damaged EXIF can make Pillow raise nearly anything
         return 1
@@ -311,7 +310,7 @@ def _decoded(image: Image.Image, raw: str) -> NDArray[np.uint8]:
     stream.seek(0)
     data = stream.read()
     stream.seek(place)
-    with _quiet():
+    with without_warnings():
         view = Image.open(io.BytesIO(data), formats=[image.format or ""])
         view.seek(image.tell())
     with view:

@@ -21,6 +21,7 @@ from torch.nn.functional import relu, softplus
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.discriminator import Verdict
+from lightning_tucodec.nn.recipes import recipe_name
 from lightning_tucodec.quality.metrics import ms_ssim
 
 MIN_MS_SSIM_SIDE = 192
@@ -142,11 +143,6 @@ class CompressAIMSSSIMLoss(RateDistortionLoss):
     def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
         """λ·D + bpp."""
         return self.lmbda * distortion + bpp
-
-
-def recipe_name(recipe: str) -> str:
-    """A recipe's name today: cards and configurations of earlier versions call `mse` `transparent`."""
-    return "mse" if recipe == "transparent" else recipe
 
 
 def make_loss(recipe: str, lmbda: float) -> RateDistortionLoss:

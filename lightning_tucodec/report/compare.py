@@ -19,6 +19,7 @@ from lightning_tucodec.report.numbers import (
     Row,
     bd_rows,
     choose_anchor,
+    few_images,
     kept_samples,
     other_images,
 )
@@ -76,7 +77,7 @@ def bd_text(rows: Sequence[Row], anchor: str | None) -> str:
     """The BD rows for people."""
     if not rows:
         return "no BD-rate: it needs two curves of four points"
-    lines = [f"BD-rate against {anchor}"]
+    lines = [f"BD-rate against {anchor}, of means over the images"]
     width = max(len(row["codec"]) for row in rows)
     for row in rows:
         head = f"{row['codec']:{width}}  {QUALITIES[row['quality']]:7}  "
@@ -89,6 +90,8 @@ def bd_text(rows: Sequence[Row], anchor: str | None) -> str:
         elif others := other_images(row):
             interval = f"  ({others})"
         lines.append(f"{head}{row['percent']:+7.1f} %{interval}")
+    if remark := few_images(rows):
+        lines.append(f"({remark})")
     rates = [bpp for bpp, _ in rows[0]["at"]]
     lines += ["", f"dB above {anchor} at equal rate, bpp"]
     lines.append(" " * (width + 9) + "".join(f"{bpp:8g}" for bpp in rates))

@@ -173,6 +173,19 @@ def kept_samples(row: Row) -> str:
     return f" ({row['kept']} of {row['samples']} samples)" if lacking else ""
 
 
+FEW_IMAGES = 5
+"""Of fewer images a bootstrap's interval says little: it draws from nothing but them."""
+
+
+def few_images(rows: Sequence[Row]) -> str:
+    """What to say of intervals over very few images; empty where there are none."""
+    few = sorted({n for row in rows if (n := row.get("images")) and n < FEW_IMAGES})
+    if not few:
+        return ""
+    number = " or ".join(map(str, few))
+    return f"intervals over {number} image{'s' * (few != [1])} are rough: use {FEW_IMAGES} at least"
+
+
 def other_images(row: Row) -> str:
     """What to say of a BD-rate between means over sets of images that cannot be the same."""
     anchor, test = row["counts"]

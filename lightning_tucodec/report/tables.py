@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tucodec.nn.losses import recipe_name
+from lightning_tucodec.nn.recipes import recipe_name
 from lightning_tucodec.quality.curves import QUALITIES, Quality, convex_hull
 from lightning_tucodec.report.figures import AXES, Style, style
 from lightning_tucodec.report.numbers import (
     Row,
     complexity,
     differences,
+    few_images,
     kept_samples,
     model_arguments,
     model_complexity,
@@ -68,7 +69,7 @@ def rd_charts(material: Material) -> list[Chart]:
         if sum(len(bpp) for bpp, _ in measured) > 2:
             x, y = convex_hull(*map(np.concatenate, zip(*measured, strict=True)))
             traces.append(Trace("convex hull", x.tolist(), y.tolist(), HULL))
-        note = "Dotted: published. Gray dashes: convex hull of what was measured here."
+        note = "Means over the images. Dotted: published. Gray dashes: convex hull of what was measured here."
         caption = f"Rate and {label}"
         ranges = limits(entries, quality)
         if quality == "psnr" and ceiling is not None:
@@ -150,6 +151,8 @@ def bd_table(rows: Sequence[Row], anchor: str) -> Table:
     note += "bjontegaard package; refused below 30 % of shared range. "
     if images:
         note += f"Interval: 95 %, bootstrap over the {' or '.join(map(str, images))} images that both have."
+    if remark := few_images(rows):
+        note += f" Attention: {remark}."
     columns = ["codec", "quality", "BD-rate", "95 % interval", "verdict", "BD-quality", "range"]
     return Table(f"BD-rate against {anchor}", [*columns, "overlap"], cells, note)
 

@@ -1,5 +1,6 @@
 """What an evaluation will take: workers that the memory holds, and minutes."""
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,19 +31,29 @@ def affordable_workers(pixels: int, available: int | None = None) -> int:
     return max(1, min(cores(), available // (BYTES_A_PIXEL * pixels)))
 
 
-def available_memory() -> int | None:
-    """Bytes that are free for programs, in the limit of a container too (Linux); None where unknown."""
+_LIMITS = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+"""Limit and use in control groups of version 2 and of version 1."""
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that are free for programs, in the limit of a container too (Linux); None where unknown.
+
+    Args:
+        root: of the file system, for tests.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
     except (OSError, ValueError, StopIteration):
         return None
-    group = Path("/sys/fs/cgroup")
-    try:
-        most, used = (int((group / f"memory.{k}").read_text()) for k in ("max", "current"))
-    except (OSError, ValueError):  # "max": no limit
-        return free
-    return max(0, min(free, most - used))
+    for names in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            most, used = (int((root / "sys/fs/cgroup" / name).read_text()) for name in names)
+            free = min(free, most - used)  # version 1 writes a huge number for no limit
+    return max(0, free)
 
 
 class Forecast:

@@ -189,6 +189,10 @@ def table_text(sets: Sequence[Row]) -> str:
             f"{entry['psnr']:7.3f} {entry['psnr_y']:7.3f}  {similarity}     {entry['psnr_mean']:7.3f}"
             + "".join(f"  {entry[name]:11.4f}" for name in further)
         )
+    lines.append(
+        "bytes, bpp, PSNR, PSNR-Y: of the set as a whole, all pixels together; MS-SSIM: mean weighted by "
+        "pixels; others: means over the images, as in the curves of `tucodec compare`"
+    )
     return "\n".join(lines)
 
 

@@ -16,8 +16,8 @@ from lightning_tucodec.nn.losses import (
     Reconstruction,
     check_crop,
     make_loss,
-    recipe_name,
 )
+from lightning_tucodec.nn.recipes import recipe_name
 from lightning_tucodec.quality.metrics import ms_ssim, psnr
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.module import ScheduledModule

@@ -1,7 +1,7 @@
-"""`tucodec doctor`: find what would fail in a training, before it starts, with advice.
+"""`tucodec doctor`: what this installation can do, and what would fail in a training, with advice.
 
-Run it where the training will run: in a Slurm job it compares the job with the configuration, and as
-`srun tucodec doctor …` its tasks also try to reach each other.
+With a configuration, run it where the training will run: in a Slurm job it compares the job with the
+configuration, and as `srun tucodec doctor …` its tasks also try to reach each other.
 """
 
 import os
@@ -14,11 +14,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from lightning_tucodec.errors import ConfigError, TucodecError, redacted
 from lightning_tucodec.io.files import read_text
+from lightning_tucodec.io.processes import cores
 from lightning_tucodec.io.storage import Storage
 
 LOCAL_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "ramfs"}
@@ -55,16 +59,79 @@ Check = Iterator[Finding]
 
 def check_machine() -> Check:
     """C library and GPU."""
-    name, version = platform.libc_ver()
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    name, number = platform.libc_ver()
+    numbers = tuple(int(part) for part in re.findall(r"\d+", number)[:2])
     if name != "glibc":
         yield Finding("glibc", "warn", f"C library is {name or 'unknown'}", "use a glibc system")
     elif numbers < GLIBC:
-        yield Finding("glibc", "fail", version, "wheels need 2.28: run in a container")
+        yield Finding("glibc", "fail", number, "wheels need 2.28: run in a container")
     elif numbers < GLIBC_COMPRESSAI:
-        yield Finding("glibc", "warn", version, "CompressAI's wheel needs 2.34: build it yourself")
+        yield Finding("glibc", "warn", number, "CompressAI's wheel needs 2.34: build it yourself")
     else:
-        yield Finding("glibc", "ok", version)
+        yield Finding("glibc", "ok", number)
+
+
+def check_libraries() -> Check:
+    """Python, PyTorch with its devices, and what trainings need besides."""
+    import torch
+
+    yield Finding("python", "ok", platform.python_version())
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = f"{gpus} × {torch.cuda.get_device_name(0)}" if gpus else "no GPU"
+    yield Finding("torch", "ok", f"{torch.__version__}, {device}, {cores()} cores")
+    fix = "pip install 'lightning-tucodec[train]'"
+    try:
+        yield Finding("training", "ok", f"pytorch-lightning {version('pytorch-lightning')}")
+    except PackageNotFoundError:
+        yield Finding("training", "warn", "pytorch-lightning is not installed", fix)
+
+
+def check_coding() -> Check:
+    """Models, compiled functions, H.266."""
+    from lightning_tucodec.codecs.cards import coding_files, model_files, model_folder, read_card
+    from lightning_tucodec.codecs.h266.vvc import Vvc
+    from lightning_tucodec.coding import compiling, kernels
+
+    damaged = False
+    for path in coding_files():
+        try:
+            read_card(path)
+        except TucodecError as error:
+            damaged = True
+            yield Finding(
+                "models", "fail", str(error), "install again, or remove it if it is yours"
+            )
+    if not damaged:
+        own = f"; your own would be in {folder}" if (folder := model_folder()) else ""
+        yield Finding("models", "ok", f"{len(model_files())} can be read{own}")
+    place, filled = compiling.cache_of(kernels)
+    if place is None:
+        fix = "set NUMBA_CACHE_DIR to a folder that you may write"
+        yield Finding("compiled", "warn", "nowhere to keep it: each process compiles anew", fix)
+    elif not filled:
+        fix = "tucodec warmup, or the first use takes half a minute more"
+        yield Finding("compiled", "warn", f"nothing yet in {place}", fix)
+    else:
+        yield Finding("compiled", "ok", str(place))
+    try:
+        codec = Vvc(qp=40, preset="faster")
+        codec.decode(codec.encode(np.zeros((64, 64, 3), np.uint8)))
+        yield Finding("h266", "ok", codec.describe()["version"])
+    except ModuleNotFoundError:
+        fix = "pip install 'lightning-tucodec[h266]'"
+        yield Finding("h266", "warn", "imageio-ffmpeg is not installed", fix)
+    except TucodecError as error:
+        yield Finding("h266", "warn", str(error), "vvc and vvc+postfilter will not work")
+
+
+def check_services() -> Check:
+    """Slurm and W&B, which nobody needs."""
+    from lightning_tucodec.training.beside.wandb_view import has_key, server
+
+    found = shutil.which("sbatch")
+    yield Finding("slurm", "ok", found or "no sbatch here; `tucodec sweep run` trains without")
+    key = f"a key for {server()}" if has_key() else "no key; runs are recorded in metrics.jsonl"
+    yield Finding("wandb", "ok", key)
 
 
 def check_data(config: dict[str, Any]) -> Check:
@@ -309,9 +376,10 @@ def check_wandb(config: dict[str, Any]) -> Check:
 
 
 def examine(config: dict[str, Any] | None, script: Path | None) -> list[Finding]:
-    """All checks; without a configuration those that need none."""
+    """All checks of a training; without a configuration what this installation can do."""
     findings = list(check_machine())
     if config is None:
+        findings += [*check_libraries(), *check_coding(), *check_services()]
         return findings + (list(_script(script)) if script else [])
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", config["trainer"]["num_nodes"]))
     checks: list[Callable[[], Check]] = [

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,35 @@ from lightning_tucodec.training.runs.weights import load_checkpoint
 from lightning_tucodec.training.runs.writer import BackgroundWriter
 
 
+def _words(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={float(value):.4g}" for key, value in values.items())
+
+
+class _LastValues(pl.Callback):
+    """What a training measured last, for its end: a short one has shown nothing yet.
+
+    Attributes:
+        validation: a line on the last validation.
+    """
+
+    validation = ""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        values = {
+            key.removeprefix("val/"): value
+            for key, value in trainer.callback_metrics.items()
+            if key.startswith("val/")
+        }
+        if values and not trainer.sanity_checking:
+            self.validation = f"step {pl_module.opt_step} validation: {_words(values)}"
+
+    def lines(self, trainer: pl.Trainer, model: TrainingModule) -> list[str]:
+        """The last step's values and the last validation's, where this process measured them."""
+        bar = trainer.progress_bar_metrics
+        step = f"step {model.opt_step}/{model.max_steps} {_words(bar)}" if bar else ""
+        return [line for line in (step, self.validation) if line]
+
+
 class _PlainProgress(pl.Callback):
     """Progress as lines, for logs that are not a terminal."""
 
@@ -65,8 +94,7 @@ class _PlainProgress(pl.Callback):
         now = time.monotonic()
         if trainer.is_global_zero and now - self._last >= self.every:
             self._last = now
-            shown = {k: f"{float(v):.4g}" for k, v in trainer.progress_bar_metrics.items()}
-            words = " ".join(f"{k}={v}" for k, v in shown.items())
+            words = _words(trainer.progress_bar_metrics)
             line = f"step {pl_module.opt_step}/{pl_module.max_steps} {words}"
             print(line.rstrip(), file=sys.stderr)
 
@@ -127,7 +155,8 @@ class TucodecCLI(ConfiguredCLI):
         )
         bar = self._get(self.config, "trainer")["enable_progress_bar"]
         interactive = sys.stderr.isatty() if bar is None else bar
-        callbacks: list[pl.Callback] = [Counters(log), self.preemption, checkpointing]
+        self.last = _LastValues()
+        callbacks: list[pl.Callback] = [Counters(log), self.last, self.preemption, checkpointing]
         if not interactive:
             callbacks.append(_PlainProgress())
         trainer = self._build_trainer(
@@ -209,7 +238,8 @@ class TucodecCLI(ConfiguredCLI):
                 f"not all processes have come ({' '.join(str(error).split())}); are all started?"
             ) from None
         if self.trainer.is_global_zero:
-            print(f"run {where}: {attempt.words()}", file=sys.stderr)
+            measured = [] if attempt.preempted else self.last.lines(self.trainer, model)
+            print(*measured, f"run {where}: {attempt.words()}", sep="\n", file=sys.stderr)
 
     def validate(
         self, model: TrainingModule, datamodule: pl.LightningDataModule, **kw: Any

@@ -98,7 +98,9 @@ class TrainingModule(pl.LightningModule):
         if self._trainer is None:  # a bench steps it by hand
             return False
         every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        return every > 0 and (self.opt_step + 1) % every == 0
+        step = self.opt_step + 1
+        # `fit` tells the last step's values, however short the run.
+        return every > 0 and (step % every == 0 or step == self.max_steps)
 
     def log_step(self, values: dict[str, Tensor], bar: dict[str, Tensor]) -> None:
         """Log scalars of this step, read from the device at once.
@@ -259,6 +261,15 @@ class ScheduledModule(TrainingModule):
         rate = self.learning_rate(self.opt_step, self.max_steps)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Where a loss is not finite its gradients are not either: so `clip` sees it, on all ranks.
+
+        Of themselves they may be finite: a NaN that no weight has a part in has no gradient.
+        """
+        super().backward(
+            loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan), *args, **kwargs
+        )
 
     def clip(self, optimizer: torch.optim.Optimizer, *others: torch.optim.Optimizer) -> Tensor:
         """Clip the gradients of an optimiser's parameters, and return the norm they had.

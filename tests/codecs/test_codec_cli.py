@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,27 @@ def test_unusual_images_are_converted(make: Any, size: tuple[int, int], tmp_path
         assert image.size == size
 
 
+def test_what_a_file_does_not_hold_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    fine = picture().convert("RGBA")
+    save(folder / "opaque.png", fine)
+    deep = np.arange(1600, dtype=np.uint16).reshape(40, 40)
+    save(folder / "eight.png", Image.fromarray(deep // 8 * 257))
+    assert compress(folder, "-o", tmp_path / "out") == 0
+    assert capsys.readouterr().err == ""
+    for name in "ab":
+        fine.putalpha(100)
+        save(folder / f"{name}.png", fine)
+        save(folder / f"{name}16.png", Image.fromarray(deep * 40))
+    assert compress(folder, "-o", tmp_path / "out", "--force") == 0
+    first, second = sorted(capsys.readouterr().err.splitlines(), key=lambda line: "rounded" in line)
+    assert re.search(r"[ab]\.png: transparency is shown on white; 8-bit RGB is coded", first)
+    assert re.search(r"[ab]16\.png: samples of 16 bits are rounded to 8; 8-bit RGB", second)
+
+
 def test_one_bad_file_does_not_stop_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,13 +203,32 @@ def test_unknown_model_is_named(
     assert main([*words, "--model", str(elsewhere)]) == 0
 
 
-def test_info_and_models(stream: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_and_models(
+    stream: bytes, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     capsys.readouterr()
     assert main(["info", str(tmp_path / "a.tuc"), "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert (row["width"], row["height"], row["model"], row["kind"]) == (48, 40, "micro", "learned")
     assert row["bytes"] == len(stream)
     assert row["header_bytes"] <= 32
+    other = tmp_path / "b.tuc"
+    other.write_bytes(b"no file of ours")
+    assert main(["info", str(other), str(tmp_path / "a.tuc"), str(tmp_path / "a.tuc")]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith(f"tucodec: {other}: ")
+    assert err.count("\n") == 1
+    first, second = out.split("\n\n")
+    assert second == first + "\n"
+    assert f"\nbpp           {8 * len(stream) / (48 * 40):.4f}\n" in out
+    (model_folder / "micro.safetensors").rename(tmp_path / "away.safetensors")
+    assert main(["info", str(tmp_path / "a.tuc")]) == 0
+    assert not re.search(r"^model ", capsys.readouterr().out, re.MULTILINE)
+    (tmp_path / "away.safetensors").rename(model_folder / "micro.safetensors")
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.index("bpp=") for line in lines if "bpp=" in line}) == 1
+    assert len({line.index("psnr=") for line in lines if "psnr=" in line}) == 1
     assert main(["models", "--json"]) == 0
     assert "micro" in [row["name"] for row in json.loads(capsys.readouterr().out)]
 
@@ -334,6 +375,35 @@ def test_export_of_a_run_codes(
     assert main(words) == 0
     assert main(["export", str(tmp_path / "nothing"), "-o", str(out), "--force"]) == 1
     assert "nothing" in capsys.readouterr().err
+
+
+def test_loading_models_imports_no_compiler() -> None:
+    """PyTorch imports SymPy and its compiler for some operations on shapes: as long as to decode an image."""
+    code = """
+import sys
+from lightning_tucodec.codecs.cards import coding_files
+from lightning_tucodec.codecs.library import load_any
+models = [load_any(path) for path in coding_files()]
+print(len(models) > 10, {"sympy", "torch._dynamo"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True set()"
+
+
+def test_a_process_that_ends_at_once_has_said_everything(stream: bytes, tmp_path: Path) -> None:
+    """Its status and output, also into a pipe."""
+    tucodec = [sys.executable, "-m", "lightning_tucodec.cli"]
+    files = [str(tmp_path / "a.tuc")] * 300
+    for words, status, lines in (
+        (["info", *files, "--json"], 0, 300),
+        (["info", *files, str(tmp_path / "none.tuc"), "--json"], 1, 300),
+        (["decompress", files[0], "-o", str(tmp_path / "back.png")], 0, 1),
+        (["decompress", "none.tuc", "-o", str(tmp_path / "b.png")], 1, 0),
+        (["info"], 2, 0),
+    ):
+        done = subprocess.run([*tucodec, *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, len(done.stdout.splitlines())) == (status, lines)
+        assert bool(done.stderr) == (status > 0)
 
 
 def test_info_needs_no_pytorch() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +296,21 @@ def test_forms_of_checkpoints(form: str, folder: Path, cat: NDArray[np.uint8]) -
     assert loaded.config["init_args"] == {"N": 8, "M": 12}
     assert NetworkModel(loaded).decode(NetworkModel(loaded).encode(cat)).shape == cat.shape
     assert tuc.decompress(NetworkModel(loaded).encode(cat)).size == (101, 75)
+
+
+def test_pytorchs_advice_on_compressai_is_not_shown() -> None:
+    code = """
+import sys, warnings
+from lightning_tucodec.codecs.network.build import find_class
+before = list(warnings.filters)
+find_class("compressai.models.FactorizedPrior")
+assert "compressai.zoo" in sys.modules and warnings.filters == before
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    package = Path(tuc.__file__).parent
+    own = re.compile(r"^\s*(from|import) compressai|import_module\(.compressai", re.MULTILINE)
+    assert not [path for path in package.rglob("*.py") if own.search(path.read_text())]
 
 
 def test_arguments_and_quality_of_an_import(

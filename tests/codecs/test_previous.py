@@ -37,4 +37,5 @@ def test_a_name_means_the_present_model_and_ids_are_listed() -> None:
         assert before != now
         assert tuc.load(name).id == now
         assert models()[name]["id"] == now.hex()
+        assert models()[name]["recipe"] in ("mse", "ssim")  # not what older files call it
         assert f"| `{name}` | {now.hex()} | {before.hex()} |" in listed

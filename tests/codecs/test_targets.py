@@ -1,6 +1,7 @@
 """Choosing among models, and among QPs, for a target."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,11 @@ def test_search_finds_the_end_of_what_meets_the_target() -> None:
         >= 30
         > (quality(PHOTO, coarser.shown)["psnr"] or 0)
     )
+    assert not found.is_finest
+    assert not reached.is_finest
+    finest = search(ladder[-4:], PHOTO, Target("bpp", 20))
+    assert finest.setting is ladder[-4]
+    assert finest.is_finest
     with pytest.raises(ConfigError, match=r"--target-bpp 0.01: even vvc\+postfilter:qp=49"):
         search(ladder, PHOTO, Target("bpp", 0.01))
     with pytest.raises(ConfigError, match=r"--target-psnr 60: even vvc\+postfilter:qp=34"):
@@ -101,6 +107,13 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with Image.open(shown / "a.png") as first, Image.open(tmp_path / "back.png") as second:
         assert np.array_equal(np.asarray(first), np.asarray(second))
     capsys.readouterr()
+    # Both are coded with the highest quality that there is: that is said, once.
+    assert main([*words, "--force", "--model", "tiny-ssim", "--target-bpp", "20"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"bpp is the highest quality there is, far below --target-bpp 20", line)
+    alone = ["compress", str(tmp_path / "a.png"), *words[2:], "--force"]
+    assert main([*alone, "--model", "tiny-ssim", "--target-bpp", "0.3"]) == 0
+    assert capsys.readouterr().err == ""
     # One image cannot meet the target: it is named, the other is written.
     assert main([*words, "--force", "--model", "tiny-ssim", "--target-psnr", "38"]) == 1
     assert "a.png: --target-psnr 38: even tiny-ssim-" in capsys.readouterr().err

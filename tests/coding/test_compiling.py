@@ -52,3 +52,21 @@ def test_compiling_is_said_once_and_is_no_coding_time(tmp_path: Path) -> None:
     assert len(said.splitlines()) == 1
 
     assert run(tmp_path) == ("False", "")
+
+
+def test_whether_anything_is_compiled(tmp_path: Path) -> None:
+    (tmp_path / "first.py").write_text(MODULE.format(name="squares"))
+    program = (
+        "import first; from lightning_tucodec.coding.compiling import cache_of\n"
+        "folder, before = cache_of(first); first.squares(10); print(folder, before, cache_of(first)[1])"
+    )
+    place = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **place},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert said[0].startswith(str(tmp_path / "cache"))
+    assert said[1:] == ["False", "True"]

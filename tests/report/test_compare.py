@@ -25,6 +25,7 @@ from lightning_tucodec.report.numbers import (
     choose_anchor,
     complexity,
     differences,
+    few_images,
     flatten,
 )
 from lightning_tucodec.report.page import Page, Table
@@ -285,6 +286,12 @@ def test_command_line(
         assert text in html
     assert not re.search(r"(?:src|href)=[\"']?https?:", html.split("<script>")[0])
     written = {"r.html", "r-psnr.png", "r-psnr.svg", "r-ms-ssim.png", "r-ms-ssim.svg"}
+    assert "intervals over 2 images are rough" in html
+    assert cli.main(["compare", *words, "--force"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("BD-rate against jpeg, of means over the images\n")
+    assert "(intervals over 2 images are rough: use 5 at least)\n" in said
+    assert few_images([{"images": 5}, {"images": None}, {"refused": ""}]) == ""
     assert set(os.listdir(out.parent)) == written
     assert out.stat().st_size < page.MAX_BYTES
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.learned.codec import TucModel
@@ -198,6 +200,32 @@ def test_a_finished_run_does_nothing_more(
         f"run {folder}: finished at step 2",
     ]
     assert (runs(tmp_path)[0] / "metrics.jsonl").read_text() == before
+
+
+def test_a_short_run_ends_with_what_it_measured(
+    tmp_path: Path,
+    shard_folder: Path,
+    micro: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fewer steps than between two logs; and what the last validation found."""
+    values = config(tmp_path, shard_folder, micro, steps=2)
+    values["trainer"]["log_every_n_steps"] = 50
+    assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    *_, step, end = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"step 2/2 bpp=\d[\d.]* dB=\d[\d.]*", step)
+    assert end.endswith(": finished at step 2")
+    (tmp_path / "val").mkdir()
+    Image.fromarray(photo("coffee.png", 40, 24)).save(tmp_path / "val" / "0.png")
+    values["data"]["val_images"] = str(tmp_path / "val")
+    values["trainer"]["val_check_interval"] = 2
+    assert main(["fit", "--config", write(tmp_path, values)]) == 0
+    *_, step, validation, _ = capsys.readouterr().err.splitlines()
+    assert step.startswith("step 2/2 bpp=")
+    (folder,) = (path for path in runs(tmp_path) if (path / "images").exists())
+    (row,) = (row for row in read_metrics(folder / "metrics.jsonl") if "val/psnr" in row)
+    assert validation.startswith("step 2 validation: ")
+    assert f" psnr={row['val/psnr']:.4g} " in validation
 
 
 def test_a_node_that_never_comes_is_named(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from compressai.losses import RateDistortionLoss
+from compressai.models import FactorizedPrior
 from compressai.optimizers import net_aux_optimizer
 from hits import kill_at_step, start, wait
 
@@ -330,3 +331,26 @@ def test_the_small_recipe_decodes_with_as_many_operations_as_tiny() -> None:
         y = network.g_a(torch.rand(1, 3, SIDE, SIDE))
         theirs = kmac_per_pixel(lambda: network.g_s(y))
     assert theirs == pytest.approx(of_preset("tiny").decoder, rel=0.01)
+
+
+def test_a_nan_that_no_weight_has_a_part_in_stops_the_run(
+    tmp_path: Path,
+    shard_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its gradients are finite."""
+    forward = FactorizedPrior.forward
+
+    def spoilt(self: FactorizedPrior, x: torch.Tensor) -> dict[str, Any]:
+        output: dict[str, Any] = forward(self, x)
+        output["likelihoods"]["constant"] = torch.full_like(x, torch.nan)
+        return output
+
+    monkeypatch.setattr(FactorizedPrior, "forward", spoilt)
+    recipe = next(path for path in ZOO if path.stem == "factorized_prior")
+    words = command(tmp_path / "a", micro(recipe), shard_folder)
+    capsys.readouterr()
+    assert main(words) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "tucodec" in line]
+    assert "loss or gradient is not finite at optimiser step 0; state saved in" in lines[-1]

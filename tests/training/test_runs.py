@@ -299,14 +299,45 @@ def test_doctor_takes_the_options_of_fit(
 ) -> None:
     call = ["doctor", "--config", write(tmp_path, config(tmp_path, shard_folder, MICRO))]
 
-    assert main([*call, "--json", "--", "--run.name", "another"]) == 0
-    findings = {f["name"]: f["text"] for f in json.loads(capsys.readouterr().out)}
-    assert "/another-" in findings["run"]
-    assert main([*call, "--", "--data.crop", "1000"]) == 1
+    for words in (["--json", "--", "--run.name", "another"], ["--run.name", "another", "--json"],
+                  ["--run.name=another", "--json"]):  # fmt: skip
+        assert main([*call, *words]) == 0
+        findings = {f["name"]: f["text"] for f in json.loads(capsys.readouterr().out)}
+        assert "/another-" in findings["run"]
+    assert main(["doctor", "--data.crop", "1000", *call[1:]]) == 1
     assert "crop" in capsys.readouterr().out
     assert main([*call, "--", "--model.nonsense", "3"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "nonsense" in line
+
+
+def test_doctor_alone_checks_the_installation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def findings(status: int) -> dict[str, dict[str, str]]:
+        capsys.readouterr()
+        assert main(["doctor", "--json"]) == status
+        return {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+
+    monkeypatch.setenv("TUCODEC_MODELS", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    found = findings(0)
+    assert {"glibc", "python", "torch", "training", "models", "compiled", "h266", "slurm",
+            "wandb"} == set(found)  # fmt: skip
+    assert found["h266"]["text"].startswith("libvvenc ")
+    assert "a key for " in found["wandb"]["text"]
+    (tmp_path / "broken.safetensors").write_bytes(b"no model")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/bin/false")
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = findings(1)
+    assert found["models"]["level"] == "fail"
+    assert "broken.safetensors" in found["models"]["text"]
+    assert found["h266"]["level"] == "warn"
+    assert found["h266"]["fix"]
+    assert found["wandb"]["text"].startswith("no key")
+    assert found["slurm"]["text"].startswith("no sbatch")
 
 
 def test_doctor_says_a_damaged_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,12 @@ class Coding:
         setting: what coded it.
         data: the `.tuc` file.
         show: finds what a decoder shows.
+
+    Attributes:
+        is_finest: it was chosen for a rate, and every other setting keeps to that rate as well.
     """
+
+    is_finest = False
 
     def __init__(
         self, setting: Setting, data: bytes, show: Callable[[], NDArray[np.uint8]]
@@ -110,7 +115,9 @@ def best(models: Sequence[Setting], image: NDArray[np.uint8], target: Target) ->
         # PSNR as well where an image is too small for MS-SSIM, which nobody has asked for.
         by_ssim = all(map(_is_ssim, models)) and ms_ssim_scales(*image.shape[:2]) > 0
         trained_for = Target("ms_ssim" if by_ssim else "psnr", 0)
-        return max(meeting, key=lambda coding: trained_for.measure(image, coding))
+        chosen = max(meeting, key=lambda coding: trained_for.measure(image, coding))
+        chosen.is_finest = len(meeting) == len(codings)
+        return chosen
     return min(meeting, key=lambda coding: len(coding.data))
 
 
@@ -141,6 +148,7 @@ def search(ladder: Sequence[Setting], image: NDArray[np.uint8], target: Target) 
             low = middle + 1
     if found is None:
         raise _missed(target, ladder[middle].name, measured)
+    found.is_finest = upper_bound and found.setting is ladder[0]
     return found
 
 

@@ -20,6 +20,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_tucodec.codecs.cards import one_line
 from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.io.quiet import without_warnings
 
 PACKAGES = ("compressai", "lightning_tucodec")
 """Packages whose classes a model file may always name."""
@@ -70,6 +72,15 @@ def check_trusted(class_path: str) -> None:
         )
 
 
+def imported(module: str) -> ModuleType:
+    """A module that is CompressAI's, or may import it: all that do so come here.
+
+    CompressAI compiles a helper with `torch.jit.script`, of which PyTorch would warn on each start.
+    """
+    with without_warnings("`torch.jit.script` is deprecated", FutureWarning):
+        return importlib.import_module(module)
+
+
 def find_class(class_path: str) -> type[nn.Module]:
     """The class of a network.
 
@@ -80,7 +91,7 @@ def find_class(class_path: str) -> type[nn.Module]:
     if not where or not all(part.isidentifier() for part in class_path.split(".")):
         raise ConfigError(f"{class_path!r} is not the path of a class, such as my_networks.Mine")
     try:
-        found = getattr(importlib.import_module(where), name)
+        found = getattr(imported(where), name)
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"{class_path} cannot be imported ({reason})") from None
@@ -168,7 +179,7 @@ def _built(value: Any, allowed: Callable[[str], None]) -> Any:
     allowed(class_path)
     where, _, name = class_path.rpartition(".")
     try:
-        kind = getattr(importlib.import_module(where), name)
+        kind = getattr(imported(where), name)
         assert issubclass(kind, nn.Module)
         allowed(kind.__module__)
         return kind(**{key: _built(inner, allowed) for key, inner in arguments.items()})

@@ -4,7 +4,6 @@ Checkpoints are read without unpickling anything but tensors and plain values. T
 of `compressai.zoo`; other networks are named by the path of their class.
 """
 
-import importlib
 import inspect
 import itertools
 import os
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from lightning_tucodec.codecs.base import ZOO
 from lightning_tucodec.codecs.cards import UNFIT, one_line
 from lightning_tucodec.codecs.learned.model_file import ModelFile
-from lightning_tucodec.codecs.network.build import Budget, build, find_class
+from lightning_tucodec.codecs.network.build import Budget, build, find_class, imported
 from lightning_tucodec.codecs.network.codec import NetworkModel, freeze_network
 from lightning_tucodec.codecs.options import options_of, quality_of
 from lightning_tucodec.errors import ConfigError
@@ -233,7 +232,7 @@ def _told(error: Exception) -> str:
 
 
 def _zoo() -> Any:
-    return importlib.import_module("compressai.zoo")
+    return imported("compressai.zoo")
 
 
 def _is_variable(name: str) -> bool:

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,9 +142,6 @@ class ShardReader:
 
     def __len__(self) -> int:
         return int(self.index.starts[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": OrderedDict()}
 
     def encoded(self, sample: int) -> memoryview:
         """The bytes of one sample as they lie in the tar."""
