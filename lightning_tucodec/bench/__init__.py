@@ -1,1 +1,1 @@
-"""Timings, each beside what it is compared with."""
+"""Benchmarks, each measured beside a reference."""

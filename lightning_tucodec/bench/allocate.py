@@ -41,7 +41,7 @@ def synthetic_table(images: int, candidates: int, seed: int = 0) -> Table:
 
 
 def rows(repeats: int = 5) -> list[dict[str, Any]]:
-    """One row a case.
+    """One row per case.
 
     Returns:
         `name`, `median_s`, `min_s`, `max_s`, `gap` (0: proven optimal) and, where HiGHS solved the
@@ -79,7 +79,7 @@ def run(repeats: int = 5) -> dict[str, Any]:
 
 
 def table_text(result: dict[str, Any]) -> str:
-    """The rows for people."""
+    """The rows as a text table."""
     lines = [
         f"{row['name']:60} {1e3 * row['median_s']:10.1f} ms   gap {row['gap']:.2g}"
         for row in result["rows"]

@@ -1,7 +1,7 @@
-"""Whole coding and decoding, and where the time goes, beside CompressAI's autoregressive models.
+"""Time of complete encoding and decoding, and of their parts, beside CompressAI's autoregressive models.
 
-All in one process with the same number of threads, on the same picture, in turns. `ratio_to` is a row's
-median over that of what it is held against: below 1 is faster.
+All run in one process with the same number of threads, on the same picture, in turns. `ratio_to` is a
+row's median divided by its reference's: below 1 is faster.
 """
 
 import resource
@@ -55,11 +55,11 @@ def run(
     repeats: int = 5,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """The rows, what was coded, the split of the time, what importing costs, and the machine.
+    """The rows, what was coded, how the time divides, the cost of importing, and the machine.
 
     Args:
         models: presets (untrained, symbols drawn from their own P) or names of trained models.
-        rates: bpp of the presets and, the first one, of the peers.
+        rates: bpp of the presets; the peers get the first one.
         peers: names of CompressAI's models.
         size: height and width of the generated picture.
         image: a photograph to use instead.
@@ -89,7 +89,7 @@ def run(
             }
         for name, action in actions.items():
             if not name.startswith(tuple(peers)):
-                action()  # warm; a peer's has run when it was made
+                action()  # warm-up; a peer's ran when it was built
         times = in_turns(actions, repeats)
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
 
@@ -233,7 +233,7 @@ def large(model: str, size: tuple[int, int] = (4000, 6000)) -> dict[str, Any]:
             command = [sys.executable, "-m", "lightning_tucodec.cli", *words, "-o", "."]
             # Its file, since the command runs in another folder.
             command += ["--model", str(find(model).resolve())] if words[0] == "compress" else []
-            # A child of its own, so that its peak is not that of another command.
+            # In a separate child process, so that no other command counts in its peak.
             code = (
                 "import os, resource, subprocess, sys, time\n"
                 "t = time.perf_counter(); subprocess.run(sys.argv[1:], check=True, stdout=2)\n"
@@ -256,7 +256,7 @@ _KILOBYTES = sys.platform != "darwin"  # the unit of ru_maxrss
 
 
 def table_text(result: dict[str, Any]) -> str:
-    """The rows for people."""
+    """The rows as a text table."""
     lines = []
     for row in result.get("rows", ()):
         beside = ", ".join(f"{ratio:.3f} of {name}" for name, ratio in row["ratio_to"].items())

@@ -1,8 +1,8 @@
 """Building and loading shards, against bare coding and against plain webdataset.
 
 Everything compared is timed in one run, in turns, on the same patches: natural photographs from the
-given folder, or generated ones. Ratios above 1 say that the row is faster than what it is held
-against.
+given folder, or generated ones. A ratio above 1 means that the row is faster than its
+reference.
 """
 
 import itertools
@@ -114,7 +114,7 @@ def run_shards(source: str | None, count: int = 600, repeats: int = 3) -> dict[s
 
 
 class _TwoEncoders:
-    """Two processes that encode halves of patches which they share by being forked."""
+    """Two forked processes that share the patches; each encodes half of them."""
 
     def __init__(self, patches: list[NDArray[np.uint8]]) -> None:
         self.halves = (patches[::2], patches[1::2])
@@ -174,7 +174,7 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 def run_memory(scratch: Path, source: str, few: int = 1000, many: int = 6000) -> dict[str, float]:
     """Peak memory of builds in fresh processes: of the photographs, and of many small images.
 
-    The small ones show what an image more costs; most of it would be noise with large ones.
+    The small images show the cost of one more image; with large ones noise would hide it.
     """
 
     def peak(folder: str, patch: int) -> float:
@@ -272,7 +272,7 @@ def run_loader(
 
 
 def node(a_core: dict[str, float]) -> dict[str, Any]:
-    """What the cores of a node could feed, and what its GPUs would eat, images of 256×256 a second.
+    """Images of 256×256 a second that a node's cores can supply, and that its GPUs consume.
 
     Args:
         a_core: images a second that one core decodes, by name.
@@ -293,7 +293,7 @@ def node(a_core: dict[str, float]) -> dict[str, Any]:
 def _first_batch(scratch: Path) -> dict[str, float]:
     """Seconds from naming 1,000 local shards of 1,024 samples to the first batch.
 
-    The shards are one and the same file under 1,000 names, whose samples count several times.
+    All 1,000 names refer to one file, so its samples count several times.
     """
     index = json.loads((scratch / "webp" / "index.json").read_text())
     shard = index["shards"][0]
@@ -358,7 +358,7 @@ def _plain(shards: Path, workers: int) -> Iterator[Any]:
 
 
 def _bare(shards: Path, workers: int) -> Iterator[Any]:
-    """Nothing but decoding in `workers` processes; only a number comes back for each batch."""
+    """Decoding alone, in `workers` processes; each batch returns only a number."""
     data: DataLoader[int] = DataLoader(
         _Decode(str(shards)), batch_size=None, num_workers=workers, sampler=_Forever(),
         multiprocessing_context="fork" if workers else None,

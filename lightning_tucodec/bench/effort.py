@@ -1,4 +1,4 @@
-"""What refinement at the encoder brings, in bytes and in seconds an image."""
+"""What refinement at the encoder saves in bytes, and what it costs in seconds an image."""
 
 import math
 from collections.abc import Sequence
@@ -44,9 +44,9 @@ def run(
         rows_file: see `evaluate`.
 
     Returns:
-        `rows`, one a setting: `setting`; `bpp`, `psnr` and `ms_ssim`, means over images, by model;
-        `seconds` an image; `loss_percent`, the change of the loss in percent of the rate's part, which for
-        a small change is that of the rate at equal quality (MSE recipe); `bd_rate_percent`.
+        `rows`, one per setting: `setting`; `bpp`, `psnr` and `ms_ssim`, means over images, by model;
+        `seconds` an image; `loss_percent`, the change of the loss in percent of its rate term (a small
+        one equals the change of rate at equal quality, MSE recipe); `bd_rate_percent`.
     """
     models = [load(name) for name in names]
     recipes = {str(model.card.get("recipe")) for model in models}
@@ -100,7 +100,7 @@ def _bd_percent(plain: Sequence[Row], sets: Sequence[Row], quality: Quality) -> 
 
 
 def table_text(result: dict[str, Any]) -> str:
-    """The rows for people."""
+    """The rows as a text table."""
     lines = [f"{result['images']} images, {', '.join(result['models'])}"]
     for row in result["rows"]:
         change, bd = (

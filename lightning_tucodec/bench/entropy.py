@@ -1,8 +1,8 @@
-"""The entropy path alone, forth and back, and how it grows with the image.
+"""Time of the entropy path alone, encoding and decoding, and how it grows with the image.
 
-Networks and coder from symbols to bytes and back, no transform, beside CompressAI's the same way (their
-`compress` and `decompress` with g_a and g_s taken out). Every row is there at one size and at twice its
-sides, so four times the pixels; `ratio_to` is a row's median over that of what it is held against.
+Networks and coder run from symbols to bytes and back, without transforms. So do CompressAI's (their
+`compress` and `decompress` with g_a and g_s removed). Every row is measured at one size and at twice its
+sides, so at four times the pixels. `ratio_to` is a row's median divided by its reference's.
 """
 
 import statistics
@@ -43,7 +43,7 @@ def run(
             names.append(subject.name)
     small = f"{size[1]}x{size[0]}"
     for name in peers:
-        # Once at the small size: they take ten seconds already, and their loop is serial in the pixels.
+        # Only at the small size: that takes ten seconds already, and their loop is serial over the pixels.
         peer = Peer(name, rates[0], picture(*size)).entropy_only()
         actions[f"{name} entropy encode {small}"] = peer.compress
         actions[f"{name} entropy decode {small}"] = peer.decompress

@@ -1,6 +1,6 @@
-"""What a run costs beside its network: `tucodec fit` against a bare Lightning loop on the same batches.
+"""What a run costs besides its network: `tucodec fit` against a bare Lightning loop on the same batches.
 
-Both train the same module on the same shards, in turns, in processes of their own. The fit has everything
+Both train the same module on the same shards, in turns, in separate processes. The fit has everything
 on: identity, metrics, W&B offline, a mirror, signals and saves. A step's time is from the end of one batch to
 the end of the next.
 """
@@ -34,7 +34,7 @@ WARM_STEPS = 10
 
 
 class TimedVAE(VAE):
-    """Notes when each batch ended and which began a save; leaves both in the file $TUCODEC_BENCH."""
+    """Records when each batch ended and which ones began a save, in the file $TUCODEC_BENCH."""
 
     def on_fit_start(self) -> None:
         """Begin."""
@@ -52,7 +52,7 @@ class TimedVAE(VAE):
         self.ends.append(time.perf_counter())
 
     def on_train_end(self) -> None:
-        """Leave the times."""
+        """Write the times."""
         text = json.dumps({"ends": self.ends, "saves": self.saves})
         Path(os.environ["TUCODEC_BENCH"]).write_text(text, encoding="utf-8")
 
@@ -119,8 +119,8 @@ def run(
 ) -> dict[str, Any]:
     """Steps of the bare loop, of a fit, and of a fit that begins a save whenever the last one is written.
 
-    The last shows what a step costs during which a checkpoint is copied, written and mirrored. A ratio is
-    that of two medians of one turn; what is held to a bound is the median over the turns.
+    The last shows the cost of a step while a checkpoint is copied, written and mirrored. A ratio divides
+    two medians of one turn. Bounds apply to the median of the ratios over the turns.
 
     Args:
         source: photographs; by default generated ones.

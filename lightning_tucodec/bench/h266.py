@@ -62,15 +62,15 @@ def run(
         images: files and folders.
         filters: names or files of post-filters.
         preset: of libvvenc, for all.
-        qps: four or more for BD-rates; the variants' rates at these must include those of the anchor
-            near `target_bpp`.
-        target_bpp: gains are measured at the anchor's own rates at the QP whose mean is nearest.
+        qps: four or more for BD-rates; near `target_bpp` the anchor's rates must lie within the range
+            of the variants' rates.
+        target_bpp: gains are measured at the anchor's rates at the QP whose mean rate is nearest.
         rows_file: see `evaluate`.
         workers: codings at a time.
-        parts: also measure what stands between the anchor and the filters.
+        parts: also measure the variants between the anchor and the filters.
 
     Returns:
-        `anchor_qp`, `anchor_bpp`, `images`, and `rows`, one a variant: `variant`; `gain_db`, the mean over
+        `anchor_qp`, `anchor_bpp`, `images`, and `rows`, one per variant: `variant`; `gain_db`, the mean over
         images of the PSNR gain at the image's own anchor rate; `ms_ssim_db`, the same for MS-SSIM;
         `worse`, images whose PSNR gain is negative; `bd_rate_percent` and `bd_rate_ms_ssim_percent` of the
         means over images; `filtered`, images whose gate is on at the anchor's QP, and `network_db`, what
@@ -82,7 +82,7 @@ def run(
     for name in filters:
         path = name.replace("{", "{{").replace("}", "}}")
         variants[f"post-filter {name}"] = f"{_TUNED},filter={path}"
-    for name in filters:  # before hours are spent on what comes first
+    for name in filters:  # fails now rather than after hours
         load_filter(name).network  # noqa: B018
     paths = find_images(images)
     keep = rows_file.with_suffix(".files")
@@ -164,7 +164,7 @@ def _network(
 
 
 def table_text(result: dict[str, Any]) -> str:
-    """The rows for people, as a Markdown table."""
+    """The rows as a Markdown table."""
     lines = [
         f"{result['images']} images, preset {result['preset']}; gains at the anchor's rates at QP "
         f"{result['anchor_qp']} (mean {result['anchor_bpp']:.4f} bpp)",

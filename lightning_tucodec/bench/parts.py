@@ -24,8 +24,8 @@ from lightning_tucodec.io.images import read_image
 
 
 def run(image: str, specifications: Sequence[str]) -> dict[str, Any]:
-    """A row a codec: `codec, bpp`, and for `encode` and `decode` processor seconds, those a megapixel, wall
-    clock, and the parts; the load that the machine had when it began.
+    """One row per codec: `codec, bpp`, and for `encode` and `decode` processor seconds, those a megapixel,
+    wall-clock seconds, and the parts; also the machine's load at the start.
 
     Args:
         image: a photograph.
@@ -39,7 +39,7 @@ def run(image: str, specifications: Sequence[str]) -> dict[str, Any]:
     load = os.getloadavg()[0]
     rows = []
     for coder in codecs(expand(specifications)):
-        coder.decode(coder.encode(np.ascontiguousarray(pixels[:64, :64])))  # what is made once
+        coder.decode(coder.encode(np.ascontiguousarray(pixels[:64, :64])))  # warm-up
         row: dict[str, Any] = {"codec": coder.name}
         with _timed() as parts:
             data = coder.encode(pixels)
@@ -66,7 +66,7 @@ def _a_megapixel(parts: dict[str, float], area: float) -> dict[str, Any]:
 
 @contextmanager
 def _timed() -> Iterator[dict[str, float]]:
-    """Processor seconds by part of what runs inside, `total` and `wall` when it has ended."""
+    """Processor seconds of the block by part; when it has ended also `total` and `wall`."""
     parts: dict[str, float] = {}
 
     def timed(owner: type, method: str, name: str) -> Any:
@@ -103,7 +103,7 @@ def _processor() -> float:
 
 
 def table_text(result: dict[str, Any]) -> str:
-    """The rows for people."""
+    """The rows as a text table."""
     lines = [
         f"{result['image']}; {result['machine']}, threads {result['threads']}, load {result['load']}"
     ]

@@ -1,4 +1,4 @@
-"""A training step alone: Lightning's trainer with nothing beside the steps, and a clock for them."""
+"""A training step alone: Lightning's trainer without any extras, and a clock for its steps."""
 
 import time
 from typing import Any

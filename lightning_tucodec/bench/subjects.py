@@ -1,8 +1,8 @@
 """What the coding benches time: models with latents that carry information, and CompressAI's.
 
 Time depends on what is coded: a model without training makes latents that are all equal, which cost a
-coder next to nothing. So an untrained preset gets symbols drawn from its own P, by decoding random bits,
-after its scales were shifted until P has the wanted rate; CompressAI's networks likewise.
+coder next to nothing. So the scales of an untrained preset are shifted until P has the wanted rate, and
+its symbols are drawn from this P by decoding random bits. CompressAI's networks are treated likewise.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ PEERS = ("mbt2018", "cheng2020-attn")
 QUALITIES = {"mbt2018": 4, "cheng2020-attn": 6}
 """Quality of the zoo whose network a peer is, where its name does not say it, as `mbt2018:8` does."""
 
-_HYPER_DECAY = 0.02  # z of the untrained presets: P(k) falls so fast, as a trained model's does
+_HYPER_DECAY = 0.02  # z of the untrained presets: how fast P(k) decays, as in a trained model
 
 
 def picture(height: int, width: int) -> NDArray[np.uint8]:
@@ -59,7 +59,7 @@ class Subject:
         name: of its rows.
         model: ours.
         pixels: H×W×3.
-        latents: coded in the place of the picture's own, which an untrained model does not have.
+        latents: coded instead of the picture's own, which an untrained model cannot provide.
     """
 
     name: str
@@ -84,9 +84,9 @@ class Subject:
         return int((np.ptp(self.latents.y, axis=(0, 1)) == 0).sum())
 
     def coder(self) -> tuple[Callable[[], None], Callable[[], None]]:
-        """Actions that run the coder alone over all strips, forth and back.
+        """Actions that run the coder alone over all strips: encoding and decoding.
 
-        What the networks say is prepared. Forth: symbols to intervals to bytes; back: bytes to symbols.
+        The networks' outputs are precomputed. Encoding: symbols to intervals to bytes; decoding: the inverse.
         """
         entropy = self.model.entropy_model
         tables = entropy.laplace
@@ -115,7 +115,7 @@ def trained(name: str, pixels: NDArray[np.uint8], device: str = "cpu") -> Subjec
 
 
 def sampled(preset: str, bpp: float, pixels: NDArray[np.uint8], device: str = "cpu") -> Subject:
-    """An untrained preset whose P has `bpp`, with symbols drawn from P.
+    """An untrained preset whose P has the rate `bpp`, with symbols drawn from P.
 
     Raises:
         ValueError: no shift of the scales gives this rate.
@@ -132,17 +132,17 @@ def sampled(preset: str, bpp: float, pixels: NDArray[np.uint8], device: str = "c
     bias, shift = "entropy.parameters.scale.bias", int(tensors["entropy.parameters.scale.shift"])
 
     def draw(step: int) -> tuple[TucModel, Latents, float]:
-        """The model with its scales `step` table entries up, symbols of it and their bpp."""
+        """The model with its scales raised by `step` table entries, symbols drawn from it, their bpp."""
         changed = {**tensors, bias: tensors[bias] + (step << shift)}
         model = TucModel(ModelFile(f"{preset}, {bpp} bpp", file.config, changed, {}), device)
         rows, z, bits = [], [], 0
         for top, bottom in strip_bounds(height, width):
-            # 24 bits a symbol are more than P has at any of these rates.
+            # 24 bits a symbol are more than P needs at any of these rates.
             count = (bottom - top) * width * model.entropy_model.network.latent_channels
             words = np.random.default_rng(top).integers(
                 0, 1 << 32, 4096 + 3 * count // 4, np.uint32
             )
-            words[0] |= 1 << 31  # a head that an encoder could have left
+            words[0] |= 1 << 31  # a head that an encoder could have written
             decoder = rans.RansDecoder(words.tobytes())
             strip_z, strip_y = wavefront.take(model.entropy_model, decoder, bottom - top, width)
             rows.append(strip_y)
@@ -161,7 +161,7 @@ def sampled(preset: str, bpp: float, pixels: NDArray[np.uint8], device: str = "c
 
 
 class _Constant(nn.Module):
-    """Returns what it was made with."""
+    """Returns the value that it was built with."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -175,8 +175,8 @@ class _Constant(nn.Module):
 class Peer:
     """One of CompressAI's networks with random weights and y drawn from its own P at `bpp`.
 
-    The last layer of its entropy parameters says one Gaussian everywhere, from which y is drawn; every layer
-    runs as always. The same latents are coded by our exact engine for such networks.
+    The last layer of its entropy parameters predicts one Gaussian everywhere, from which y is drawn; all
+    layers run as usual. The same latents are coded by our exact engine for such networks.
 
     Attributes:
         name: of its rows; of the zoo, and its quality (see `QUALITIES`).
@@ -265,7 +265,7 @@ class Peer:
 
     @contextlib.contextmanager
     def _drawn(self) -> Iterator[None]:
-        """Inside, g_a returns the drawn latents."""
+        """Within this context g_a returns the drawn latents."""
         hook = self.network.g_a.register_forward_hook(lambda *_: self._y)
         try:
             yield
@@ -290,7 +290,7 @@ class Peer:
 
 
 def _gaussian_scale(bits: float) -> float:
-    """The standard deviation at which a rounded Gaussian has so many bits of entropy."""
+    """The standard deviation at which a rounded Gaussian has this many bits of entropy."""
 
     def entropy(scale: float) -> float:
         edges = torch.arange(-60, 61, dtype=torch.float64) - 0.5

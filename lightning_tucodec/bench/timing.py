@@ -14,7 +14,7 @@ from lightning_tucodec.errors import ConfigError
 
 
 def in_turns(actions: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each action; the actions take turns, so that a busy moment hits all alike."""
+    """Seconds of each action; the actions take turns, so that other load affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
         for name, action in actions.items():
@@ -41,13 +41,13 @@ def rows_of(
 
 
 def machine(device: str = "cpu") -> str:
-    """The kind of machine that the times belong to."""
+    """The kind of machine on which the times were measured."""
     text = f"{platform.machine()}, {os.cpu_count()} cores"
     return f"{text}, {torch.cuda.get_device_name()}" if device.startswith("cuda") else text
 
 
 def check_device(device: str) -> None:
-    """Refuse what cannot be measured.
+    """Refuse a device that cannot be measured.
 
     Raises:
         ConfigError: there is no such device here.
@@ -59,7 +59,7 @@ def check_device(device: str) -> None:
 
 
 def synchronise(device: str) -> None:
-    """Wait for what a device has been told to do, so that a time is that of the work."""
+    """Wait for a device's queued work, so that a time includes it."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
@@ -67,14 +67,14 @@ def synchronise(device: str) -> None:
 def asked(
     what: str, value: float, *, at_least: float | None = None, at_most: float | None = None
 ) -> dict[str, Any]:
-    """A measured value beside the bound that it is held to."""
+    """A measured value beside the bound that is required of it."""
     met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
     bound = f"≥ {at_least}" if at_least is not None else f"≤ {at_most}"
     return {"what": what, "value": round(value, 4), "asked": bound, "met": met}
 
 
 def table_text(result: dict[str, Any]) -> str:
-    """The rows for people."""
+    """The rows as a text table."""
     text = io.StringIO()
     for row in result["rows"]:
         beside = ", ".join(f"{ratio:.2f} × {name}" for name, ratio in row["ratio_to"].items())

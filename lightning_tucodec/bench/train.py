@@ -1,8 +1,8 @@
 """How fast a training step is, and what it waits for: `tucodec bench train`.
 
 The same network is trained on the same crops in turns: by this package's module under Lightning, and by
-the loop of CompressAI's `examples/train.py` (float32 batches, Adam, clipping to 1, a look at the loss every
-ten steps). Time is taken over many steps at once, with the device's queue empty at both ends.
+the loop of CompressAI's `examples/train.py` (float32 batches, Adam, clipping to 1, reading the loss every
+ten steps). Time is measured over many steps at once, with the device's queue empty at both ends.
 """
 
 import resource
@@ -46,7 +46,7 @@ def defaults(device: str) -> tuple[int, int]:
 
 
 def matmul_peak(device: str, dtype: torch.dtype, repeats: int = 10) -> float:
-    """FLOP/s of the fastest of some products of two square matrices: what a step's share is taken of."""
+    """FLOP/s of the fastest of several products of square matrices: the peak for a step's share."""
     side = 8192 if device.startswith("cuda") else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
@@ -76,7 +76,7 @@ class _Repeated:
 
 
 class _Resident(PatchDataModule):
-    """Data that nobody waits for."""
+    """Data that lies on the device already, so that no step waits for it."""
 
     device = "cpu"
     repeated: _Repeated | None = None
@@ -110,7 +110,7 @@ def example_loop(
     """Train as CompressAI's `examples/train.py` does.
 
     Args:
-        network: answers with what has CompressAI's form in `as_dict()`; it has no auxiliary loss.
+        network: its output has an `as_dict()` of CompressAI's form; it has no auxiliary loss.
         batches: float32 N×3×H×W on the host.
         device: of the network.
         tick: called after every step.
@@ -136,7 +136,7 @@ def example_loop(
 
 
 class _Bench:
-    """What is trained on what, each in a turn.
+    """The network and the data of all turns.
 
     Args:
         shards: of patches that are not smaller than the crops.
@@ -212,9 +212,9 @@ def run(
     compiled: bool = False,
     codec: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Images a second, the share of time that waits for data, FLOP/s, their share of a product's, memory.
+    """Images a second, the share of time spent waiting for data, FLOP/s, their share of the peak, memory.
 
-    The share that waits: how much shorter a step is whose batch lies in the device's memory already.
+    The waiting share: how much shorter a step is when its batch already lies in the device's memory.
 
     Args:
         source: photographs; by default generated ones.
@@ -223,8 +223,8 @@ def run(
         repeats: turns.
         device: "cpu" or "cuda".
         batch, crop: by default those of `defaults`.
-        workers: decoding processes; by default the cores but one, at most 16.
-        compiled: ours as one compiled graph, on a GPU in bf16-mixed alone.
+        workers: decoding processes; by default all cores but one, at most 16.
+        compiled: ours as one compiled graph, on a GPU in bf16-mixed only.
         codec: replaced fields of the preset, see `training.vae.resolve_codec`.
 
     Raises:
@@ -235,7 +235,7 @@ def run(
     batch, crop = batch or usual[0], crop or usual[1]
     workers = min(16, cores() - 1) if workers is None else workers
     precisions = ["32-true", "bf16-mixed"] if device == "cuda" else ["32-true"]
-    precisions = precisions[-1:] if compiled else precisions  # to compile takes minutes
+    precisions = precisions[-1:] if compiled else precisions  # compiling takes minutes
     model = {"preset": preset, "codec": codec}
     with temporary_folder() as scratch:
         source = source or str(photographs(scratch / "photographs", 8))

@@ -73,7 +73,7 @@ def run(batch: int = 8, crop: int = 128, repeats: int = 10) -> dict[str, Any]:
 
     Args:
         batch: crops a step.
-        crop: side of the square crops, of noise: what they show does not change the time.
+        crop: side of the square crops. They are noise, since their content does not change the time.
         repeats: steps that count, after three that do not.
     """
     torch.manual_seed(0)

@@ -85,14 +85,14 @@ class Table:
         return loss * self.pixels[:, None]
 
     def only(self, exists: NDArray[np.bool_]) -> "Table":
-        """The same with no other candidates than these of n×k."""
+        """The same table restricted to these n×k candidates."""
         return replace(self, bytes=np.where(exists, self.bytes, -1))
 
     def capped(self, bpp: float) -> "Table":
-        """The same with no file of more than `bpp` bits a pixel of its own image.
+        """The same table without files of more than `bpp` bits a pixel of their own image.
 
         Raises:
-            ConfigError: an image has no file so small.
+            ConfigError: an image has no file that small.
         """
         most = [math.floor(Fraction(str(bpp)) * int(pixels) / 8) for pixels in self.pixels]
         within = (self.bytes >= 0) & (self.bytes <= np.array(most)[:, None])
@@ -233,7 +233,7 @@ def _check_reachable(
 ) -> None:
     """Refuse a limit that even the most favourable choice misses, with what would help.
 
-    `stated` is the limit as it was given, of which `limit` is what whole numbers allow.
+    `stated` is the limit as it was given; `limit` is the same in integers.
     """
     filled = np.where(exists, weight, np.iinfo(np.int64).max)
     best = filled.argmin(1)

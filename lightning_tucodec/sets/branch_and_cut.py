@@ -44,7 +44,7 @@ def solve_limits(
     if max(largest_sum(values, exists) for values in (cost, *weights)) >= SUM_MAX:
         raise ConfigError("the sums do not fit into 64 bits")
     useful = exists & ~dominated(np.stack([cost, *weights], 2), exists)
-    # HiGHS accepts a row that is violated by its tolerance; then the limits are drawn in as much.
+    # HiGHS accepts a row that is violated by its tolerance; then the limits are tightened by as much.
     bound: int | None = None
     for margin in (0.0, 1e-6, 1e-5, 1e-4):
         drawn = [limit - math.ceil(margin * limit) for limit in limits]
@@ -53,7 +53,7 @@ def solve_limits(
             if bound is None and reached:
                 raise ConfigError(_joint_violation(cost, weights, limits, useful, names, seconds))
             break
-        # Both are bounds of the true problem only without margin.
+        # Both are bounds of the true problem only if no margin was applied.
         bound = math.ceil(lower) if bound is None else bound
         rows = np.arange(len(cost))
         if all(
@@ -88,7 +88,7 @@ def _milp(
         constraints.append(
             LinearConstraint(csr_array(weight[row, column][None] / unit), -np.inf, limit / unit)
         )
-    # The least of each row is no choice; leaving it out keeps the digits for what is.
+    # Every choice pays its row's minimum; subtracting it keeps the digits for the differences.
     least = np.where(useful, cost, np.iinfo(np.int64).max).min(1)
     above = (cost - least[:, None])[row, column]
     unit = max(1, int(above.max(initial=0)))

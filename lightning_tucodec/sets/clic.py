@@ -1,6 +1,6 @@
 """A submission measured as CLIC's server did.
 
-The manifest is not trusted: the streams are decoded in a process of its own, without
+The manifest is not trusted: the streams are decoded in a separate process, without
 the models of this machine and without a network, and the pictures are compared with the originals.
 """
 
@@ -76,16 +76,16 @@ def verify(
     Args:
         folder: the submission.
         originals: files and folders that hold the images.
-        required: what the set must keep to, whatever limits the manifest claims; those count as well, but for
-            the decoding time, which was measured elsewhere.
+        required: limits that the set must meet. Those in the manifest count as well, except for the
+            decoding time, which was measured elsewhere.
 
     Returns:
         The measured totals (`images, pixels, bytes, bpp, psnr, ms_ssim, ms_ssim_mean,
-        decode_seconds, decoder_bytes`) and what is wrong, a line each: damaged or exchanged streams,
+        decode_seconds, decoder_bytes`) and one line for each fault: damaged or exchanged streams,
         values that differ from the manifest's, missed limits, a decoder above `MAX_DECODER_BYTES`.
 
     Raises:
-        ConfigError: there is no readable manifest, an original is missing, or two have one name.
+        ConfigError: there is no readable manifest, an original is missing, or two have the same name.
     """
     manifest = read_manifest(folder)
     required = (required or Requirements(Limits())).one()
@@ -141,9 +141,9 @@ def verify(
 
 
 def _impossible(manifest: dict[str, Any], table: Table) -> list[str]:
-    """What a manifest says of its choice that the measured set refutes.
+    """What a manifest claims of its choice and the measured set refutes.
 
-    That no choice is better, `verify` cannot know without the candidates; it prints it as a claim.
+    Without the candidates `verify` cannot know that no choice is better; it prints that as a claim.
     """
     quantity, told = manifest["minimised"], manifest["totals"]
     bound, gap, method = told["bound"], told["gap"], told["method"]
@@ -190,7 +190,7 @@ def decoder_bytes_of_all(folders: Sequence[Path]) -> int:
 
 
 def _calls_ffmpeg(name: str) -> bool:
-    """Whether a codec's decoder does, whatever a manifest says of it."""
+    """Whether a codec's decoder calls ffmpeg, whatever a manifest says of it."""
     from lightning_tucodec.codecs.h266.codec import H266
 
     kind, _ = split(name)
@@ -210,7 +210,7 @@ def _decode_elsewhere(folder: Path, out: Path) -> Generator[dict[str, Any], None
         ConfigError: the process ended before the last image.
     """
     elsewhere = str(out / "none")
-    # What is installed for the user alone is found through HOME.
+    # Packages that are installed for this user only are found through HOME.
     packages = {"PYTHONUSERBASE": site.getuserbase()}
     environment = {**os.environ, **packages, "TUCODEC_MODELS": elsewhere, "HOME": elsewhere}
     words = ["clic", "decode", str(folder), "-o", str(out), "--json"]
@@ -218,7 +218,7 @@ def _decode_elsewhere(folder: Path, out: Path) -> Generator[dict[str, Any], None
     with (
         tempfile.TemporaryFile() as errors,
         processes.child(
-            # -P: no module from the folder that the user stands in, which may be the submission.
+            # -P: import no module from the working directory, which may be the submission.
             [sys.executable, "-P", "-c", _ISOLATED, *words],
             ours=True,
             env=environment,
@@ -363,7 +363,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 
 def complain(name: str, wrong: Sequence[str]) -> int:
-    """Print what is wrong with a submission, a line each on stderr; the exit status."""
+    """Print the faults of a submission, one line each on stderr; returns the exit status."""
     for line in wrong:
         print(f"tucodec: {name}: {line}", file=sys.stderr)
     return 1 if wrong else 0

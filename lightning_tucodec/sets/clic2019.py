@@ -23,7 +23,7 @@ class Entry:
         ms_ssim: of the set.
         size: bytes in all.
         seconds: to decode the set, on CLIC's server.
-        minimised: what was driven as far as the limits allow.
+        minimised: the quantity that was minimised within the limits.
     """
 
     name: str
@@ -112,7 +112,7 @@ def comparison(measured: dict[str, dict[str, Any]], minimised: dict[str, Quantit
 
 
 def parts(sizes: Sequence[tuple[str, int]]) -> list[str]:
-    """Which of the validation images are there, a line a part.
+    """Which of the validation images are there, one line per part.
 
     Args:
         sizes: file names and pixels of images.

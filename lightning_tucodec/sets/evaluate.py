@@ -92,14 +92,14 @@ def evaluate(
         images: files.
         codecs: at their settings.
         rows_file: JSON lines; measurements are appended as they finish.
-        workers: images coded in parallel; as many as there are processors and memory for when None.
+        workers: images coded in parallel; when None as many as processors and memory allow.
         keep: folder for the coded files, `<sha256 of the file>.bin`.
         part: only this share of the work, for several machines.
-        others: more files of rows, which are only read.
+        others: further files of rows, which are only read.
         metrics: names of `perceptual.MEASURES`; rows that lack one are measured again.
 
     Returns:
-        One row a pair (of the share), images outermost, in the order given: the entries of `measure` with
+        One row per pair (of the share), images outermost, in the order given: the entries of `measure` with
         `image`, `codec` and, for codecs behind our 4:2:0 conversion, `ceiling_psnr`.
 
     Raises:
@@ -116,7 +116,7 @@ def evaluate(
         for j, codec in enumerate(codecs)
         if part is None or part.holds(j * len(images) + i)
     ]
-    # Threads serve: coders are other processes or release the interpreter's lock.
+    # Threads suffice: coders are other processes or release the interpreter's lock.
     sizes = {path: image_pixels(path) or 0 for path in images}
     workers = affordable_workers(max(sizes.values())) if workers is None else workers
     if workers < 1:

@@ -1,4 +1,4 @@
-"""What an evaluation will take: workers that the memory holds, and minutes."""
+"""What an evaluation will need: the workers that fit into memory, and the minutes left."""
 
 import contextlib
 import threading
@@ -16,7 +16,7 @@ _TOLD_FROM = 1.0
 
 
 def affordable_workers(pixels: int, available: int | None = None) -> int:
-    """As many as there are processors and memory for.
+    """As many workers as processors and memory allow.
 
     Args:
         pixels: of the largest image; 0 where that is not known.
@@ -57,11 +57,11 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 class Forecast:
-    """The minutes that are left, told once every setting has been timed.
+    """The minutes that are left, reported once when every setting has been timed.
 
     Args:
         jobs: setting and pixels of every coding that has yet to be done.
-        workers: that work at a time.
+        workers: codings that run at a time.
     """
 
     def __init__(self, jobs: Sequence[tuple[str, int]], workers: int) -> None:
@@ -75,15 +75,15 @@ class Forecast:
         self._lock = threading.Lock()
 
     def known(self, setting: str, pixels: int, row: Mapping[str, Any]) -> None:
-        """Take note of a coding that was measured before; as these take no time, none of them tells."""
+        """Record a coding that was measured before; these take no time, so no forecast follows them."""
         with self._lock:
             self._note(setting, pixels, row["encode_seconds"] + row["decode_seconds"])
 
     def finished(self, setting: str, pixels: int, seconds: float) -> str | None:
-        """Take note of a coding.
+        """Record a coding.
 
         Returns:
-            A line for the user, once: when no setting is unknown any more and more than a minute is left.
+            A line for the user, once: when every setting has been timed and more than a minute is left.
         """
         with self._lock:
             self._note(setting, pixels, seconds)

@@ -28,7 +28,7 @@ _SIMILARITY = ("ms_ssim", "ms_ssim_db")
 
 
 class Journal:
-    """Finished measurements by key; what is added is in the file at once.
+    """Finished measurements by key; additions are written to the file at once.
 
     Args:
         path: JSON lines; the file and its folder are made where they are missing.
@@ -83,7 +83,7 @@ class Journal:
 
 
 def codec_digest(codec: ImageCodec) -> str:
-    """A short digest of what a codec says of itself."""
+    """A short digest of a codec's description."""
     described = json.dumps(codec.describe(), sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 

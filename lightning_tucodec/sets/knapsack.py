@@ -145,7 +145,7 @@ def solve_one_limit(
             proven = bound + width + 1
             width = 4 * width
         elif beam < beam_max:
-            # Alike sizes and distortions: few states may do as well, but do not prove it.
+            # Similar sizes and distortions: few states may find the optimum, but do not prove it.
             beam = beam_max
         else:
             break
@@ -244,8 +244,8 @@ def _states(  # type: ignore[no-untyped-def]
     """Pareto states (weight, reduced cost), row by row, and the way back from the best.
 
     Returns:
-        Whether a choice was found, whether no more than `beam` states came together in any row (if
-        so, an even selection of them went on), and the index of the picked entry of each row.
+        Whether a choice was found, whether every row had at most `beam` states (where there were
+        more, an even selection was kept), and the index of the picked entry of each row.
     """
     n = len(starts) - 1
     weight = np.zeros(1, np.int64)
@@ -315,7 +315,7 @@ def _states(  # type: ignore[no-untyped-def]
         stage[i + 1] = stage[i] + count
         weight = new_weight[:count].copy()
         excess = new_excess[:count].copy()
-    # Without rows to decide, what is left is the base choice.
+    # With no rows to decide, the base choice remains.
     if n == 0:
         return slack >= 0 and slack <= width // multiplier, complete, picks
     # Weights ascend and costs descend, so that the last state is the cheapest.

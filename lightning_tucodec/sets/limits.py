@@ -1,4 +1,4 @@
-"""Limits that are relative to pixels: what the images of a set make of them."""
+"""Limits relative to the number of pixels, and their absolute values for a set of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from lightning_tucodec.sets.manifest import Limits, byte_budget
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a set must keep to, as a command is told.
+    """The limits that a set must meet, as given to a command.
 
     Attributes:
         limits: of the set, absolute.
@@ -29,7 +29,7 @@ class Requirements:
 
     def __post_init__(self) -> None:
         for rate in (*self.budgets, *filter(None, [self.max_image_bpp])):
-            byte_budget(rate, 1)  # refused now if it is no rate
+            byte_budget(rate, 1)  # refuses an invalid rate now
         if len(set(self.budgets)) < len(self.budgets):
             raise ConfigError("--max-bpp: a budget is given twice")
 
@@ -65,7 +65,7 @@ class Requirements:
         return bool(self.limits.given()) or bool(self.budgets) or pace is not None
 
     def over(self, pixels: int) -> Limits:
-        """The limits of a set of so many pixels under one budget."""
+        """The limits of a set of this many pixels under one budget."""
         limits = self.limits
         if self.budgets:
             allowed = byte_budget(self.one().budgets[0], pixels)

@@ -1,4 +1,4 @@
-"""What stands in the folder of a submission, checked before anything of it is used.
+"""The contents of a submission's folder, checked before any of it is used.
 
     submission/
         manifest.json     image, candidate, file, bytes and hashes of each; limits and totals
@@ -34,9 +34,9 @@ FORMAT = "tucodec-submission-2"
 MANIFEST = "manifest.json"
 DECODE = "decode"
 
-# It is part of the format: another text needs another number there. Else `verify` would name submissions of
-# earlier versions, and `allocate` would not replace them, without a word on why.
-# -P: a folder that the user happens to stand in provides no Python modules.
+# The text is part of the format: a change of it needs another number in FORMAT. Otherwise `verify` would
+# reject submissions of earlier versions, and `allocate` refuse to replace them, without saying why.
+# -P: Python imports no module from the working directory.
 DECODE_TEXT = """\
 #!/bin/sh
 # Decodes this submission to PNG files in the folder $1 (default: decoded); --force behind it
@@ -72,7 +72,7 @@ Check = Callable[[Any], bool]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the set must keep to; None: no such limit.
+    """The limits that the set must meet; None: no such limit.
 
     Attributes:
         max_bytes: sum of the streams' bytes.
@@ -81,7 +81,7 @@ class Limits:
         max_seconds: sum of decoding times.
 
     Raises:
-        ConfigError: a limit is negative, not finite or beyond all measure.
+        ConfigError: a limit is negative, not finite or absurdly large.
     """
 
     max_bytes: int | None = None
@@ -95,7 +95,7 @@ class Limits:
                 raise ConfigError(f"the limit {name} cannot be {value}")
 
     def given(self) -> dict[str, float]:
-        """Those that there are, by name."""
+        """The limits that are set, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -111,7 +111,7 @@ def byte_budget(bpp: float, pixels: int) -> int:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a manifest can name an image so: a file name without control characters."""
+    """Whether a manifest may use this image name: a file name without control characters."""
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
@@ -214,7 +214,7 @@ _MODEL_FILE = _matches(r"models/[0-9a-f]{16}\.safetensors")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a submission, of which keys, types and references are as this program writes them.
+    """The manifest of a submission; its keys, types and references are as this program writes them.
 
     Raises:
         ConfigError: there is none, or it is not one; says what is wrong first.
@@ -345,7 +345,7 @@ def told_file(folder: Path, name: str, told: Mapping[str, Any]) -> bytes:
 
 
 def contents(folder: Path) -> Iterator[str]:
-    """Names, below the folder, of all that is in it but folders; links are not followed."""
+    """Relative names of everything in the folder except folders; links are not followed."""
     for parent, folders, files in os.walk(folder):
         inside = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in files + inside:
@@ -379,7 +379,7 @@ def wrong_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def write_script(path: Path, text: str) -> None:
-    """A script that its user can run."""
+    """Write an executable script."""
     path.write_text(text, encoding="utf-8")
     path.chmod(0o755)
 
@@ -396,9 +396,9 @@ def budgets(folder: Path) -> list[str]:
 
 
 def foreign(folder: Path) -> str | None:
-    """Why a folder is more or other than a whole submission that this program wrote; None if it is not.
+    """Why a folder is not exactly a complete submission of this program; None if it is.
 
-    An empty folder is nobody's; one for several budgets consists of submissions.
+    An empty folder passes; one for several budgets consists of submissions.
 
     Raises:
         OSError: the folder cannot be read.

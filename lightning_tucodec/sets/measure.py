@@ -117,7 +117,7 @@ def kept_file(keep: Path, row: Row) -> Path:
 
 
 def peak_memory(specification: str, image: Path) -> int:
-    """Bytes at the peak while a codec codes and decodes an image in a process of its own (Linux).
+    """Peak memory in bytes while a codec codes and decodes an image in a separate process (Linux).
 
     Raises:
         TucodecError: the codec cannot.

@@ -45,7 +45,7 @@ DEFINITIONS = {
 
 
 def summarise(rows: Sequence[Row], codecs: Sequence[ImageCodec]) -> list[Row]:
-    """One row a codec for the whole set; see `DEFINITIONS`."""
+    """One row per codec for the whole set; see `DEFINITIONS`."""
     from lightning_tucodec.quality.metrics import bits_per_pixel
 
     sets = []

@@ -56,7 +56,7 @@ class Candidates:
     """Images, codecs and the folder beside the submission where each pair is coded once.
 
     Attributes:
-        paths: images, no two of one file name without its ending.
+        paths: images; their file names without suffixes all differ.
         codecs: the candidates.
         folder: `rows.jsonl`, those of parts, and `streams/<sha256>.bin`.
     """
@@ -88,14 +88,14 @@ class Candidates:
         return cls(paths, coders, out.with_name(out.name + "-candidates"))
 
     def code(self, workers: int | None, part: Part | None = None) -> list[Row]:
-        """Code and measure what has not been, or the share of it; one row a pair, images outermost."""
+        """Code and measure what is missing, or a share of it; one row per pair, images outermost."""
         own = "rows.jsonl" if part is None else f"rows.{part.index}-of-{part.count}.jsonl"
         others = [path for path in sorted(self.folder.glob("rows*.jsonl")) if path.name != own]
         streams = self.folder / "streams"
         return evaluate(self.paths, self.codecs, self.folder / own, workers, streams, part, others)
 
     def forget_damaged(self) -> None:
-        """Remove coded files whose content is not that of their name, so that they are coded again."""
+        """Remove coded files whose content does not match their name, so that they are coded again."""
         for path in (self.folder / "streams").glob("*.bin"):
             ours = re.fullmatch("[0-9a-f]{64}", path.stem) and path.is_file()
             if ours and hashlib.sha256(path.read_bytes()).hexdigest() != path.stem:
@@ -113,21 +113,21 @@ def build(
 
     Args:
         candidates: what there is to choose from.
-        out: the submission's folder. A former submission there is replaced if every file of it is one that
-            this program wrote; at each moment the former or the new one exists.
+        out: the submission's folder. An earlier submission there is replaced if this program wrote every
+            file of it; at any moment either the earlier or the new one exists.
         minimise: `sse` or `ms_ssim` for the best quality, or `bytes`.
-        required: what the set must keep to; of several budgets each has a folder of its own in `out`.
+        required: limits that the set must meet; with several budgets each has its own folder in `out`.
         workers: codings at a time; all processors when None.
 
     Returns:
-        The choice by the name of its folder in `out`, which is "" for the only one.
+        The choices by the names of their folders in `out`; "" for a single one.
 
     Raises:
-        ConfigError: no choice keeps to the limits.
+        ConfigError: no choice meets the limits.
         OutputError: the folder holds something else.
         TucodecError: an image cannot be read or coded.
     """
-    # Only where something is chosen: a decoder need not wait for numba.
+    # Imported only where something is chosen: a decoder need not wait for numba.
     from lightning_tucodec.sets.allocation import allocate
 
     out = out.resolve()
@@ -140,7 +140,7 @@ def build(
     parts = {f"{b:.10g}": required.only(b) for b in required.budgets} if several else {"": required}
     out.parent.mkdir(parents=True, exist_ok=True)
     found = {}
-    # A name of its own: nothing that lies beside is ever in the way.
+    # A unique name, which cannot collide with anything beside it.
     with temporary_folder(out) as work:
         new = work / "new"
         for name, part in parts.items():
@@ -196,7 +196,7 @@ def _write(
 
 
 def _check_replaceable(folder: Path, shown: Path) -> None:
-    """Raise OutputError unless nothing is lost with `folder`, which the message calls `shown`."""
+    """Raise OutputError if replacing `folder` would lose anything; the message calls it `shown`."""
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
@@ -218,7 +218,7 @@ def _put(new: Path, out: Path) -> None:
         _check_replaceable(out, out)
         former = new.with_name(FORMER)
         out.rename(former)
-        # Whatever somebody put there meanwhile: now nobody finds it by its name any more. It goes back.
+        # Check again: others may have added files before the rename. If so, the caller puts it back.
         _check_replaceable(former, out)
     new.rename(out)
 
@@ -319,7 +319,7 @@ def run_allocate(arguments: argparse.Namespace) -> int:
 
 
 def _tell(entries: Sequence[Row], best: "Allocation") -> None:
-    """Print a choice for people."""
+    """Print a choice in readable form."""
     for name, count in Counter(entry["codec"] for entry in entries).most_common():
         size = sum(entry["bytes"] for entry in entries if entry["codec"] == name)
         print(f"{count:6d} × {name} ({100 * size / best.bytes:.1f} % of the bytes)")
@@ -330,10 +330,10 @@ def _tell(entries: Sequence[Row], best: "Allocation") -> None:
 
 
 def _submit(arguments: argparse.Namespace, candidates: Candidates) -> None:
-    """Array and last job to Slurm, or their commands to stdout.
+    """Submit the array and the last job to Slurm, or print their commands.
 
-    The last job does whatever a lost element of the array has left, so it waits for the array's end and
-    not for its success.
+    The last job completes what lost elements of the array have left undone. So it waits for the array's
+    end, not for its success.
     """
     count: int = arguments.slurm
     if count > len(candidates.paths):

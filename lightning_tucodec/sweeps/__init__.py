@@ -1,4 +1,4 @@
-"""Sweeps: a file of stages and grids to one immutable configuration a task, and their jobs in Slurm.
+"""Sweeps: from a file of stages and grids to one immutable configuration per task, and to jobs in Slurm.
 
 A plan is a folder `sweeps/<name>-<id>`, the id a hash of all resolved configurations:
 

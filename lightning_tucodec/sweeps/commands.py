@@ -34,7 +34,7 @@ def run_submit(arguments: argparse.Namespace) -> int:
 
 
 def run_here(arguments: argparse.Namespace) -> int:
-    """`tucodec sweep run`: without Slurm; called again it goes on where it was stopped."""
+    """`tucodec sweep run`: without Slurm; when called again it resumes where it was stopped."""
     from lightning_tucodec.training.beside.companions import UNMIRRORED
 
     plan = _planned(arguments)
@@ -61,12 +61,12 @@ def run_here(arguments: argparse.Namespace) -> int:
 
 
 def _fit(config: Path) -> tuple[int, int]:
-    """Train in a process of its own.
+    """Train in a separate process.
 
-    Lightning starts the other ranks with the words and the environment of its own process; what one task
-    leaves in them is nothing to the next. Whoever stops this process stops that one, which has its own
-    session: it hears of Ctrl-C once, whether all were told or this process alone. Whoever kills it kills that
-    one as well, since it watches.
+    Lightning starts the other ranks with the arguments and environment of its process, and no task may
+    change them for the next. Signals that stop this process are forwarded to the child. The child has its
+    own session, so it receives Ctrl-C only once, even if the whole group was signalled. It watches its
+    parent and ends when this process is killed.
 
     Returns:
         Its exit status; the signal that told this process to stop, or 0.
@@ -79,8 +79,8 @@ def _fit(config: Path) -> tuple[int, int]:
     def forward(number: int, frame: object) -> None:
         received.append(number)
         for child in children:
-            # To the training Ctrl-C is as TERM, which a Python that only starts does not answer with a
-            # traceback; the second one means: now.
+            # The first Ctrl-C is forwarded as SIGTERM, on which a Python that is still starting prints no
+            # traceback; the second one stops the training at once.
             first_interrupt = received == [signal.SIGINT]
             child.send_signal(signal.SIGTERM if first_interrupt else number)
 
@@ -89,7 +89,7 @@ def _fit(config: Path) -> tuple[int, int]:
         words = [sys.executable, "-m", "lightning_tucodec.cli", "fit", "--config", str(config)]
         environment = {**os.environ, "TUCODEC_PARENT": str(os.getpid())}
         children.append(subprocess.Popen(words, env=environment, start_new_session=True))
-        if received:  # in the moment before
+        if received:  # before the child existed
             children[0].terminate()
         status = children[0].wait()
     finally:
@@ -111,7 +111,7 @@ def _note(plan: Plan, task: Task, event: str, status: int | None) -> None:
 
 
 def _planned(arguments: argparse.Namespace, dry: bool = False) -> Plan:
-    """The plan that is named, or the plan of the sweep that is named, written unless `dry`."""
+    """The named plan, or the plan of the named sweep, written unless `dry`."""
     if arguments.sweep.is_dir():
         if arguments.set:
             raise ConfigError(f"{arguments.sweep}: a plan does not change; --set needs SWEEP.yaml")

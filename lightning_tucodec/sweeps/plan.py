@@ -63,7 +63,7 @@ class Plan:
             try:
                 resolved[task] = resolve(*draft.layers())
                 check_config(resolved[task])
-                RunFolder.of(resolved[task])  # looks at shards and weights; better now than in jobs
+                RunFolder.of(resolved[task])  # checks shards and weights now, not only in the jobs
             except TucodecError as error:
                 raise ConfigError(f"{sweep}: {task.name}: {error}") from None
         named = [[asdict(task), config] for task, config in resolved.items()]

@@ -73,7 +73,7 @@ def _job_name(plan: Plan, stage: str, before: int) -> str:
 
 
 def _split(name: str) -> tuple[str, int]:
-    """Such a name without `before`, and that."""
+    """Such a name without `before`, and `before`."""
     found = re.fullmatch(r"(.*)\+(\d+)", name, re.DOTALL)
     return (found[1], int(found[2])) if found else (name, 0)
 
@@ -96,9 +96,9 @@ def outstanding(plan: Plan, jobs: dict[str, Job]) -> list[Task]:
 
 
 def submit(plan: Plan, tasks: Sequence[Task], jobs: dict[str, Job], dry: bool = False) -> None:
-    """Submit tasks: of a stage, all that may start together are one array of jobs.
+    """Submit tasks; those of a stage that may start together form one job array.
 
-    Where the cluster's MaxArraySize is smaller they are several, each with indices from 0 on.
+    Where the cluster's MaxArraySize is smaller they form several arrays, each with indices from 0 on.
 
     A stage whose tasks each start from the task of the same number in another stage depends on that
     stage's array by `aftercorr`; other predecessors are waited for one by one.
@@ -111,7 +111,7 @@ def submit(plan: Plan, tasks: Sequence[Task], jobs: dict[str, Job], dry: bool = 
 
     Raises:
         ConfigError: a task's predecessor is neither complete nor in the queue nor submitted.
-        ExternalToolError: sbatch does not take them; the message holds the command to give elsewhere.
+        ExternalToolError: sbatch refuses them; the message holds the command to run elsewhere.
     """
     size = _array_size()
     arrays = {name: (job.array, job.before) for name, job in jobs.items()}
@@ -135,7 +135,7 @@ def submit(plan: Plan, tasks: Sequence[Task], jobs: dict[str, Job], dry: bool = 
 
 
 def _dependency(plan: Plan, task: Task, before: int, arrays: dict[str, tuple[str, int]]) -> str:
-    """What `sbatch --dependency` is to say for a task whose predecessor is in an array."""
+    """The value of `sbatch --dependency` for a task whose predecessor is in an array."""
     assert task.after is not None
     previous = plan.task(task.after)
     array, start = arrays[previous.name]

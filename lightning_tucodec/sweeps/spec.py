@@ -31,7 +31,7 @@ class Task:
     Attributes:
         stage: its stage.
         number: its place in the stage and in the stage's array of jobs.
-        label: the values of the grid that make it different from its neighbours.
+        label: the values of the grid that distinguish it within its stage.
         after: name of the task whose final weights it starts with.
     """
 
@@ -88,7 +88,7 @@ class Draft:
             value: replaces the option's value, as `fit` does.
 
         Raises:
-            ConfigError: it is an entry of something that has none.
+            ConfigError: its parent is a value that has no entries.
         """
         group, option, rest = _parts(key)
         if not option:
@@ -112,10 +112,10 @@ class Draft:
 
 
 def _parts(key: str) -> tuple[str, str, str]:
-    """Group, option and what is inside the option of a key.
+    """Group, option and the name inside the option of a key.
 
     Raises:
-        ConfigError: it is no key.
+        ConfigError: it is not a valid key.
     """
     found = re.fullmatch(r"(\w+)(?:\.init_args)?(?:\.(\w+)(?:\.(\S+))?)?", str(key))
     if found is None:
@@ -149,7 +149,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[str, dict[Tas
         overrides: "group.key=value", put into every configuration last.
 
     Raises:
-        ConfigError: the file says something that has no meaning.
+        ConfigError: the file holds something invalid.
     """
     content = read_yaml(path)
     if set(content) != {"name", "stages"} or not isinstance(content["stages"], dict):
@@ -195,7 +195,7 @@ def _read_stage(
         earlier: tasks of the stages before it.
 
     Raises:
-        ConfigError: something has no meaning.
+        ConfigError: something is invalid.
     """
     if not isinstance(entries, dict) or set(entries) - _STAGE.keys() or "config" not in entries:
         raise ConfigError(f"needs `config`, knows {', '.join(sorted(_STAGE))}")
@@ -230,7 +230,7 @@ def _read_stage(
 
 
 def _predecessor(init_from: Config, number: int, count: int, tasks: dict[Task, Draft]) -> str:
-    """The task that `init_from` of a stage means for its task `number`.
+    """The task that a stage's `init_from` refers to for its task `number`.
 
     Raises:
         ConfigError: none or several fit.

@@ -18,7 +18,7 @@ from lightning_tucodec.training.runs.manifest import ECHO, Manifest
 
 @dataclass(frozen=True)
 class Row:
-    """A task's line in the status table; None where there is nothing to say yet.
+    """A task's line in the status table; None where a value is not known yet.
 
     Attributes:
         task: its name.
@@ -87,7 +87,7 @@ def _row(plan: Plan, task: Task, job: Job | None, known: bool) -> Row:
 
 
 def _newest(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
-    """The last value of a metric, of a validation if there was any."""
+    """The last value of a metric, from a validation if there was one."""
     for key in (f"val/{name}", f"train/{name}"):
         for row in reversed(metrics):
             if key in row:
