@@ -63,7 +63,7 @@ def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def preserving(layer: nn.Conv2d) -> nn.Conv2d:
-    """Initialise so that the variance of the input is that of the output.
+    """Initialise so that the output has the variance of the input.
 
     PyTorch's default shrinks it threefold; ten layers later the latent is all zeros after rounding,
     and a network without GDN learns nothing for the first thousand steps.

@@ -35,14 +35,14 @@ class Complexity(NamedTuple):
 
 
 def kmac_per_pixel(work: Callable[[], object]) -> float:
-    """What one call of `work`, on an image of `SIDE` × `SIDE` pixels, costs."""
+    """The cost of one call of `work` on an image of `SIDE` × `SIDE` pixels."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops() / 2 / SIDE**2 / 1000
 
 
 def millions(network: nn.Module) -> float:
-    """Parameters."""
+    """Parameters, in millions."""
     return sum(parameter.numel() for parameter in network.parameters()) / 1e6
 
 

@@ -135,7 +135,7 @@ class CausalContext(nn.Module):
           │              │                      │ shortcut           │ shortcut
           └─ H taps ──(+)┴── gated H ── 1×1 ────┴─ gated H ── 1×1 ───┴── φ ─ 1×1 ─ Υ
 
-    The vertical stream sees rows above, the horizontal one also what is left in the same row.
+    The vertical stream sees the rows above, the horizontal one also earlier positions of its row.
     """
 
     def __init__(self, latent_channels: int, config: ContextConfig) -> None:

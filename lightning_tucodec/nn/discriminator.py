@@ -23,7 +23,7 @@ _AMPLIFY = 8.0  # a reconstruction differs from its original by a few hundredths
 
 
 class Verdict(NamedTuple):
-    """Logits of "this is an original", one or many an image.
+    """Logits of "this is an original", one or many per image.
 
     Attributes:
         real: for the originals; positive where the discriminator is right.
@@ -45,7 +45,7 @@ class PairDiscriminator(nn.Module):
 
     The two come in random order. Every level halves the resolution and gives a scalar; their mean is
     the logit of "the first one". The first layer sees mean and amplified difference of the two, which
-    say the same as the pair.
+    determine the pair.
 
     Args:
         widths: channels of the levels.
@@ -92,7 +92,7 @@ class PairDiscriminator(nn.Module):
 class PatchDiscriminator(nn.Module):
     """Is this patch, given the latent, an original? Mentzer et al. (HiFiC), NeurIPS 2020, Fig. 2 and A.1.
 
-    Spectral normalisation throughout; its state moves with every forward in training mode.
+    Spectral normalisation throughout; every forward in training mode updates its state.
 
     Args:
         latent_channels: M of the codec.
@@ -137,10 +137,10 @@ class PatchDiscriminator(nn.Module):
 def make_discriminator(
     kind: DiscriminatorKind, latent_channels: int, widths: Sequence[int] | None = None
 ) -> PairDiscriminator | PatchDiscriminator:
-    """The discriminator of a name, with its usual widths where none are given.
+    """The named discriminator, with its usual widths where none are given.
 
     Raises:
-        ValueError: another name, or no widths.
+        ValueError: the name is unknown, or there are no widths.
     """
     if widths is not None and (not widths or min(widths) < 1):
         raise ValueError(f"widths of a discriminator must be positive, got {list(widths)}")

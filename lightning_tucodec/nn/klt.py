@@ -30,7 +30,7 @@ def start_as_klt(network: TucodecVAE, x: Tensor) -> None:
     gain = sqrt(λ·ln 2 / 18).
 
     Args:
-        network: of pixels that are folded, pointwise layers and depthwise blocks only (as `tiny`).
+        network: with folded pixels, pointwise layers and depthwise blocks only (as `tiny`).
         x: crops of training images, N×3×H×W in [0, 1].
 
     Raises:
@@ -59,7 +59,7 @@ def start_as_klt(network: TucodecVAE, x: Tensor) -> None:
         values = PixelUnshuffle(isqrt(layer.in_channels // values.shape[1]))(values)
         rows = values.transpose(0, 1).flatten(1).double()
         axes = torch.linalg.eigh(rows @ rows.T)[1].flip(1).T.float()[: layer.out_channels]
-        # A layer wider than its input keeps random rows; they count for nothing at first.
+        # A layer wider than its input keeps random rows; they have no effect at first.
         layer.weight[: len(axes)] = axes[..., None, None]
         nn.init.zeros_(inverse.weight)
         inverse.weight[:, : len(axes)] = axes.T[..., None, None]

@@ -42,7 +42,7 @@ class RateDistortion(NamedTuple):
 
 
 class Reconstruction(Protocol):
-    """What a network makes of N images: `CodecOutput`, and what other networks' output is brought to."""
+    """A network's output for N images: `CodecOutput`, or the output of other networks in this form."""
 
     @property
     def x_hat(self) -> Tensor:
@@ -153,7 +153,7 @@ def make_loss(recipe: str, lmbda: float) -> RateDistortionLoss:
         lmbda: λ in its convention.
 
     Raises:
-        ConfigError: another name, or λ is not positive.
+        ConfigError: the name is unknown, or λ is not positive.
     """
     losses: dict[str, type[RateDistortionLoss]] = {
         "mse": MSERateLoss,
@@ -188,7 +188,7 @@ def check_crop(recipe: str, crop: int) -> None:
 
 
 class AdversarialLoss(Protocol):
-    """The two sides of a game."""
+    """The losses of both players of an adversarial game."""
 
     def discriminator(self, verdict: Verdict) -> Tensor:
         """What the discriminator minimises; a scalar."""
@@ -237,10 +237,10 @@ class HingeLoss:
 
 
 def make_adversarial_loss(kind: AdversarialKind) -> AdversarialLoss:
-    """The loss of a name.
+    """The named loss.
 
     Raises:
-        ConfigError: another name.
+        ConfigError: the name is unknown.
     """
     losses: dict[str, type[PairGameLoss | NonSaturatingLoss | HingeLoss]] = {
         "pair": PairGameLoss,

@@ -38,7 +38,7 @@ def philox(
     key: tuple[int, int],
     rounds: int = _ROUNDS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """128 random bits a counter: four words of 32 bits in int64, of the counters' broadcast shape."""
+    """128 random bits per counter: four words of 32 bits in int64, of the counters' broadcast shape."""
     a, b, c, d = counter
     for turn in range(rounds):
         first, second = ((k + turn * bump) & _WORD for k, bump in zip(key, _BUMPS, strict=True))
@@ -63,7 +63,7 @@ class Noise(NamedTuple):
 
     @classmethod
     def of(cls, seed: int, positions: Tensor) -> "Noise":
-        """Of a run's seed, any integer."""
+        """From a run's seed, any integer."""
         word = derive(seed & MASK_64, _NOISE)
         return cls((word & _WORD, word >> 32), positions)
 

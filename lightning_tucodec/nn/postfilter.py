@@ -106,7 +106,7 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         """Shape and resolution stay; scale and shift are N×C×1×1, or None for 1 and 0."""
         inner = self.conv1(F.leaky_relu(x, _SLOPE))
-        # In place where no gradient needs what was there: fresh memory costs a decoder as much as the sums.
+        # In place where no gradient needs the old values: new memory costs a decoder as much as the sums.
         if scale is not None and shift is not None:
             inner = torch.addcmul(
                 shift, inner, scale, out=None if torch.is_grad_enabled() else inner
@@ -136,7 +136,7 @@ class QpModulation(nn.Module):
 
 
 class PostFilter(nn.Module):
-    """Proposes corrections of decoded pictures; the first of an untrained one is zero."""
+    """Proposes corrections of decoded pictures; before training the first correction is zero."""
 
     def __init__(self, config: PostFilterConfig) -> None:
         super().__init__()
@@ -149,8 +149,8 @@ class PostFilter(nn.Module):
         self.body = nn.ModuleList(PreActivationBlock(config.channels) for _ in range(config.blocks))
         values = 3 * factor**2
         self.tail = conv3x3(config.channels, values * config.corrections)
-        # The first is used from the start and learns from zero; a weight of the others starts at
-        # zero, so they must not.
+        # The first correction is used from the start and may begin at zero. The others' weights
+        # begin at zero, so these corrections must not.
         nn.init.zeros_(self.tail.weight[:values])
         self.modulation = (
             QpModulation(config.channels, config.blocks) if config.conditioned else None
@@ -182,7 +182,7 @@ class PostFilter(nn.Module):
 
     @property
     def reach(self) -> int:
-        """Pixels beyond which the input has no say in an output pixel; even."""
+        """Distance in pixels beyond which the input cannot affect an output pixel; even."""
         layers = 2 + 2 * self.config.blocks
         return 2 * layers + 2 if self.config.half_resolution else math.ceil(layers / 2) * 2
 
@@ -190,7 +190,7 @@ class PostFilter(nn.Module):
 def axes(like: Tensor) -> Tensor:
     """Directions of the corrections in R, G, B, 3×3: gray, B − G and 2R − G − B, each of length one.
 
-    Filled in where it is needed: a constant of the host would be copied to the device in every step.
+    Built on the device: a constant on the host would be copied to the device in every step.
     """
     return torch.stack([like.new_full((), value) for row in _AXES for value in row]).view(3, 3)
 
@@ -229,6 +229,6 @@ class Normal(NamedTuple):
             count, dtype=self.gram.dtype, device=self.gram.device
         )
         right = self.right + worth[..., None] * default
-        # `solve` would ask the device whether it worked; the ridge sees to that.
+        # `solve` would wait for the device to report success; the ridge guarantees it.
         solution = torch.linalg.solve_ex(self.gram + ridge, right)[0].transpose(1, 2)
         return (solution * WEIGHT_STEPS).round().clamp(-128, 127) / WEIGHT_STEPS

@@ -64,7 +64,7 @@ class Quantizer(nn.Module):
         return index, centres[index], below[index], above[index]
 
     def hard(self, y: Tensor) -> Quantized:
-        """What the coder makes of y, whatever the mode; float32."""
+        """y quantised as the coder does it, in any mode; float32."""
         with torch.autocast(y.device.type, enabled=False):
             index, centre, below, above = self.assign(y)
             return Quantized(centre, index, below, above)
@@ -114,10 +114,10 @@ class CompandedQuantizer(LearnedCentres):
     φ is the piecewise linear map through (k, c_k), continued beyond the end centres. In training g_s and
     the rate see the same ŷ, and the rate is the mass between φ(t̃ − ½) and φ(t̃ + ½): for any u these
     intervals tile the line. Otherwise t is rounded, and the cells φ(k ± ½) are exactly the Voronoi cells.
-    With unit gaps this is additive noise (Ballé et al. 2017), which it contains.
+    With unit gaps this is additive noise (Ballé et al. 2017).
 
-    The middle centre stays at zero. Noise does not notice where a cell's edge lies, so a free grid
-    drifts until the edge stands on the most frequent value, where real files pay for it.
+    The middle centre stays at zero. Additive noise is blind to where a cell's edge lies, so a free grid
+    drifts until the edge stands on the most frequent value, which costs bits in real files.
     """
 
     joint = True
@@ -152,7 +152,7 @@ class ClusterQuantizer(LearnedCentres):
 
     ŷ = c_j*, j* = argmin_j |y − c_j|; the gradient is that of
     ỹ = Σ_j c_j·exp(−σ|y − c_j|) / Σ_l exp(−σ|y − c_l|). Beyond the end centres, where ỹ is flat, the gradient
-    of y is passed straight through so that such values find back.
+    of y is passed straight through so that such values can return.
 
     The middle centre is learned as well.
 
@@ -174,7 +174,7 @@ class ClusterQuantizer(LearnedCentres):
     def _sums(self, centres: Tensor, sigma: Tensor) -> Tensor:
         """What the soft sum needs to know of the centres on both sides of y; (M + 1)×6.
 
-        Row k serves the y with k centres at or below them. Its first three values are the nearest centre c
+        Row k is for values y with k centres at or below. Its first three values are the nearest centre c
         below, Σ exp(−σ(c − c_j)) and Σ (c_j − c)·exp(−σ(c − c_j)) over all centres j below; the others are
         the same of the centres above. Where there are none, the sums are zero.
         """
@@ -194,8 +194,8 @@ class ClusterQuantizer(LearnedCentres):
     def soft(self, y: Tensor, origin: Tensor) -> Tensor:
         """ỹ of eq. 2; float32.
 
-        All centres below y have weights that y changes by one factor, and so have those above: two looks into
-        a table give the whole sum.
+        A change of y scales the weights of all centres below it by one factor, and of those above by another.
+        So two table look-ups give the whole sum.
 
         Args:
             y: any shape.

@@ -39,7 +39,7 @@ class Halo(NamedTuple):
 
 
 class Span(NamedTuple):
-    """One side of a tile, in latent positions: [start, stop) is kept of what [first, last) gives."""
+    """One axis of a tile, in latent positions: it reads [first, last) and keeps [start, stop)."""
 
     start: int
     stop: int
@@ -119,7 +119,7 @@ def _spans(length: int, step: int, halo: Halo) -> list[Span]:
 
 
 def _divisions(length: int, halo: Halo) -> Iterator[list[Span]]:
-    """Ways to divide a side evenly, from one span to spans that keep as much as their halo has."""
+    """Ways to divide a side evenly, from one span down to spans that keep as much as their halo."""
     seen = 0
     for parts in range(1, -(-length // ALIGNMENT) + 1):
         step = -(-length // (parts * ALIGNMENT)) * ALIGNMENT
@@ -133,8 +133,8 @@ def _divisions(length: int, halo: Halo) -> Iterator[list[Span]]:
 def tiles(height: int, width: int, halo: Halo, memory: int) -> list[tuple[Span, Span]]:
     """Tiles (rows, columns) that cover an h×w plane with the least work within about `memory` bytes.
 
-    Tiles keep at least as many rows and columns as they read on top; where even those need more memory,
-    they are used all the same.
+    Tiles keep at least as many rows and columns as their halo adds. The smallest such tiles are used even
+    if they need more memory.
     """
 
     def sides(spans: list[Span]) -> tuple[int, int]:

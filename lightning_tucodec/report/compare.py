@@ -74,7 +74,7 @@ def build_page(
 
 
 def bd_text(rows: Sequence[Row], anchor: str | None) -> str:
-    """The BD rows for people."""
+    """The BD rows as text."""
     if not rows:
         return "no BD-rate: it needs two curves of four points"
     lines = [f"BD-rate against {anchor}, of means over the images"]
@@ -102,7 +102,7 @@ def bd_text(rows: Sequence[Row], anchor: str | None) -> str:
 
 
 def _picture(report: Path, label: str) -> Path:
-    """Where the curves of a quality are drawn; the same as SVG lies beside."""
+    """The picture of a quality's curves; the same as SVG lies beside it."""
     return report.with_name(f"{report.stem}-{label.lower()}.png")
 
 

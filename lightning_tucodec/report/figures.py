@@ -19,7 +19,7 @@ AXES: dict[Quality, str] = {"psnr": "PSNR (RGB), dB", "ms_ssim_db": "MS-SSIM, dB
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DARK_COLOURS = ("#5AB4F0", "#F08A4B", "#2CC69A", "#E2A0C4", "#8CD0F5", "#F2B53A", "#E7EAEE")
 """`COLOURS` for a dark page."""
-# By plotly's names, with matplotlib's.
+# Plotly's names, each with matplotlib's.
 MARKERS = {
     "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "X", "triangle-down": "v",
     "cross": "P", "star": "*",
@@ -50,8 +50,8 @@ class Style:
 def style(index: int, measured: bool = True) -> Style:
     """The style of the curve with this number.
 
-    Seven colours and eight markers have no common period, so that 56 curves differ in one of them; of any two
-    among 21 measured ones, two of colour, marker and dash differ. Published curves are dotted.
+    Seven colours and eight markers have no common period, so any two of 56 curves differ in one of them. Any
+    two of 21 measured ones differ in two of colour, marker and dash. Published curves are dotted.
     """
     colour = index % len(COLOURS)
     rounds: tuple[Dash, ...] = ("solid", "longdash", "dashdot")
@@ -76,7 +76,7 @@ def rd_figure(
         quality: the vertical axis.
         title: a line above the figure.
         bpp_range: cuts the horizontal axis.
-        styles: one a curve; `style` of its place when None.
+        styles: one per curve; when None, `style` of its place.
 
     Returns:
         The paths of the PNG and the SVG.
@@ -133,7 +133,7 @@ def rd_figure(
 
 
 class Panel(NamedTuple):
-    """One picture of a comparison: uint8 H×W×3 with what stands above it."""
+    """One picture of a comparison: uint8 H×W×3, and the text above it."""
 
     title: str
     detail: str
@@ -151,7 +151,7 @@ def comparison_figure(
     Args:
         panels: the original first, then reconstructions; `detail` usually names bpp and dB.
         path: of the PNG.
-        columns: pictures a row.
+        columns: pictures per row.
         crop: left, top, width, height of the part to show; everything when None.
 
     Raises:

@@ -42,8 +42,8 @@ def scenes(
 ) -> list[Scene]:
     """The gallery of some evaluations.
 
-    Of every curve each image is shown at the point whose rate is nearest to `bpp`, on a logarithmic
-    scale; where that is None, nearest to the image's middle point of the first curve.
+    For every curve, each image is shown at the point whose rate is nearest to `bpp`, on a logarithmic
+    scale; if `bpp` is None, nearest to the image's middle point of the first curve.
 
     Args:
         evaluations: results of `tucodec evaluate`.
@@ -102,7 +102,7 @@ class _Originals:
 
 
 def matched(rows: Sequence[Row], bpp: float | None) -> list[Row]:
-    """One row a curve: the one whose rate is nearest to the target, see `scenes`; none without a rate."""
+    """One row per curve: the one with the rate nearest to the target, see `scenes`; none without a rate."""
     rows = [row for row in rows if row["bpp"] is not None and 0 < row["bpp"] < math.inf]
     families: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
@@ -168,8 +168,8 @@ def _caption(row: Mapping[str, Any]) -> str:
 def picture(image: NDArray[np.uint8], share: int, scale: int = 1) -> tuple[str, str]:
     """A data URI of about `share` bytes at most, and how the picture is stored in it.
 
-    WebP, without loss where that fits; else the finest quality that does, or the coarsest. With a
-    `scale` above 1 each pixel is the mean of so many by so many.
+    WebP, lossless where that fits; else at the highest quality that fits, or the lowest. With a
+    `scale` above 1 each pixel is the mean of `scale`×`scale` pixels.
     """
     image = _reduced(image, scale)
     data = _webp(image, lossless=True, method=2)
@@ -210,7 +210,7 @@ def bit_map(coder: ImageCodec, image: NDArray[np.uint8]) -> NDArray[np.float64] 
     from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel
 
     if isinstance(coder, RefinedModel):
-        coder = coder.model  # where the bits are before refinement
+        coder = coder.model  # the map is that of the bits before refinement
     return coder.bit_map(image) if isinstance(coder, TucModel) else None
 
 

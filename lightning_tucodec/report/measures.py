@@ -24,11 +24,11 @@ def measure_rows(evaluations: Iterable[Evaluation], anchor: str) -> list[Row]:
     Rates and measures are means over the images that both curves have.
 
     Args:
-        evaluations: results; those of one codec's settings are put together.
+        evaluations: results; those of one codec's settings are merged.
         anchor: name of a measured curve.
 
     Returns:
-        A row a curve: `codec`, `images`, `percent` (BD-rate by measure, a text where there is none) and
+        One row per curve: `codec`, `images`, `percent` (BD-rate by measure, a text if there is none) and
         `mean` (of MS-SSIM and the measures of JPEG AI; None where one of them is missing).
     """
     families: dict[str, _Points] = {}
@@ -63,12 +63,12 @@ def measure_rows(evaluations: Iterable[Evaluation], anchor: str) -> list[Row]:
 
 
 def _images(points: _Points) -> set[str]:
-    """Those that all points have."""
+    """The images that all points have."""
     return set.intersection(*(set(rows) for rows in points.values()))
 
 
 def _means(points: _Points, images: set[str]) -> list[Row]:
-    """A row a point: means over the images of the rate and of all measures that every row holds."""
+    """One row per point: means over the images of the rate and of all measures that every row holds."""
     means = []
     for rows in points.values():
         own = [rows[image] for image in sorted(images)]
@@ -104,7 +104,7 @@ def measure_table(rows: Sequence[Row], anchor: str) -> Table:
 
 
 def measure_text(rows: Sequence[Row], anchor: str) -> str:
-    """The rows of `measure_rows` for people."""
+    """The rows of `measure_rows` as text."""
     measures = list(dict.fromkeys(key for row in rows for key in row["percent"]))
     width = max(len(row["codec"]) for row in rows)
     heads = "".join(f"{name:>12}" for name in [*measures, "mean"])

@@ -26,8 +26,8 @@ def bd_rows(
         rates: in bpp.
 
     Returns:
-        A row a curve and quality: `codec`, `quality`, `at` (a pair a rate: bpp, and the difference in dB or
-        None where one of the curves does not reach), then `percent` (BD-rate), `low` and `high` (95 %
+        One row per curve and quality: `codec`, `quality`, `at` (per rate: bpp, and the difference in dB, or
+        None where a curve does not reach it), then `percent` (BD-rate), `low` and `high` (95 %
         interval; None without rows of images), `samples` and `kept` (of the bootstrap), `decibels`
         (BD-quality, or None), `range`, `overlap`, `method`, `images` (that both have, or None), `counts` (of
         the anchor's and this mean's images, None where unknown), or `refused`, why there is none.
@@ -53,10 +53,10 @@ def bd_rows(
 
 
 def _comparable(anchor: Entry, test: Entry, quality: Quality) -> tuple[Curve, Curve]:
-    """Means over the images that both have, where both are known image by image.
+    """Means over the images that both have, if both curves are known image by image.
 
     Raises:
-        ConfigError: they share none.
+        ConfigError: they share no image.
     """
     if anchor.images is None or test.images is None:
         return anchor.curve, test.curve
@@ -119,7 +119,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Entries of the runs' configs that are not the same in all, one value a run."""
+    """Entries that differ between the runs' configs, one value per run."""
     flat = [flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for entry in flat for key in entry)
     table = {key: [entry.get(key) for entry in flat] for key in keys}
@@ -168,7 +168,7 @@ def model_complexity(name: str) -> tuple[float, float, float, float] | None:
 
 
 def kept_samples(row: Row) -> str:
-    """Of how many samples an interval is, where some have no BD-rate."""
+    """A note on how many samples an interval is of, if some have no BD-rate."""
     lacking = row["kept"] < row["samples"]
     return f" ({row['kept']} of {row['samples']} samples)" if lacking else ""
 
@@ -178,7 +178,7 @@ FEW_IMAGES = 5
 
 
 def few_images(rows: Sequence[Row]) -> str:
-    """What to say of intervals over very few images; empty where there are none."""
+    """A note on intervals over very few images; empty if there are none."""
     few = sorted({n for row in rows if (n := row.get("images")) and n < FEW_IMAGES})
     if not few:
         return ""
@@ -187,7 +187,7 @@ def few_images(rows: Sequence[Row]) -> str:
 
 
 def other_images(row: Row) -> str:
-    """What to say of a BD-rate between means over sets of images that cannot be the same."""
+    """A note on a BD-rate between means over sets of images that cannot be the same."""
     anchor, test = row["counts"]
     is_apart = row["images"] is None and None not in (anchor, test) and anchor != test
     return f"means over {test} and {anchor} images" if is_apart else ""

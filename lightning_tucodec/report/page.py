@@ -39,7 +39,7 @@ class Trace:
 
 
 class Chart(NamedTuple):
-    """A chart; `part` is the section that it stands in, the ranges are what is shown first."""
+    """A chart; `part` is its section of the page, the ranges are the initial view."""
 
     caption: str
     x_label: str
@@ -52,7 +52,7 @@ class Chart(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table to sort. A cell is text, None, or (value to sort by, text)."""
+    """A sortable table. A cell is text, None, or (value to sort by, text)."""
 
     caption: str
     columns: Sequence[str]

@@ -30,7 +30,7 @@ PUBLISHED = "published, not decodable here"
 
 @dataclass(frozen=True)
 class Candidates:
-    """Every coding of every image that is known.
+    """Every known coding of every image.
 
     Attributes:
         table: the codings; MS-SSIM and seconds are NaN where they were not published.
@@ -43,7 +43,7 @@ class Candidates:
     published: frozenset[str]
 
     def part(self, families: Sequence[str], minimise: Quantity, limits: Limits) -> Table | None:
-        """The codings of some families that state all that the question needs; None where images lack one."""
+        """The codings of some families that state all values needed; None if an image has no such coding."""
         table = self.table
         exists = (table.bytes >= 0) & np.isin(self.families, families)
         if minimise == "ms_ssim" or limits.min_ms_ssim is not None:
@@ -141,7 +141,7 @@ def reached(given: Candidates, minimise: Quantity, required: Requirements) -> li
         required: of the set.
 
     Returns:
-        A row a choice: `candidates`, `published` (whether some of them are), and `bytes, bpp, psnr, ms_ssim,
+        One row per choice: `candidates`, `published` (whether any is), and `bytes, bpp, psnr, ms_ssim,
         seconds_per_megapixel, gap, shares` (images and bytes by candidate), or `refused`, why there is none.
     """
     names = list(dict.fromkeys(given.families))

@@ -56,7 +56,7 @@ class Entry:
         curve: mean over images.
         images: image by image, where that is known.
         measured: by this package, not published.
-        count: of how many images the mean is, where that is known.
+        count: number of images in the mean, where that is known.
         sizes: pixels of the images, by their names without a suffix, of a published table.
     """
 
@@ -75,7 +75,7 @@ class Evaluation:
         path: of the file.
         sets: a row a codec.
         rows: a row a codec and image.
-        codecs: what each says of itself.
+        codecs: the description of each.
         definitions: averaging rules.
     """
 
@@ -104,7 +104,7 @@ def read_sources(sources: Iterable[str]) -> Material:
     """Read them all; curves of one name get their source's name as well.
 
     Raises:
-        ConfigError: one of them is nothing that can be read; the message names it.
+        ConfigError: one of them cannot be read; the message names it.
     """
     material = Material()
     for source in sources:
@@ -121,7 +121,7 @@ def read_sources(sources: Iterable[str]) -> Material:
     names = [entry.curve.name for entry in material.entries]
     for index, entry in enumerate(material.entries):
         label = names[index]
-        # Two results of one codec are what is compared as often as two codecs.
+        # Two results of one codec are compared as often as two codecs.
         if names.count(entry.curve.name) > 1:
             label = f"{entry.curve.name} ({names[: index + 1].count(entry.curve.name)})"
             material.notes.append(f"{label}: {entry.curve.source}")
@@ -131,7 +131,7 @@ def read_sources(sources: Iterable[str]) -> Material:
 
 
 def _identities(evaluations: Sequence[Evaluation]) -> Iterator[str]:
-    """Where names of images say less than their content, or are all that is known."""
+    """Warnings where images can only be matched by name, or one name has different content."""
     contents: dict[str, set[str]] = {}
     for evaluation in evaluations:
         if not all("pixels" in row for row in evaluation.rows):
@@ -196,7 +196,7 @@ def _add_file(material: Material, path: Path) -> None:
 
 
 def _evaluation(path: Path, content: Row) -> Evaluation:
-    """What `read_results` does not look at.
+    """The evaluation, with the checks that `read_results` does not make.
 
     Raises:
         ValueError: it is not what `tucodec evaluate` writes.
@@ -281,7 +281,7 @@ def _add_published(material: Material, specification: str) -> None:
 
 
 def _as_measured(material: Material) -> None:
-    """Make published curves those of the images that were measured, or say that they are of others."""
+    """Restrict published curves to the images that were measured, or say that they are of others."""
     pictures: dict[tuple[str, int], Row] = {}
     for evaluation in material.evaluations:
         for row in evaluation.rows:

@@ -83,7 +83,7 @@ def rd_charts(material: Material) -> list[Chart]:
 
 
 def limits(entries: Sequence[Entry], quality: Quality) -> tuple[Range, Range]:
-    """Ranges of rate and quality that are shown first.
+    """Ranges of rate and quality in the initial view.
 
     Published curves may reach far beyond what was measured; None where nothing was.
     """
@@ -102,7 +102,7 @@ def point_table(entries: Sequence[Entry]) -> Table:
     rows: list[list[Any]] = []
     for entry in entries:
         lines = [entry.curve.lines.get(quality, (np.empty(0),) * 2) for quality in QUALITIES]
-        # What is left out of one quality only leaves a rate without the other, or two rates.
+        # A rate that only one quality's line has leaves the other's cell empty.
         for bpp in sorted({float(bpp) for rates, _ in lines for bpp in rates}):
             at = [[v for b, v in zip(*line, strict=True) if b == bpp] for line in lines]
             rows += [
@@ -262,7 +262,7 @@ def cost_tables(material: Material) -> list[Table]:
 
 
 def _without_empty(table: Table) -> Table:
-    """Without the columns in which no row has anything."""
+    """The table without its empty columns."""
     kept = [
         i for i in range(len(table.columns)) if any(row[i] not in (None, "") for row in table.rows)
     ]

@@ -51,7 +51,7 @@ class Published:
 
 
 def names() -> list[str]:
-    """The sets there are."""
+    """Names of the available sets."""
     found = (file.name for file in _FOLDER.iterdir())
     return sorted(name.removesuffix(".yaml") for name in found if name.endswith(".yaml"))
 
@@ -94,7 +94,7 @@ def _curve(title: str, entry: Mapping[str, Any]) -> Published:
 
 
 def mean_of(images: ImageCurves, source: str) -> Curve:
-    """The mean over images; a quality that was not published is no part of it, and no gap in it."""
+    """The mean over images; a quality that was not published is left out of it."""
     return replace(images.mean(), source=source, left_out=())
 
 
