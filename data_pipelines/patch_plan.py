@@ -15,20 +15,20 @@ from lightning_tucodec.io.hashing import derive, permute
 
 
 class Row(NamedTuple):
-    """A sample to be: its place in the shard and its patch."""
+    """A planned sample: its place in the shard and its patch."""
 
     row: int
     patch: Patch
 
 
 class PatchPlan:
-    """Which patch becomes which sample, as arrays of a few bytes a patch.
+    """Which patch becomes which sample, as arrays of a few bytes per patch.
 
     Args:
         options: of the build.
         sources: its sources.
         entries: all images.
-        notes: of the images in their order (`inspection`); each is let go before the next is read.
+        notes: of the images in their order (`inspection`); each is freed before the next is read.
 
     Attributes:
         rejected: a row for each image that is not used: `source, image, kind, reason`.
@@ -116,7 +116,7 @@ class PatchPlan:
 
 
 def _even_shares(available: NDArray[np.int64], count: int | None) -> NDArray[np.int64]:
-    """How many of its patches each image gives, so that none gives many while another has more."""
+    """How many patches each image gives: as evenly as the available numbers allow."""
     if count is None or count >= available.sum():
         return available
     low, high = 0, int(available.max())

@@ -3,8 +3,8 @@
 1. Each photograph is coded as a whole, at some of the settings given; the streams lie in a cache, by the
    hash of the photograph's bytes and of the codec's description. So a build that was stopped resumes, and an
    additional setting does not repeat the others.
-2. Patches of the decoded pictures, at even places, are dealt to shards. A shard is a function of the plan
-   and the streams alone.
+2. Patches of the decoded pictures, at even coordinates, are dealt to shards. A shard is a function of the
+   plan and the streams alone.
 
 A sample is `training.input.precoded.Precoded` as bytes. The index is written last, as in `tucodec shards
 build`.
@@ -89,7 +89,7 @@ def setting_of(specification: str) -> Vvc:
     """The H.266 setting of a specification.
 
     Raises:
-        ConfigError: it is of another codec.
+        ConfigError: it names another codec.
     """
     found = codec(specification)
     if not isinstance(found, Vvc):
@@ -199,7 +199,7 @@ def _advance(
 
 
 def _claim(storage: Storage, name: str) -> dict[str, Any] | None:
-    """Put our name on the output; the index, if the build is complete already."""
+    """Claim the output for this build; returns the index if the build is complete already."""
     for file in (INDEX, f"{_STATE}/build.json"):
         try:
             found: dict[str, Any] = json.loads(storage.read(file))

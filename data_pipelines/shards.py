@@ -160,7 +160,7 @@ class _Build:
         return self._finish(plan)
 
     def _claim(self) -> dict[str, Any] | None:
-        """Refuse an output that holds another build; otherwise put our name on it.
+        """Refuse an output that holds another build; otherwise claim it.
 
         Returns:
             The index, if the build is complete already.
@@ -218,7 +218,7 @@ class _Build:
         run_tasks(_write_shard, tasks, len(mine), self.workers, "write")
 
     def _finish(self, plan: PatchPlan) -> Summary:
-        """Index and list of rejected images, then the notes go."""
+        """Write the index and the list of rejected images, then remove the notes."""
         shards = []
         for number in range(plan.shards):
             record = self._record(number)

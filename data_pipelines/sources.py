@@ -24,8 +24,8 @@ def _is_archive(name: str) -> bool:
 class Entry(NamedTuple):
     """One image file: number of its source, name in it, first byte (within a tar) and size.
 
-    What may hold images but is none is rejected as an image would be: a folder that may not be read, whose
-    name ends with "/", an archive, a link that leads nowhere.
+    Also what may hold images but cannot be read, to be rejected as an image is: an unreadable folder (its
+    name ends with "/"), an archive, a broken link.
     """
 
     source: int
@@ -44,7 +44,7 @@ class Source:
 
     def __init__(self, location: str) -> None:
         if not is_remote(location):
-            # What a link leads to decides, so that a name and its bytes lie in the same folder.
+            # Links are resolved, so that a name and its bytes lie in the same folder.
             location = Path(expanded(location.removeprefix("file://"))).resolve().as_posix()
         self.location = location
         self.name = PurePosixPath(location).name
@@ -79,7 +79,7 @@ class Source:
         """The bytes of one image file.
 
         Raises:
-            PermissionError: it stands for a folder that may not be read.
+            PermissionError: it stands for an unreadable folder.
             ImageInputError: it is an archive, or no file at all.
         """
         if _is_archive(entry.name):
@@ -126,8 +126,8 @@ def list_entries(sources: Sequence[Source], out: str) -> list[Entry]:
 
     Args:
         sources: of the command line.
-        out: where the shards go. Below a source it is no part of it, so that a build that was killed
-            finds the same images again.
+        out: where the shards go. Inside a source it is left out, so that a resumed build finds the
+            same images again.
 
     Raises:
         DatasetError: there is no image, or a source is itself `out`.

@@ -30,7 +30,7 @@ class Report(NamedTuple):
     Attributes:
         samples: samples read.
         shards: shards read.
-        wrong: one line for each thing that is wrong.
+        wrong: one line for each fault.
     """
 
     samples: int
@@ -69,7 +69,7 @@ def verify(location: str) -> Report:
             samples += int(index.starts[shard + 1] - index.starts[shard])
             wrong += [f"{storage.path(name)}: {line}" for line in _check_tar(data, index, shard)]
             continue
-        # The bytes are not those that were built; say which samples suffer.
+        # The bytes are not those that were built; say which samples are affected.
         wrong += [f"{storage.path(name)}: {line}" for line in _check_tar(data, index, shard)]
     return Report(samples, len(index.names), wrong)
 
@@ -105,7 +105,7 @@ def _check_tar(data: bytes, index: ShardIndex, shard: int) -> Iterator[str]:
 
 def _check_sample(image: bytes, meta: bytes, index: ShardIndex) -> str | None:
     try:
-        if index.format == FORMAT:  # of planes the shard's own hash is the only one
+        if index.format == FORMAT:  # planes have no hash but that of their shard
             Precoded.from_bytes(image, index.patch)
             json.loads(meta)
             return None

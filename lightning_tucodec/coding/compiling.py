@@ -1,4 +1,4 @@
-"""Compiled loops: `numba.njit` at their first call, cached on disk where there is a place for it.
+"""Compiled loops: `numba.njit` at their first call, cached on disk where a folder is writable.
 
 The first use on a machine compiles for about half a minute. It is announced by one line of this
 module's logger, and `clock` leaves it out.
@@ -24,8 +24,8 @@ _log = logging.getLogger(__name__)
 def compiled(function: Callable[..., Any]) -> Any:
     """`numba.njit` without the global lock, for a function of a module.
 
-    Importing numba takes longer than the rest of this package. So what a module finds at first is a
-    stand-in; the first call of any puts the compiled functions in the places of all.
+    Importing numba takes longer than the rest of this package. So a module gets a stand-in first; the
+    first call of any stand-in replaces all of them by the compiled functions.
     """
     _pending.append(function)
 

@@ -59,7 +59,7 @@ class Container:
 
     Attributes:
         kind: the codec of the strips.
-        model_id: 8 bytes; zeros where no model takes part.
+        model_id: 8 bytes; zeros where no model is used.
         width: of the image, in pixels.
         height: of the image, in pixels.
         strips: the coded strips from top to bottom; None for one that `unpack(salvage=True)`
@@ -151,7 +151,7 @@ def unpack(data: bytes, *, salvage: bool = False) -> Container:
         raise CorruptStreamError("the header is damaged (its checksum does not match)")
     position += _CRC_BYTES
 
-    # What follows is as the writer meant it; it may still have meant harm.
+    # From here on the header is as its writer made it; the writer may still be hostile.
     kind, flags = data[len(MAGIC) + 1] & 15, data[len(MAGIC) + 1] >> 4
     if kind not in set(CodecKind):
         raise UnsupportedVersionError(f"codec kind {kind} is unknown: update lightning-tucodec")

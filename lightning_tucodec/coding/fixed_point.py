@@ -117,7 +117,7 @@ def shift_of(tensors: dict[str, Tensor], name: str) -> int:
 
     Raises:
         KeyError: the layer has no such tensor.
-        ModelFileError: no layer of this package drops so many, or so few.
+        ModelFileError: the number is outside the range that layers of this package have.
     """
     shift = int(tensors[f"{name}.shift"])
     if not 1 <= shift <= 40:
@@ -146,7 +146,7 @@ def _context_layers(levels: int, points: bool) -> list[tuple[str, Sequence[Tap]]
 
 
 class IntegerEntropyModel:
-    """h_s, context and entropy parameters over integers; see the module's text for the promise.
+    """h_s, context and entropy parameters over integers; see the module's docstring for the guarantee.
 
     Args:
         tensors: what `quantise_network` returned.
@@ -211,7 +211,7 @@ class IntegerEntropyModel:
             raise ModelFileError("the table of the sigmoid is missing")
         if not bool(((self._sigmoid >= 0) & (self._sigmoid <= 1 << kernels.GATE_BITS)).all()):
             raise ModelFileError("a value of the sigmoid lies outside 0 … 1")
-        # Their sums are added before the shift; the encoder and the compiled decoder would take another one.
+        # Their sums are added before one common shift; encoder and compiled decoder would choose differently.
         if (
             self.has_context
             and len({self._layers[f"parameters.{k}"].shift for k in ("gamma", "upsilon")}) > 1
@@ -281,7 +281,7 @@ class IntegerEntropyModel:
         return self._layers[name](plane.taps("x", _NEIGHBOURS)).unflatten(0, x.shape[:2])
 
     def _upsampled(self, name: str, x: Tensor) -> Tensor:
-        """The layer over x with zeros between its values; what meets a zero is left out."""
+        """The layer over x with zeros between its values; products with these zeros are skipped."""
         height, width = x.shape[:2]
         plane = WholePlane(height, width)
         plane.put("x", x.flatten(0, 1))

@@ -1,6 +1,6 @@
 """Integer probabilities of a rounded Gaussian, as CompressAI's networks model y − μ.
 
-`laplace` needs of its distribution only the upper tail, a table. Here that is the Gaussian's,
+`laplace` needs only a table of its distribution's upper tail. Here it is the Gaussian's,
 
     Q(t) = ½·erfc(t / √2),
 
@@ -30,12 +30,12 @@ SCALE_OCTAVE = 8
 SCALE_COUNT = 12 << SCALE_BITS
 """Number of scales, up to σ = 256."""
 
-_TAIL_END = 6.25  # Q(6.25) of 2^28 counts rounds to none
+_TAIL_END = 6.25  # 2^28·Q(6.25) rounds to zero counts
 
 
 @functools.cache
 def gaussian_tables() -> LaplaceTables:
-    """The tables of whole numbers −SYMBOL_LIMIT … SYMBOL_LIMIT; a symbol's index is it + SYMBOL_LIMIT."""
+    """The tables of the integers k, |k| ≤ SYMBOL_LIMIT; the index of symbol k is k + SYMBOL_LIMIT."""
     symbols = np.arange(-SYMBOL_LIMIT, SYMBOL_LIMIT + 1, dtype=np.int64)
     steps = int(_TAIL_END * (1 << kernels.TAIL_STEP_BITS))
     counts = kernels.TOTAL - symbols.size
@@ -50,7 +50,7 @@ def gaussian_tables() -> LaplaceTables:
     inverse = []
     for index in range(SCALE_COUNT):
         octave, part = divmod(index, 1 << SCALE_BITS)
-        # σ in the middle of its cell, with MU_BITS and one more fractional bits.
+        # σ in the middle of its cell, with MU_BITS + 1 fractional bits.
         middle = ((2 << SCALE_BITS) + 2 * part + 1) << (octave + SCALE_OCTAVE - SCALE_BITS)
         inverse.append(((2 << (unit_bits + MU_BITS + 1)) // middle + 1) // 2)
     tail[0] = min(tail[0], counts // 2)
@@ -63,10 +63,10 @@ def gaussian_tables() -> LaplaceTables:
 
 
 def scale_indices(scale: NDArray[np.int32], lowest: int) -> NDArray[np.int32]:
-    """Indices of scales with MU_BITS fractional bits; what is below `lowest` counts as that.
+    """Indices of scales with MU_BITS fractional bits; smaller ones count as `lowest`.
 
-    The exponent and the first bits of a number's mantissa are its place on the grid: those of float32, in
-    which these numbers are exact.
+    A number's exponent and the first bits of its mantissa are its place on the grid. They are read from
+    float32, in which these numbers are exact.
     """
     exact = scale.clip(lowest, 1 << (SCALE_OCTAVE + 12)).astype(np.float32)
     place = (exact.view(np.int32) >> (23 - SCALE_BITS)) - ((127 + SCALE_OCTAVE) << SCALE_BITS)

@@ -1,4 +1,4 @@
-"""The entropy networks' weights as integers: made of a trained network, and put back into one.
+"""The entropy networks' weights as integers: made from a trained network, and restored into one.
 
 `fixed_point` computes with them.
 """
@@ -64,8 +64,8 @@ def _dense_rows(layer: nn.Conv2d) -> Tensor:
 
 def _transposed_rows(layer: nn.ConvTranspose2d) -> Tensor:
     """in×out×3×3 to (9·in)×out: a transposed convolution is a flipped one over inserted zeros."""
-    # Without storage only the shape counts, and PyTorch would import SymPy to flip nothing; so it would for
-    # `zeros_like` below.
+    # A tensor without storage only needs its shape, and PyTorch would import SymPy to flip it. The same
+    # holds for `zeros_like` below.
     taps = layer.weight if layer.weight.is_meta else layer.weight.flip(2, 3)
     return taps.permute(2, 3, 0, 1).flatten(0, 2)
 
@@ -118,7 +118,7 @@ def quantise_network(network: TucodecVAE) -> dict[str, Tensor]:
     """Integer tensors of the entropy path, for the model file and for `IntegerEntropyModel`.
 
     For every layer `<name>.weight` int16[in, out], `<name>.bias` int64[out] and `<name>.shift` int32[1];
-    also `sigmoid` int32. Γ and Υ parts of a sum share their shift, so that they add up.
+    also `sigmoid` int32. Γ and Υ parts of a sum share their shift, so that they can be added.
     """
     sources = {name: source.mapped() for name, source in _sources(network).items()}
     bits: dict[str, int] = {}

@@ -105,7 +105,7 @@ def laplace_intervals(
     start: Ints,
     frequency: Ints,
 ) -> bool:
-    """Write each symbol's interval; returns False where a symbol is no cell."""
+    """Write each symbol's interval; returns False if a symbol is not a cell's index."""
     cells = edges.size + 1
     last_scale = inverse_scale.size - 1
     for i in range(symbols.size):
@@ -307,7 +307,7 @@ class Network(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What `laplace_decode` knows of a model, and the centres."""
+    """What `laplace_decode` needs of a model, and the centres."""
 
     centres: Ints
     edges: Ints
@@ -341,8 +341,8 @@ def _multiply(network: Network, layer: int, n: int, work: _Work, sums: Ints) -> 
     a, b, c, d = block[0], block[1], block[2], block[3]
     e, f, g, h = block[4], block[5], block[6], block[7]
     for k in range(0, rows, BLOCK):
-        # The weights become float64 here, in the first cache, once for all points: as int16 they
-        # cost a quarter of the traffic, which is what short diagonals wait for.
+        # The weights become float64 here, in the L1 cache, once for all points. Stored as int16 they
+        # need a quarter of the memory traffic, which limits the speed on short diagonals.
         for row in range(BLOCK):
             target = block[row]
             if k + row < rows:

@@ -38,7 +38,7 @@ SCALE_STEPS = 32
 SCALE_COUNT = 12 * SCALE_STEPS + 1
 """Number of scales, up to b = 64; indices outside are taken to the nearest."""
 
-_TAIL_END = 20  # ½·exp(−20) of 2^28 counts rounds to none
+_TAIL_END = 20  # 2^28·½·exp(−20) rounds to zero counts
 _BINS = 1024
 
 

@@ -1,8 +1,8 @@
 """Integer layers of networks that were not trained for them: convolutions of any weights and activations.
 
 `fixed_point` serves this project's own networks, whose activations are bounded by design. Here activations
-are 32-bit integers with FRACTION_BITS fractional bits and lie in ±2^15; a vector of them enters a product
-with one exponent in common (`products`). The weights of every output have as many fractional bits as the
+are 32-bit integers with FRACTION_BITS fractional bits and lie in ±2^15. A vector of them enters a product
+with one common exponent (`products`). The weights of every output have as many fractional bits as the
 proof allows:
 
     Σ|w| < 2^18 and |x| ≤ 2^13  ⇒  |Σ w·x| < 2^31.
@@ -120,7 +120,7 @@ class Convolution:
         phases: one layer for each of stride² places in a cell of the output.
         margin: rows and columns of zeros that the taps reach, around the input.
         stride: positions of the output per position of the input, along each side.
-        shuffle: channels become so many times as many positions along each side.
+        shuffle: factor of the pixel shuffle, along each side.
     """
 
     phases: tuple[products.Weights, ...]
@@ -134,7 +134,7 @@ class Convolution:
         return self.stride * self.shuffle
 
     def __call__(self, x: Plane) -> Plane:
-        """Apply to int32 h×w×C; on PyTorch's number of threads, and exact on any."""
+        """Apply to int32 h×w×C; uses PyTorch's number of threads, and is exact with any."""
         height, width = x.shape[:2]
         around = (self.margin, self.margin)
         plane = np.pad(x, (around, around, (0, 0)))
@@ -169,12 +169,12 @@ def _shuffled(x: Plane, factor: int) -> Plane:
 
 
 def convolution(name: str, layer: nn.Module, slope: float, shuffle: int) -> Convolution | None:
-    """A layer of PyTorch in integers; None: it is none that this module knows.
+    """A layer of PyTorch in integers; None for a kind that this module does not support.
 
     Raises:
         ModelFileError: see `quantised`.
     """
-    # Not of a class derived from these, which may use its weights in another way.
+    # Exact types only: a subclass may use its weights in another way.
     if type(layer) not in (nn.Conv2d, nn.ConvTranspose2d):
         return None
     assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)

@@ -3,7 +3,7 @@
 A vector of activations (int32) enters a layer as 13 bits and a common exponent, rounded: |x| ≤ 2^13. A
 layer's weights are 16-bit numbers with Σ|w| < 2^18 at every output (`layers.quantised` proves it). So no sum
 leaves 32 bits, and processors multiply and add pairs of such numbers in one instruction: five times as fast
-as products in float64, of a quarter of the bytes.
+as products in float64, with a quarter of the bytes.
 
 The functions here trust their arguments. They stand in one file for the reason given in `kernels`.
 """
@@ -50,8 +50,8 @@ class Weights(NamedTuple):
 def _multiply_tile(typing: Any, weight: Any, x: Any, sums: Any, j: Any, p: Any) -> Any:
     """sums[p + b, j + a] = Σ weight[j + a, k]·x[p + b, k], a and b < TILE, in 32-bit integers.
 
-    Written in LLVM's language, as vectors of any processor: from a loop in Python its optimiser does not find
-    the instruction that multiplies and adds pairs of 16 bits.
+    Written in LLVM IR, with portable vectors: from a loop in Python LLVM's optimiser does not find the
+    instruction that multiplies and adds pairs of 16-bit numbers.
     """
     from llvmlite import ir
     from numba import types
@@ -214,7 +214,7 @@ def diagonal(
 def dense(
     layer: Weights, values: Ints, start: Ints, work: tuple[Ints, Ints, Ints], out: Ints
 ) -> None:
-    """start + the layer at points that do not look around, int32 n×C."""
+    """start + a layer that reads no neighbours, at n points, int32 n×C."""
     x, exponent, sums = work
     n, channels = values.shape
     for p in range(n):

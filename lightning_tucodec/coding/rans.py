@@ -74,7 +74,7 @@ class RansDecoder:
     __slots__ = ("head", "words")
 
     def __init__(self, stream: bytes) -> None:
-        """Read the head of `stream`; CorruptStreamError if none can have been written so."""
+        """Read the head of `stream`; CorruptStreamError if no encoder can have written it."""
         size = _HEAD_BYTES_MIN + len(stream) % 4
         state = int.from_bytes(stream[:size], "little")
         body = np.frombuffer(stream[size:], dtype="<u4")

@@ -2,8 +2,8 @@
 
 The format is ryg's rANS with a 64-bit state in [2^31, 2^63) and 32-bit words (Duda, arXiv 1311.2540),
 probabilities of 16 bits; what a table does not hold is escaped: nibbles with the number of nibbles, then the
-value. CompressAI's own decoder trusts its input: a string that is too short, or tables that were computed
-otherwise than the encoder's, give noise or end the process. This one says so.
+value. CompressAI's own decoder trusts its input: a string that is too short, or tables that differ from the
+encoder's, give noise or end the process. This one raises an error.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _UNFIT = (
 
 @compiled
 def _decode(words, head, indexes, cumulative, lengths, offsets, values):  # type: ignore[no-untyped-def]
-    """Decode a symbol for each index; the number of symbols, or of the first that is no symbol, negative."""
+    """Decode a symbol for each index; returns their number, or −1 − i if symbol i is invalid."""
     state, position = head[0], head[1]
     lowest, low_bits = np.uint64(1 << 31), np.uint64(0xFFFF)
     for i in range(len(indexes)):
@@ -69,7 +69,7 @@ def _decode(words, head, indexes, cumulative, lengths, offsets, values):  # type
                     position += np.uint64(1)
                 if count < 0:
                     count = nibble
-                    if count > 8:  # of a value of 32 bits there are no more
+                    if count > 8:  # a 32-bit value has at most eight
                         return -1 - i
                 else:
                     raw |= nibble << (np.int64(4) * read)
@@ -117,9 +117,9 @@ _Tables = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
 
 
 class Rans64Decoder:
-    """In the place of `compressai.ans.RansDecoder`, with the same three methods.
+    """A replacement for `compressai.ans.RansDecoder`, with the same three methods.
 
-    Between `set_stream` and the end of `all_read` a stream is remembered, and what is left of it.
+    Between `set_stream` and the end of `all_read` it remembers a stream and its unread rest.
     """
 
     # Lists by their identity: a raster network hands in the same ones for every position.
@@ -187,7 +187,7 @@ class Rans64Decoder:
         Raises:
             CorruptStreamError: the string does not end with them.
         """
-        own = Rans64Decoder()  # one object of the network's serves all threads
+        own = Rans64Decoder()  # the network's own object is shared by all threads
         own.set_stream(encoded)
         values = own.decode_stream(indexes, cdfs, cdfs_sizes, offsets)
         _check_finished(own)
@@ -216,7 +216,7 @@ def _check_finished(decoder: Rans64Decoder) -> None:
 
 @contextlib.contextmanager
 def all_read() -> Iterator[None]:
-    """Every stream that is set inside, in this thread, must be at its end when this ends.
+    """Every stream that is set in this context, in this thread, must be read to its end.
 
     Raises:
         CorruptStreamError: one is not.

@@ -54,11 +54,11 @@ class RasterModel:
     Attributes:
         hyper: h_s, then the part of the first 1×1 layer that reads its result.
         context: the masked convolution; its taps count from REACH rows and columns outside the plane.
-        parameters: the 1×1 layers; the first one has no bias, and reads the context. The last one says the
-            σ of every channel, then every μ.
+        parameters: the 1×1 layers; the first one has no bias, and reads the context. The last one gives
+            the σ of every channel, then every μ.
         categorical: one table a channel, for z.
         medians: int32[Z], FRACTION_BITS fractional bits.
-        lowest_scale: smaller σ are taken for it; FRACTION_BITS fractional bits.
+        lowest_scale: lower bound of σ; FRACTION_BITS fractional bits.
     """
 
     hyper: tuple[Convolution, ...]
@@ -89,7 +89,7 @@ class RasterModel:
 
 
 def try_out() -> None:
-    """Code a few latents with a model that says one Gaussian everywhere, so that all loops are compiled."""
+    """Code a few latents with a model of one Gaussian everywhere, so that all loops are compiled."""
     scale_and_mean = torch.tensor([1.0, 0.0])
     model = RasterModel(
         (Convolution((quantised("hyper", torch.zeros(2, 1), scale_and_mean),), 0, 1),),

@@ -107,7 +107,7 @@ class Symbols(NamedTuple):
 
 @torch.inference_mode()
 def in_order(model: EntropyModel, z: NDArray[np.int32], y: NDArray[np.int32]) -> Symbols:
-    """What the networks say of one strip of latents, shaped as in `encode`, all positions at once."""
+    """Symbols and parameters of one strip of latents, shaped as in `encode`, all positions at once."""
     height, width, channels = y.shape
     plane = WholePlane(height, width)
     y_hat = torch.from_numpy(model.laplace.centres.astype(np.float64)[y]).flatten(0, 1)
