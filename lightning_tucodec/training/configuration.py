@@ -300,6 +300,12 @@ def _in_plain_words(message: str) -> str:
         group, told = inside[1], inside[2]
         inner = re.match(r'Parser key "([\w.]+)": (.*)', told)
         message = f"{group}.{inner[1]}: {inner[2]}" if inner else f"{group}: {told}"
+    # What it makes of --model.network.class_path after a file that has arguments for that class.
+    message = message.replace(
+        "model: 'dict' object has no attribute 'init_args'",
+        "model.network: another class is named together with its arguments, as in --model.network "
+        "'{class_path: compressai.models.FactorizedPrior, init_args: {N: 128, M: 192}}'",
+    )
     message = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", message)
     message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message)
     return re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", message)

@@ -19,7 +19,7 @@ from lightning_tucodec.codecs.network.build import (
     trusting,
 )
 from lightning_tucodec.codecs.network.codec import NetworkModel, freeze_network
-from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.errors import ConfigError, CorruptStreamError, ModelFileError, TucodecError
 from lightning_tucodec.io.hashing import derive, hash_positions
 from lightning_tucodec.nn.blocks import pad_to_multiple
 from lightning_tucodec.nn.losses import make_loss
@@ -271,7 +271,12 @@ class NetworkModule(CodingModule):
         file = freeze_network(self.shown, self.description, "validation", {})
         with trusting(packages_of(self.description)):  # they have been imported already
             model = NetworkModel(file, str(self.device), self.quality)
-            _ = model.network
+            small = torch.zeros(1, 3, self.stride, self.stride, device=self.device)
+            try:
+                model.decode(model.write(small))
+            except CorruptStreamError as error:
+                name = type(self.network).__name__
+                raise ModelFileError(f"{name} does not decode what it codes: {error}") from None
         return lambda output, x: model.write(x)
 
     def watch(self, output: Any) -> dict[str, float]:

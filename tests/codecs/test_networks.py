@@ -268,6 +268,23 @@ def test_checkpoints_that_are_none(folder: Path, capsys: pytest.CaptureFixture[s
         said = fails(f"import {name}.pth --network mbt2018-mean -o m.safetensors", capsys)
         assert said.startswith(f"tucodec: {name}.pth: ")
     assert not (folder / "touched").exists()
+    description = {
+        "class_path": "compressai.models.MeanScaleHyperprior",
+        "init_args": {"N": 8, "M": 8},
+    }
+    freeze_network(build(description), description, "own", {}).save(folder / "own.safetensors")
+    said = fails("import own.safetensors --network mbt2018-mean -o m.safetensors", capsys)
+    assert "own.safetensors: not a checkpoint of mbt2018-mean (it has no g_a.0.weight)" in said
+
+
+def test_compressai_is_imported_without_warnings() -> None:
+    code = (
+        "from lightning_tucodec.codecs.network.build import find_class\n"
+        "from lightning_tucodec.codecs.network.zoo import of_zoo\n"
+        "find_class('compressai.models.FactorizedPrior'), of_zoo('mbt2018', 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 OLD = {"matrices": "_matrix", "biases": "_bias", "factors": "_factor"}
@@ -320,6 +337,7 @@ def test_arguments_and_quality_of_an_import(
     line = "import elic.pth --network compressai.models.Elic2022Official"
     said = fails(line, capsys)
     assert "elic.pth: not a checkpoint of compressai.models.Elic2022Official" in said
+    assert "); --args gives the class's arguments" in said
     words = [*line.split(), "--args", "{N: 8, M: 12, groups: [2, 4, 6]}"]
     assert cli.main(words) == 0
     assert ModelFile.load(Path("Elic2022Official.safetensors")).name == "Elic2022Official"

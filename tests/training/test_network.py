@@ -193,6 +193,11 @@ class Auxiliary(MeanScaleHyperprior):
 class Breaks(MeanScaleHyperprior):
     def __init__(self, N):
         raise RuntimeError("two\\nlines")
+
+
+class Cut(MeanScaleHyperprior):
+    def decompress(self, strings, shape):
+        return {"x_hat": super().decompress(strings, shape)["x_hat"][..., 1:]}
 """
 
 
@@ -278,6 +283,35 @@ def test_bad_networks_are_one_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("run ")]
     assert len(lines) == 1
     assert told in lines[0]
+
+
+def test_a_class_alone_does_not_replace_a_network(
+    tmp_path: Path, shard_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command(tmp_path / "run", micro(ZOO[0]), shard_folder)
+    for option in ("--model.network.class_path", "--model.init_args.network.class_path"):
+        assert main([*words, option, "compressai.models.FactorizedPrior"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "model.network: another class is named together with its arguments" in line
+    other = line.partition("--model.network '")[2].rstrip("'").replace("128", "8")
+    assert main([*words, "--model.network", other.replace("192", "8")]) == 0
+
+
+def test_a_network_that_does_not_decode_its_files_is_told_at_the_first_validation(
+    tmp_path: Path,
+    shard_folder: Path,
+    val_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bad_networks.py").write_text(BAD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "bad_networks", raising=False)
+    values = micro(next(path for path in ZOO if path.stem == "mean_scale_hyperprior"))
+    values["model"]["init_args"]["network"]["class_path"] = "bad_networks.Cut"
+    assert main(command(tmp_path / "run", values, shard_folder, val_folder)) == 0
+    told = capsys.readouterr().err
+    assert "step 2: no real files, Cut does not decode what it codes: the network makes (1," in told
 
 
 def test_a_warm_start_is_of_the_same_network(

@@ -136,7 +136,10 @@ def import_checkpoint(
         raise
     except UNFIT as error:
         at = f" at quality {quality}" if quality is not None else ""
-        raise ConfigError(f"{path}: not a checkpoint of {network}{at} ({_told(error)})") from None
+        advice = "; --args gives the class's arguments" if "." in network and not arguments else ""
+        raise ConfigError(
+            f"{path}: not a checkpoint of {network}{at} ({_told(error)}){advice}"
+        ) from None
     return freeze_network(made, description, name, card)
 
 
@@ -223,6 +226,8 @@ def _described(network: nn.Module) -> dict[str, Any]:
 
 def _told(error: Exception) -> str:
     """The first difference in PyTorch's account of a state that does not fit."""
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s)") else " ".join(lines)
     return " ".join(text.split())[:160].rstrip(". ") or type(error).__name__
