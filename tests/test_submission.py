@@ -435,6 +435,18 @@ def test_a_slurm_array_fills_the_cache_that_the_last_job_chooses_from(
     assert verify(out, submission) == 0
 
 
+def test_a_budget_without_a_quality_is_remarked(
+    submission: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = str(submission.parent / "photos")
+    words = ["allocate", photos, "--candidate", "jpeg:q=10", "jpeg:q=80", "--max-bpp", "9"]
+    for number, (quality, told) in enumerate(
+        (([], True), (["--maximise", "psnr"], False), (["--min-psnr", "20"], False))
+    ):
+        assert cli.main([*words, *quality, "-o", str(tmp_path / str(number))]) == 0
+        assert ("the smallest files" in capsys.readouterr().err) == told
+
+
 def test_shares_and_arrays_that_cannot_be(
     submission: Path,
     tmp_path: Path,

@@ -315,6 +315,9 @@ def run_allocate(arguments: argparse.Namespace) -> int:
         if name:
             print(f"{name} bpp")
         _tell(read_manifest(out / name)["images"], best)
+    if not (arguments.maximise or arguments.min_psnr or arguments.min_ms_ssim):
+        text = "these are the smallest files, as no quality is asked for: see --maximise"
+        print(f"tucodec: {text}", file=sys.stderr)
     return 0
 
 
