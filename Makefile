@@ -11,9 +11,9 @@ AREA ?= streams
 demo: $(VENV)/installed
 	$(BIN)/tucodec demo --out demo
 
-# JOBS=3: files of tests side by side, which takes two thirds of the time on two cores. Then what measures seconds may
-# fail: tests/test_interrupts.py wants the machine for itself. Each process has one thread, unless it asks for more.
-JOBS ?= 0
+# Files of tests side by side; JOBS=0: one after the other. More than 2 on two cores, and what measures seconds may
+# fail, as tests/test_interrupts.py does. Each process has one thread, unless it asks for more.
+JOBS ?= 2
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 

@@ -64,7 +64,7 @@ def _row(plan: Plan, task: Task, job: Job | None, known: bool) -> Row:
         if state == "pending":
             waits = job.reason in ("Dependency", "DependencyNeverSatisfied")
             state = "waiting" if waits else "pending"
-            note = f"for {task.after}" if waits else job.reason
+            note = f"for {task.after}" if waits else _reason(task, job)
     elif ended is not None:
         state, note = "failed", _last_error(plan, task, attempts) or f"exit status {ended}"
     elif attempts:
@@ -84,6 +84,14 @@ def _row(plan: Plan, task: Task, job: Job | None, known: bool) -> Row:
         step = steps  # the last step need not be one that is logged
     run = str(folder) if folder else None
     return Row(task.name, task.label, state, step, steps, bpp, psnr, max(0, starts - 1), note, run)
+
+
+def _reason(task: Task, job: Job) -> str:
+    """Why a task is pending; what Slurm holds waits for somebody to release it."""
+    if "held" not in job.reason.lower():
+        return job.reason
+    index = int(task.name.rpartition("-")[2]) - job.before
+    return f"{job.reason}; when the cause is mended: scontrol release {job.array}_{index}"
 
 
 def _newest(metrics: Sequence[dict[str, Any]], name: str) -> float | None:

@@ -50,22 +50,24 @@ is_free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 # A block of ports that nobody listens on. Two clusters that start at the same moment draw different ones.
 while :; do
     port=$((20000 + (RANDOM * 32768 + RANDOM) % 1000 * 10))
-    mkdir "/tmp/.tucodec-localcluster-$port" 2>/dev/null || continue
+    # Sockets are here, as their paths may have 107 characters and no more: DIR may be as long as it likes.
+    short=/tmp/.tucodec-localcluster-$port
+    mkdir -m 755 "$short" 2>/dev/null || continue
     for ((i = 0; i <= nodes; i++)); do
         is_free $((port + i)) || break
     done
     ((i > nodes)) && break
-    rmdir "/tmp/.tucodec-localcluster-$port"
+    rmdir "$short"
 done
 echo "$port" >"$dir/port"
 trap '[[ $? == 0 ]] || "$here/stop.sh" "$dir" >/dev/null' EXIT
 
 # munge refuses sockets below folders that others may write to, such as /tmp, unless --force.
 mkdir -m 700 "$dir/munge"
-mkdir -m 755 "$dir/socket" "$dir/state" "$dir/log"
+mkdir -m 755 "$dir/state" "$dir/log"
 dd if=/dev/urandom of="$dir/munge/key" bs=128 count=1 status=none
 chmod 400 "$dir/munge/key"
-munged --force --key-file="$dir/munge/key" --socket="$dir/socket/munge" --num-threads=2 \
+munged --force --key-file="$dir/munge/key" --socket="$short/munge" --num-threads=2 \
     --pid-file="$dir/munge/pid" --log-file="$dir/munge/log" --seed-file="$dir/munge/seed" 2>"$dir/munge/start"
 
 {
@@ -78,9 +80,9 @@ SlurmdUser=$user
 AuthType=auth/munge
 CryptoType=crypto/munge
 # A requeued job waits until its old credential has expired: by default two minutes, at least five seconds.
-AuthInfo=socket=$dir/socket/munge,cred_expire=5
+AuthInfo=socket=$short/munge,cred_expire=5
 StateSaveLocation=$dir/state
-SlurmdSpoolDir=$dir/spool-%n
+SlurmdSpoolDir=$short/%n
 SlurmctldPidFile=$dir/slurmctld.pid
 SlurmdPidFile=$dir/slurmd-%n.pid
 SlurmctldLogFile=$dir/log/slurmctld.log
@@ -144,7 +146,7 @@ ENV
 export SLURM_CONF=$dir/slurm.conf
 slurmctld
 for ((i = 1; i <= nodes; i++)); do
-    mkdir -p "$dir/spool-n$i"
+    mkdir -p "$short/n$i"
     slurmd -N "n$i"
 done
 for ((i = 0; i < 300; i++)); do

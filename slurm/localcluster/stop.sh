@@ -46,7 +46,7 @@ for _ in $(seq 20); do
     signal KILL "${found[@]}"
     sleep 0.2
 done
-rmdir "/tmp/.tucodec-localcluster-$(<"$dir/port")" 2>/dev/null || true
+rm -rf "/tmp/.tucodec-localcluster-$(<"$dir/port")"
 # The nodes' cgroups bear the nodes' names only; the last cluster to go takes them along.
 if ! compgen -G "/tmp/.tucodec-localcluster-*" >/dev/null; then
     find /sys/fs/cgroup/freezer/slurm_n* -depth -type d -exec rmdir {} + 2>/dev/null || true

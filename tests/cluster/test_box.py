@@ -368,7 +368,7 @@ def test_two_clusters_side_by_side_leave_nothing_behind(tmp_path: Path) -> None:
     why = missing_programs()
     if why:
         pytest.skip(why)
-    first, second = Box(tmp_path / "a", 1), Box(tmp_path / "b", 3)
+    first, second = Box(tmp_path / "a", 1), Box(tmp_path / ("b" * 100), 3)
     try:
         assert first.call("sinfo", "--noheader", "--partition=normal", "--format=%D") == "1"
         assert second.call("sinfo", "--noheader", "--partition=normal", "--format=%D") == "3"

@@ -428,6 +428,9 @@ def test_the_status_of_every_kind(recipe: Path) -> None:
     assert found["a-1"].note == "tucodec: no room"
     assert found["a-4"].note == "Resources"
     assert found["b-0"].note == "for a-0"
+    queue["a-4"] = Job("9", "pending", "launch failed requeued held", 3)
+    note = "launch failed requeued held; when the cause is mended: scontrol release 9_1"
+    assert {row.task: row for row in status(made, queue)}["a-4"].note == note
     lost_row = found["a-2"]
     assert (lost_row.step, lost_row.bpp, lost_row.psnr, lost_row.restarts) == (6, 0.5, 30.0, 1)
 
