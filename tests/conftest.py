@@ -45,8 +45,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 class Failures:
     """Tells what failed when it fails: a run that is killed shows no summary."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        self.reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    def __init__(self, reporter: Any) -> None:
+        self.reporter = reporter
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -57,8 +57,8 @@ class Failures:
 
 @pytest.hookimpl(trylast=True)  # the reporter is made in this hook
 def pytest_configure(config: pytest.Config) -> None:
-    if config.pluginmanager.has_plugin("terminalreporter"):
-        config.pluginmanager.register(Failures(config))
+    if reporter := config.pluginmanager.get_plugin("terminalreporter"):
+        config.pluginmanager.register(Failures(reporter))
 
 
 @pytest.fixture(autouse=True)

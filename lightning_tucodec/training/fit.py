@@ -58,6 +58,12 @@ def _words(values: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={float(value):.4g}" for key, value in values.items())
 
 
+def _step_line(trainer: pl.Trainer, model: Any) -> str:
+    """How far a training is, with the values that were measured last, if any were."""
+    line = f"step {model.opt_step}/{model.max_steps} {_words(trainer.progress_bar_metrics)}"
+    return line.rstrip()
+
+
 class _LastValues(pl.Callback):
     """What a training measured last, for its end: a short one has shown nothing yet.
 
@@ -78,8 +84,7 @@ class _LastValues(pl.Callback):
 
     def lines(self, trainer: pl.Trainer, model: TrainingModule) -> list[str]:
         """The last step's values and the last validation's, where this process measured them."""
-        bar = trainer.progress_bar_metrics
-        step = f"step {model.opt_step}/{model.max_steps} {_words(bar)}" if bar else ""
+        step = _step_line(trainer, model) if trainer.progress_bar_metrics else ""
         return [line for line in (step, self.validation) if line]
 
 
@@ -94,9 +99,7 @@ class _PlainProgress(pl.Callback):
         now = time.monotonic()
         if trainer.is_global_zero and now - self._last >= self.every:
             self._last = now
-            words = _words(trainer.progress_bar_metrics)
-            line = f"step {pl_module.opt_step}/{pl_module.max_steps} {words}"
-            print(line.rstrip(), file=sys.stderr)
+            print(_step_line(trainer, pl_module), file=sys.stderr)
 
 
 def slurm_environment() -> list[Any]:

@@ -28,11 +28,11 @@ print(seconds_spent() > 0)
 """
 
 
-def run(folder: Path) -> tuple[str, str]:
+def run(folder: Path, program: str = PROGRAM) -> tuple[str, str]:
     """Output and messages of a process of its own."""
     place = {"PYTHONPATH": str(folder), "NUMBA_CACHE_DIR": str(folder / "cache")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         env={**os.environ, **place},
         capture_output=True,
         text=True,
@@ -60,13 +60,6 @@ def test_whether_anything_is_compiled(tmp_path: Path) -> None:
         "import first; from lightning_tucodec.coding.compiling import cache_of\n"
         "folder, before = cache_of(first); first.squares(10); print(folder, before, cache_of(first)[1])"
     )
-    place = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    said = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, **place},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    assert said[0].startswith(str(tmp_path / "cache"))
-    assert said[1:] == ["False", "True"]
+    folder, before, after = run(tmp_path, program)[0].split()
+    assert folder.startswith(str(tmp_path / "cache"))
+    assert (before, after) == ("False", "True")

@@ -201,6 +201,13 @@ class Cut(MeanScaleHyperprior):
 """
 
 
+def bad_networks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `BAD` a module that can be imported."""
+    (folder / "bad_networks.py").write_text(BAD)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "bad_networks", raising=False)
+
+
 @pytest.mark.parametrize(
     ("network", "more", "told"),
     [
@@ -271,9 +278,7 @@ def test_bad_networks_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "bad_networks.py").write_text(BAD)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "bad_networks", raising=False)
+    bad_networks(tmp_path, monkeypatch)
     values = micro(ZOO[0])
     options = {"network": network, "lmbda": 0.01, **more}
     values["model"]["init_args"] = {k: v for k, v in options.items() if v is not None}
@@ -304,9 +309,7 @@ def test_a_network_that_does_not_decode_its_files_is_told_at_the_first_validatio
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "bad_networks.py").write_text(BAD)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "bad_networks", raising=False)
+    bad_networks(tmp_path, monkeypatch)
     values = micro(next(path for path in ZOO if path.stem == "mean_scale_hyperprior"))
     values["model"]["init_args"]["network"]["class_path"] = "bad_networks.Cut"
     assert main(command(tmp_path / "run", values, shard_folder, val_folder)) == 0
