@@ -84,6 +84,15 @@ def test_closed_streams(folder: Path) -> None:
     assert (failed.returncode, failed.stdout) == (1, "")
 
 
+def test_files_are_made_also_when_the_reader_of_the_lines_has_gone(folder: Path) -> None:
+    names = [f"copy{number}.png" for number in range(4)]
+    copies = "; ".join(f"cp photo.png {name}" for name in names)
+    line = f"tucodec compress {' '.join(names)} -o gone/ --model tiny-mse-2 | head -0"
+    done = shell(f"{copies}; {line}; echo ${{PIPESTATUS[0]}}", folder)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+    assert len(list((folder / "gone").glob("*.tuc"))) == 4
+
+
 def test_a_plain_encoding_and_a_reader_that_has_gone(folder: Path) -> None:
     lines = ["tucodec evaluate --help", "tucodec info ünbekannt.tuc", "tucodec models | head -1"]
     done = shell(

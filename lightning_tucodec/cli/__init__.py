@@ -102,6 +102,7 @@ def _interruptible(words: list[str], own: bool) -> int:
 
 def _run(words: Sequence[str]) -> int:
     """The exit status of a command, whose errors are told."""
+    from lightning_tucodec.cli.jobs import drop_output
     from lightning_tucodec.cli.train import LIGHTNING
     from lightning_tucodec.io.processes import unwrapped
 
@@ -128,7 +129,7 @@ def _run(words: Sequence[str]) -> int:
         return 1
     except BrokenPipeError:
         # The reader of our output (head, less) has gone; that is not an error of ours.
-        _drop_output()
+        drop_output()
         return 0
     except (TucodecError, OSError, MemoryError) as error:
         text = (
@@ -140,7 +141,7 @@ def _run(words: Sequence[str]) -> int:
         try:
             sys.stdout.flush()
         except OSError:
-            _drop_output()
+            drop_output()
         return 1
 
 
@@ -162,9 +163,3 @@ def _usable_streams() -> None:
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict" and name != "stdin":
             stream.reconfigure(errors="backslashreplace")
-
-
-def _drop_output() -> None:
-    """Discard what is still to be printed, so that the interpreter does not fail at its end."""
-    with contextlib.suppress(io.UnsupportedOperation):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

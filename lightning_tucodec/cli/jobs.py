@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import gc
+import io
 import json
 import os
 import sys
@@ -141,6 +142,12 @@ def remarks() -> Callable[[str, Path, str], None]:
     return remark
 
 
+def drop_output() -> None:
+    """Discard what is still to be printed, so that the interpreter does not fail at its end."""
+    with contextlib.suppress(io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def report(
     outcomes: Iterable[tuple[Job, dict[str, Any] | Exception]], count: int, as_json: bool
 ) -> int:
@@ -158,7 +165,10 @@ def report(
             named = text if str(source) in text else f"{source}: {text}"
             tqdm.write(f"tucodec: {named}", file=sys.stderr)
             continue
-        tqdm.write(json.dumps(row) if as_json else _line(row), file=sys.stdout)
+        try:
+            tqdm.write(json.dumps(row) if as_json else _line(row), file=sys.stdout)
+        except BrokenPipeError:  # the reader has gone; the files are made nevertheless
+            drop_output()
         if lost := row.get("damaged_rows"):
             status = 1
             rows = ", ".join(f"{top}–{bottom - 1}" for top, bottom in lost)
