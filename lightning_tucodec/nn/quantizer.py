@@ -40,6 +40,17 @@ def cell_edges(centres: Tensor) -> Tensor:
     return (centres[1:] + centres[:-1]) / 2
 
 
+def look_up(index: Tensor, *tables: Tensor) -> tuple[Tensor, ...]:
+    """`table[index]` of every table; int64 indices of any shape into tables of one length.
+
+    Most values share a few centres. The gradient of indexing adds up what one entry gets in an order that
+    changes from call to call on a CPU with several threads, and one by one on a GPU; that of an embedding is
+    parallel and has the same bits always.
+    """
+    rows: Tensor = F.embedding(index, torch.stack(tables, 1))
+    return rows.unbind(-1)
+
+
 class Quantizer(nn.Module):
     """What the quantisers share: assignment to sorted centres and the cells around them.
 
@@ -61,7 +72,8 @@ class Quantizer(nn.Module):
         infinity = centres.new_full((1,), torch.inf)
         below = centres - torch.cat([-infinity, edges])
         above = torch.cat([edges, infinity]) - centres
-        return index, centres[index], below[index], above[index]
+        centre, low, high = look_up(index, centres, below, above)
+        return index, centre, low, high
 
     def hard(self, y: Tensor) -> Quantized:
         """y quantised as the coder does it, in any mode; float32."""
@@ -126,13 +138,15 @@ class CompandedQuantizer(LearnedCentres):
         """t = φ⁻¹(y), float32."""
         centres, gaps = self.centres(), self.gaps()
         cell = torch.bucketize(y.detach().contiguous(), centres[1:-1].detach(), right=True)
-        return cell - self.count // 2 + (y - centres[cell]) / gaps[cell]
+        centre, gap = look_up(cell, centres[:-1], gaps)
+        return cell - self.count // 2 + (y - centre) / gap
 
     def expand(self, t: Tensor) -> Tensor:
         """φ(t), float32."""
         half = self.count // 2
         cell = (t.detach().floor().long() + half).clamp(0, self.count - 2)
-        return self.centres()[cell] + (t - (cell - half)) * self.gaps()[cell]
+        centre, gap = look_up(cell, self.centres()[:-1], self.gaps())
+        return centre + (t - (cell - half)) * gap
 
     def forward(self, y: Tensor, noise: Noise | None = None) -> Quantized:
         """Quantise; float32 whatever autocast says."""
@@ -206,7 +220,7 @@ class ClusterQuantizer(LearnedCentres):
         centres = self.centres()
         sigma = self.sigma(centres)
         place = torch.bucketize(y.detach().contiguous(), centres.detach(), right=True)
-        rows = self._sums(centres, sigma)[place]
+        rows = F.embedding(place, self._sums(centres, sigma))
         low, low_sum, low_moment, high, high_sum, high_moment = rows.unbind(-1)
         to_low, to_high = (y - low).abs(), (high - y).abs()
         nearest = torch.minimum(to_low, to_high).detach()

@@ -6,13 +6,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from torch import Tensor
 
 from lightning_tucodec.nn.codec import CodecConfig
+from lightning_tucodec.nn.noise import Noise
 from lightning_tucodec.nn.priors import LaplacePrior
 from lightning_tucodec.nn.quantizer import (
     ClusterQuantizer,
     CompandedQuantizer,
     NoiseQuantizer,
+    QuantizerKind,
     RoundQuantizer,
     make_quantizer,
 )
@@ -265,3 +268,28 @@ def test_float32_under_autocast(kind: type[ClusterQuantizer | CompandedQuantizer
     with torch.autocast("cpu", torch.bfloat16):
         quantized = quantizer(torch.randn(4).bfloat16())
     assert all(t.dtype == torch.float32 for t in quantized if t.is_floating_point())
+
+
+@pytest.mark.parametrize("kind", ["centres", "companded"])
+def test_gradients_have_the_same_bits_on_several_threads(kind: QuantizerKind) -> None:
+    """Most values share a few centres, whose gradients all threads would add up in any order."""
+    torch.manual_seed(0)
+    quantizer = make_quantizer(kind, 200, 2.0).train()
+    y, weight = 2 * torch.randn(400_000), torch.randn(400_000)
+    noise = Noise.of(0, torch.arange(1))
+
+    def gradients() -> Tensor:
+        quantizer.zero_grad()
+        found = quantizer(y[None], noise)
+        (
+            weight * (found.y_hat + found.below.clamp(-9, 9) + found.above.clamp(-9, 9))
+        ).sum().backward()
+        return torch.cat([p.grad.flatten() for p in quantizer.parameters() if p.grad is not None])
+
+    threads = torch.get_num_threads()
+    expected = gradients()
+    torch.set_num_threads(4)
+    try:
+        assert all(torch.equal(gradients(), expected) for _ in range(8))
+    finally:
+        torch.set_num_threads(threads)
