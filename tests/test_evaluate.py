@@ -243,6 +243,16 @@ def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str])
         evaluate([bad], [codec("jpeg:q=1")], folder / "rows.jsonl")
 
 
+def test_a_damaged_image_is_told_before_anything_is_coded(folder: Path) -> None:
+    """Not after the hours that the images before it take."""
+    last = folder / "images" / "c.png"
+    last.write_bytes((folder / "images" / "b.png").read_bytes()[:9000])
+    coder = Counting(codec("jpeg:q=20"))
+    with pytest.raises(ImageInputError, match=r"c\.png: damaged or truncated"):
+        evaluate(find_images([folder / "images"]), [coder], folder / "rows.jsonl", workers=1)
+    assert coder.codings == 0
+
+
 def test_an_image_named_twice_counts_once(tmp_path: Path) -> None:
     for name in ("b.png", "a.png"):
         Image.new("RGB", (16, 16)).save(tmp_path / name)

@@ -105,7 +105,10 @@ def read_results(path: str | Path) -> list[ImageCurves]:
                 raise ValueError(f"{key} of a row is not above 0")
         codecs = list(dict.fromkeys(row["codec"] for row in rows))
         images = list(dict.fromkeys(row["image"] for row in rows))
-        values = {(row["image"], row["codec"]): row for row in rows}
+        values: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in rows:
+            if values.setdefault((row["image"], row["codec"]), row) is not row:
+                raise ValueError(f"{row['codec']} has two rows for {row['image']}")
         contents = {row["image"]: row.get("pixels") for row in rows}
         if any(row.get("pixels") != contents[row["image"]] for row in rows):
             raise ValueError("an image with several contents")

@@ -56,7 +56,7 @@ def build_page(
     name = choose_anchor(entries, anchor)
     rows = bd_rows(entries, name, samples, rates) if name is not None else []
     bd_tables = [bd_table(rows, name), rate_table(rows, name)] if name and rows else []
-    if name and (further := measure_rows(material.evaluations, name)):
+    if name and (further := measure_rows(material.entries, name)):
         bd_tables.append(measure_table(further, name))
     tables = {
         "bd": bd_tables,
@@ -147,7 +147,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     for note in material.notes:
         print(note, file=sys.stderr)
     print(json.dumps(rows) if arguments.json else bd_text(rows, anchor))
-    if anchor and not arguments.json and (further := measure_rows(material.evaluations, anchor)):
+    if anchor and not arguments.json and (further := measure_rows(material.entries, anchor)):
         print(f"\n{measure_text(further, anchor)}")
     print("wrote", ", ".join(map(str, written)), file=sys.stderr)
     return 0

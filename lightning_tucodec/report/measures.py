@@ -7,24 +7,23 @@ from typing import Any, cast
 import numpy as np
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.quality.curve_files import family
 from lightning_tucodec.quality.curves import Curve, Quality, decibels
 from lightning_tucodec.quality.deltas import bd_rate
 from lightning_tucodec.quality.perceptual import JPEG_AI, LOWER_IS_BETTER, MEASURES
 from lightning_tucodec.report.page import Table
-from lightning_tucodec.report.sources import Evaluation
+from lightning_tucodec.report.sources import Entry
 
 Row = dict[str, Any]
 _Points = dict[str, dict[str, Row]]
 
 
-def measure_rows(evaluations: Iterable[Evaluation], anchor: str) -> list[Row]:
+def measure_rows(entries: Iterable[Entry], anchor: str) -> list[Row]:
     """Every measured curve against the anchor by every further measure.
 
     Rates and measures are means over the images that both curves have.
 
     Args:
-        evaluations: results; those of one codec's settings are merged.
+        entries: all curves; those without rows of an evaluation have no further measures.
         anchor: name of a measured curve.
 
     Returns:
@@ -32,9 +31,9 @@ def measure_rows(evaluations: Iterable[Evaluation], anchor: str) -> list[Row]:
         `mean` (of MS-SSIM and the measures of JPEG AI; None where one of them is missing).
     """
     families: dict[str, _Points] = {}
-    for evaluation in evaluations:
-        for row in evaluation.rows:
-            points = families.setdefault(family(row["codec"]), {}).setdefault(row["codec"], {})
+    for entry in entries:
+        for row in entry.rows:
+            points = families.setdefault(entry.curve.name, {}).setdefault(row["codec"], {})
             points[row.get("pixels") or row["image"]] = row
     if anchor not in families:
         return []

@@ -17,7 +17,8 @@ import numpy as np
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.files import read_bytes
-from lightning_tucodec.quality.curve_files import UNREADABLE, family
+from lightning_tucodec.io.images import MAX_PIXELS
+from lightning_tucodec.quality.curve_files import UNREADABLE, family, is_number
 from lightning_tucodec.report.sources import Entry, Evaluation, Material, read_sources
 from lightning_tucodec.sets.allocation import Allocation, Quantity, Table, allocate
 from lightning_tucodec.sets.clic2019 import ENTRIES, VALIDATION_IMAGES, VALIDATION_MEGAPIXELS
@@ -42,27 +43,40 @@ class Candidates:
     families: Sequence[str]
     published: frozenset[str]
 
-    def part(self, families: Sequence[str], minimise: Quantity, limits: Limits) -> Table | None:
-        """The codings of some families that state all values needed; None if an image has no such coding."""
+    def part(self, families: Sequence[str], minimise: Quantity, limits: Limits) -> Table:
+        """The codings of some families that state all values needed.
+
+        Raises:
+            ConfigError: an image has no such coding.
+        """
         table = self.table
         exists = (table.bytes >= 0) & np.isin(self.families, families)
+        needed = ["bytes"]
         if minimise == "ms_ssim" or limits.min_ms_ssim is not None:
+            needed.append("MS-SSIM")
             exists &= np.isfinite(table.ms_ssim)
             table = replace(table, ms_ssim=np.nan_to_num(table.ms_ssim))
         if limits.max_seconds is not None and table.seconds is not None:
+            needed.append("decoding seconds")
             exists &= np.isfinite(table.seconds)
             table = replace(table, seconds=np.nan_to_num(table.seconds))
-        return table.only(exists) if exists.any(1).all() else None
+        for name, known in zip(table.images, exists.any(1), strict=True):
+            if not known:
+                raise ConfigError(f"{name}: no coding states its {' and '.join(needed)}")
+        return table.only(exists)
 
 
 def candidates(material: Material) -> Candidates:
     """The candidates among some sources, over the images that every evaluation has.
 
     Raises:
-        ConfigError: no evaluation, or no image that all have.
+        ConfigError: no evaluation, no image that all have, two results of one coding, or rows of another
+            program that lack a number.
     """
     if not material.evaluations:
         raise ConfigError("a set needs a results.json of tucodec evaluate among the sources")
+    for evaluation in material.evaluations:
+        _check_counts(evaluation)
     pictures = _shared(material.evaluations)
     if not pictures:
         raise ConfigError("the results have no image in common")
@@ -70,7 +84,12 @@ def candidates(material: Material) -> Candidates:
     families: dict[str, str] = {}
     for evaluation in material.evaluations:
         for row in evaluation.rows:
-            columns.setdefault(row["codec"], {})[_key(row)] = row
+            known = columns.setdefault(row["codec"], {}).setdefault(_key(row), row)
+            if any(known[key] != row[key] for key in ("bytes", "sse")):
+                raise ConfigError(
+                    f"{evaluation.path}: {row['codec']} has another result for {row['image']} than in "
+                    "the sources before it; give each codec once"
+                )
             families[row["codec"]] = family(row["codec"])
     published = [entry for entry in material.entries if not entry.measured and entry.images]
     for entry in published:
@@ -86,12 +105,31 @@ def candidates(material: Material) -> Candidates:
                 continue
             size[i, j], error[i, j] = coding["bytes"], coding["sse"]
             similar[i, j] = math.nan if coding.get("ms_ssim") is None else coding["ms_ssim"]
-            seconds[i, j] = coding.get("decode_seconds", math.nan)
+            taken = coding.get("decode_seconds")
+            seconds[i, j] = math.nan if taken is None else taken
     pixels = np.array([_pixels(row) for row in pictures.values()], np.int64)
     labels = [row["image"] for row in pictures.values()]
     table = Table(labels, names, pixels, size, error, similar, seconds)
     apart = frozenset(entry.curve.name for entry in published)
     return Candidates(table, [families[name] for name in names], apart)
+
+
+def _check_counts(evaluation: Evaluation) -> None:
+    """Refuse rows without the whole numbers that a set is summed from, or with impossible ones."""
+    for row in evaluation.rows:
+        for key, least in (("width", 1), ("height", 1), ("bytes", 1), ("sse", 0)):
+            if type(row.get(key)) is not int or not least <= row[key] < 1 << 50:
+                raise ConfigError(
+                    f"{evaluation.path}: {key} of {row['codec']} for {row['image']} is not a count"
+                )
+        if _pixels(row) > MAX_PIXELS:
+            raise ConfigError(
+                f"{evaluation.path}: {row['image']} has more than {MAX_PIXELS} pixels"
+            )
+        if not is_number(row.get("decode_seconds")):
+            raise ConfigError(
+                f"{evaluation.path}: decode_seconds of {row['codec']} for {row['image']} is not a number"
+            )
 
 
 def _key(row: Mapping[str, Any]) -> str:
@@ -157,8 +195,6 @@ def reached(given: Candidates, minimise: Quantity, required: Requirements) -> li
         row["published"] = any(name in given.published for name in group)
         try:
             table = given.part(group, minimise, limits)
-            if table is None:
-                raise ConfigError("an image has no coding that states what is asked")
             if required.max_image_bpp is not None:
                 table = table.capped(required.max_image_bpp)
             row |= _told(given, allocate(table, minimise, **asdict(limits)))

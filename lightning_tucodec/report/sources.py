@@ -21,7 +21,13 @@ import numpy as np
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.files import read_bytes, read_yaml
-from lightning_tucodec.quality.curve_files import check_entries, is_number, read_curve, read_results
+from lightning_tucodec.quality.curve_files import (
+    check_entries,
+    family,
+    is_number,
+    read_curve,
+    read_results,
+)
 from lightning_tucodec.quality.curves import Curve, ImageCurves
 from lightning_tucodec.report.published import mean_of, read_published
 from lightning_tucodec.training.runs.folder import read_metrics, validation_point
@@ -58,6 +64,7 @@ class Entry:
         measured: by this package, not published.
         count: number of images in the mean, where that is known.
         sizes: pixels of the images, by their names without a suffix, of a published table.
+        rows: those of an evaluation that the curve is made of.
     """
 
     curve: Curve
@@ -65,6 +72,7 @@ class Entry:
     measured: bool = True
     count: int | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
+    rows: Sequence[Row] = ()
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ def _identities(evaluations: Sequence[Evaluation]) -> Iterator[str]:
 
 def _renamed(entry: Entry, name: str) -> Entry:
     images = None if entry.images is None else replace(entry.images, name=name)
-    return Entry(replace(entry.curve, name=name), images, entry.measured)
+    return replace(entry, curve=replace(entry.curve, name=name), images=images)
 
 
 def _add_path(material: Material, path: Path) -> None:
@@ -188,7 +196,8 @@ def _add_file(material: Material, path: Path) -> None:
     for images in read_results(path):
         mean = images.mean()
         curve = replace(mean, source=f"{path}, {mean.source}")
-        material.entries.append(Entry(curve, images, count=len(images.images)))
+        rows = [row for row in content["rows"] if family(row["codec"]) == images.name]
+        material.entries.append(Entry(curve, images, count=len(images.images), rows=rows))
     try:
         material.evaluations.append(_evaluation(path, content))
     except (ValueError, KeyError) as error:

@@ -103,8 +103,9 @@ def evaluate(
         `image`, `codec` and, for codecs behind our 4:2:0 conversion, `ceiling_psnr`.
 
     Raises:
-        TucodecError: an image cannot be read or coded; names it and the codec. What is finished
-            stays in `rows_file`.
+        ImageInputError: an image cannot be read. All are read before the first is coded.
+        TucodecError: an image cannot be coded; names it and the codec. What is finished stays in
+            `rows_file`.
     """
     described = {codec.name: codec_digest(codec) for codec in codecs}
     if len(described) < len(codecs):
@@ -128,12 +129,15 @@ def evaluate(
 
     def one(job: _Job) -> Row:
         try:
-            image, digest = load(job.image)
+            digest = digests[job.image]
             key = f"{digest}-{job.described}"
             row = journal.get(key)
-            started = clock()
             lacking = row is None or any(name not in row for name in metrics)
             if row is None or lacking or (keep is not None and not kept_file(keep, row).exists()):
+                image, found = load(job.image)
+                if found != digest:
+                    raise ConfigError(f"{job.image}: was replaced while the evaluation ran")
+                started = clock()
                 row = {**(row or {}), **measure(job.codec, image, keep, metrics)}
                 if isinstance(job.codec, VideoCodec) and job.codec.subsampling == "420":
                     row["ceiling_psnr"] = conversion_ceiling(image)
@@ -151,6 +155,8 @@ def evaluate(
             raise type(error)(f"{where}{text}") from error
 
     with worker_threads(workers) as pool:
+        named = list(dict.fromkeys(job.image for job in jobs))
+        digests = dict(zip(named, pool.map(lambda path: load(path)[1], named), strict=True))
         futures = {pool.submit(one, job): index for index, job in enumerate(jobs)}
         rows: dict[int, Row] = {}
         for future in tqdm(as_completed(futures), "evaluate", len(jobs), disable=None):

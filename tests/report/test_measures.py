@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 
 from lightning_tucodec import cli
+from lightning_tucodec.quality.curves import Curve
 from lightning_tucodec.quality.perceptual import JPEG_AI
 from lightning_tucodec.report.measures import measure_rows
-from lightning_tucodec.report.sources import Evaluation
+from lightning_tucodec.report.sources import Entry, read_sources
 from tests.support import photo
 
 
-def evaluation(codec: str, factor: float, skip: str = "") -> Evaluation:
+def entry(codec: str, factor: float, skip: str = "") -> Entry:
     """Four points of two images whose rates are `factor` times a given curve's."""
     rows: list[dict[str, Any]] = []
     for image in ("a", "b"):
@@ -23,11 +24,11 @@ def evaluation(codec: str, factor: float, skip: str = "") -> Evaluation:
             row |= {m: 0.5 + 0.1 * point for m in ("ms_ssim", *JPEG_AI, "flip") if m != skip}
             row["flip"] = 0.5 - 0.1 * point
             rows.append(row)
-    return Evaluation(Path(f"{codec}.json"), [], rows, {}, {})
+    return Entry(Curve.of(codec, [0.1], {"psnr": [30.0]}), rows=rows)
 
 
 def test_a_curve_of_half_the_bits_saves_half_by_every_measure() -> None:
-    (row,) = measure_rows([evaluation("x", 1), evaluation("y", 0.5)], "x")
+    (row,) = measure_rows([entry("x", 1), entry("y", 0.5)], "x")
     assert row["images"] == 2
     assert set(row["percent"]) == {"ms_ssim", *JPEG_AI, "flip"}
     assert all(value == pytest.approx(-50) for value in row["percent"].values())
@@ -35,9 +36,21 @@ def test_a_curve_of_half_the_bits_saves_half_by_every_measure() -> None:
 
 
 def test_without_one_of_the_measures_there_is_no_mean() -> None:
-    (row,) = measure_rows([evaluation("x", 1, "vif"), evaluation("y", 0.5)], "x")
+    (row,) = measure_rows([entry("x", 1, "vif"), entry("y", 0.5)], "x")
     assert row["mean"] is None
     assert "vif" not in row["percent"]
+
+
+def test_two_results_of_one_codec_are_two_rows(tmp_path: Path) -> None:
+    """They were merged, and the later one counted."""
+    files = []
+    for name, codec, factor in (("a", "x", 1.0), ("b", "y", 0.5), ("c", "y", 2.0)):
+        rows = [{**row, "psnr": 30.0} for row in entry(codec, factor).rows]
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps({"rows": rows}))
+    rows = measure_rows(read_sources(map(str, files)).entries, "x")
+    means = {row["codec"]: row["mean"] for row in rows}
+    assert means == {"y (1)": pytest.approx(-50), "y (2)": pytest.approx(100)}
 
 
 def test_evaluate_and_compare_tell_the_mean(

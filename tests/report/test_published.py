@@ -150,3 +150,10 @@ def test_images_of_another_set_are_named(tmp_path: Path) -> None:
     assert material.notes == ["Cool-chic 5.0: none of its 41 images is measured here"]
     (row,) = bd_rows(material.entries, "x", 5)
     assert "share no image" in row["refused"]
+
+
+def test_a_curve_given_twice_keeps_what_is_known_of_it() -> None:
+    entries = read_sources(["published:kodak#Cool-chic 5.0"] * 2).entries
+    assert [entry.curve.name for entry in entries] == ["Cool-chic 5.0 (1)", "Cool-chic 5.0 (2)"]
+    assert [entry.count for entry in entries] == [24, 24]
+    assert entries[0].sizes == entries[1].sizes != {}

@@ -1,6 +1,7 @@
 """What sets reach: each family alone, together, and beside published points that have no streams."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from lightning_tucodec import cli
+from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.quality.curves import Curve, ImageCurves
 from lightning_tucodec.report.set_level import candidates, reached, text
 from lightning_tucodec.report.sources import Entry, Evaluation, Material
@@ -67,7 +69,7 @@ def test_each_alone_and_together() -> None:
 def test_published_points_without_ms_ssim_or_times_are_not_asked_for_them() -> None:
     given = candidates(material())
     rows = by_name(reached(given, "ms_ssim", Requirements(Limits(), budgets=(0.12,))))
-    assert "states" in rows["Best"]["refused"]
+    assert rows["Best"]["refused"] == "a.png: no coding states its bytes and MS-SSIM"
     assert rows["fine + quick + Best"]["shares"].keys() <= {"fine:q=1", "fine:q=2"}
     quick = Requirements(Limits(), budgets=(0.16,), max_seconds_per_megapixel=2.0)
     rows = by_name(reached(given, "sse", quick))
@@ -75,6 +77,39 @@ def test_published_points_without_ms_ssim_or_times_are_not_asked_for_them() -> N
     share = rows["fine + quick"]["shares"]
     assert share == {n: {"images": 1, "bytes": 20_000} for n in ("fine:q=2", "quick:q=2")}
     assert rows["fine + quick"]["seconds_per_megapixel"] == pytest.approx(1.75)
+
+
+def test_results_that_contradict_each_other_are_refused() -> None:
+    """One of them counted, without a word which."""
+    given = material()
+    (evaluation,) = given.evaluations
+    again = replace(evaluation, path=Path("again.json"))
+    given.evaluations.append(again)
+    assert candidates(given).table.bytes.shape == (2, 6)
+    rows = [*evaluation.rows[:-1], {**evaluation.rows[-1], "bytes": 7}]
+    given.evaluations[1] = replace(again, rows=rows)
+    with pytest.raises(ConfigError, match=r"again\.json: quick:q=2 has another result for b\.png"):
+        candidates(given)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("sse", value) for value in (None, -1, 1.5, 10**30, True)),
+        *(("bytes", 0), ("width", 10**20), ("height", 1 << 30), ("decode_seconds", "x")),
+    ],
+)
+def test_rows_without_counts_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: object
+) -> None:
+    rows = [dict(each) for each in material().evaluations[0].rows]
+    rows[-1][key] = value
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"rows": rows}))
+    assert cli.main(["clic", "reach", str(path), "--max-bpp", "1", "--maximise", "psnr"]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "r.json: " in error
 
 
 def test_a_cap_on_each_image() -> None:
