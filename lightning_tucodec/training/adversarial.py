@@ -207,9 +207,7 @@ class AdversarialModule(CodingModule):
             places = batch["index"].chunk(self.pieces)
             for x, index in zip(images.chunk(self.pieces), places, strict=True):
                 batch_means += self.play(x, index, turn, len(x) / len(images), rated)
-        reduced = self.trainer.strategy.reduce(batch_means, reduce_op="mean")
-        assert isinstance(reduced, Tensor)
-        self.observed.append(Observed.of(turn, rated, reduced))
+        self.observed.append(Observed.of(turn, rated, self.mean_of_ranks(batch_means)))
         self.images_seen += len(images) * self.trainer.world_size
         self.norms: dict[str, Tensor] = {}
         logged = turn.codec and self.logging_is_due

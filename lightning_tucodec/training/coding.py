@@ -93,7 +93,7 @@ class CodingModule(ScheduledModule):
             return
         values = (terms.loss, terms.bpp_y + terms.bpp_z, terms.bpp_z, terms.mse)
         means = torch.stack([value.detach() for value in values])
-        loss, bpp, bpp_z, mse = self.trainer.strategy.reduce(means, reduce_op="mean")
+        loss, bpp, bpp_z, mse = self.mean_of_ranks(means)
         # In dB only now: the mean of the ranks' decibels would depend on their number.
         psnr = -10 * mse.log10()
         self.log_step(
@@ -111,8 +111,7 @@ class CodingModule(ScheduledModule):
         if self.trainer.world_size == 1:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
+        flat = self.mean_of_ranks(torch.cat([g.flatten() for g in grads]))
         for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             g.copy_(mean.view(g.shape))
 
@@ -194,11 +193,22 @@ class CodingModule(ScheduledModule):
                 print(text, file=sys.stderr)
         return means
 
+    # --- Several ranks -----------------------------------------------------------------------------
+
     def sum_of_ranks(self, values: Tensor) -> Tensor:
-        """Sums over the ranks."""
-        total = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
-        assert isinstance(total, Tensor)
+        """Sums over the ranks, enqueued on the device.
+
+        Lightning's `strategy.reduce` comes after a barrier: under NCCL the host waits there until the GPU has
+        nothing left to do.
+        """
+        total = values.to(self.device, copy=True)
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(total)
         return total
+
+    def mean_of_ranks(self, values: Tensor) -> Tensor:
+        """Means over the ranks, see `sum_of_ranks`."""
+        return self.sum_of_ranks(values) / self.trainer.world_size
 
 
 def numbers_of(values: dict[str, Tensor]) -> dict[str, float]:
