@@ -113,6 +113,7 @@ def run_decompress(arguments: argparse.Namespace) -> int:
         if isinstance(model, NetworkModel):
             shown = model.decode_pixels(container)
             return _Picture(model.name, container, shown, [], clock() - started)
+        model = model.of(container)
         y, damaged = model.read(container, arguments.salvage)
         return _Symbols(model.name, model, container, y, damaged, clock() - started)
 
@@ -148,7 +149,9 @@ def run_decompress(arguments: argparse.Namespace) -> int:
         pixels=lambda job: _coded_size(job[0]),
         prepare=prepare,
         group=lambda one: (
-            (one.model.id, one.y.shape) if isinstance(one, _Symbols) else one.pixels.shape
+            (one.model.id, one.model.level, one.y.shape)
+            if isinstance(one, _Symbols)
+            else one.pixels.shape
         ),
         batch=lambda one: (
             max(1, WHOLE_POSITIONS // (one.y.shape[0] * one.y.shape[1]))

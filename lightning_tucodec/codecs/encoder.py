@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lightning_tucodec.codecs.base import DEFAULT_MODEL, H266_MODELS
 from lightning_tucodec.codecs.h266.codec import H266, NO_FILTER
+from lightning_tucodec.codecs.h266.postfilter import FilterModel
 from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel, with_effort
 from lightning_tucodec.codecs.learned.latents import Latents
 from lightning_tucodec.codecs.learned.targets import (
@@ -70,6 +71,7 @@ class Encoder:
     def __init__(self, request: Request) -> None:
         self.request, self.target = request, request.target
         self.settings = _settings(request)
+        self._is_ladder = len({_model_id(setting) for setting in self.settings}) == 1
         alone = self.settings[0] if self.target is None else None
         self._model = alone.model if isinstance(alone, RefinedModel) else alone
 
@@ -105,7 +107,7 @@ class Encoder:
             )
         if self.target is None:
             return code(self.settings[0], pixels)
-        choose = search if isinstance(self.settings[0], H266 | NetworkModel) else best
+        choose = search if self._is_ladder else best
         return choose(self.settings, pixels, self.target)
 
     def estimated_bits(self, pixels: NDArray[np.uint8], latents: Latents | None) -> float | None:
@@ -121,6 +123,13 @@ class Encoder:
         if isinstance(coding.setting, H266):
             return {"model": self.request.model, "qp": coding.setting.qp}
         return {"model": coding.setting.name}
+
+
+def _model_id(setting: Setting) -> bytes | None:
+    """The id of a setting's model; H.266 and its filter are one."""
+    if isinstance(setting, H266):
+        return None
+    return setting.model.id if isinstance(setting, RefinedModel) else setting.id
 
 
 def _refuse(request: Request, *options: str) -> None:
@@ -161,20 +170,21 @@ def _of_model(request: Request, model: TucModel | NetworkModel) -> Setting:
     """The setting that the options ask of a model."""
     if isinstance(model, TucModel):
         if request.quality is not None:
-            raise ConfigError(f"--quality is for variable-rate networks; {model.name} has one rate")
+            model = model.at(request.quality)
         return with_effort(model, request.effort)
     if request.effort:
         raise ConfigError(f"--effort is for this package's own networks; {model.name} is none")
     return model if request.quality is None else model.at(request.quality)
 
 
-def _rates(request: Request) -> list[NetworkModel]:
+def _rates(request: Request) -> list[Setting]:
     """The rates of a variable-rate network, falling; none if --model is another thing."""
     if request.model is None or family(request.model):
         return []
     model = load_any(request.model, request.device)
-    if not isinstance(model, NetworkModel) or model.rates is None:
+    if isinstance(model, FilterModel) or model.levels == 1:
         return []
     _of_model(request, model)  # refuses what a network does not take
-    steps = range(_RATES_A_LEVEL * (model.rates.levels - 1), -1, -1)
-    return [model.at(step / _RATES_A_LEVEL) for step in steps]
+    steps = range(_RATES_A_LEVEL * (model.levels - 1), -1, -1)
+    rates = [model.at(step / _RATES_A_LEVEL) for step in steps]
+    return [with_effort(r, request.effort) if isinstance(r, TucModel) else r for r in rates]

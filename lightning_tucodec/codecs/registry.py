@@ -17,7 +17,7 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lightning_tucodec.codecs.base import MODEL_SUFFIX, ZOO, ImageCodec
 from lightning_tucodec.codecs.classical.codecs import (
@@ -36,8 +36,11 @@ from lightning_tucodec.errors import ConfigError, UnknownModelError
 from lightning_tucodec.io.files import cut_path, expanded
 
 if TYPE_CHECKING:
+    from lightning_tucodec.codecs.learned.codec import TucModel
     from lightning_tucodec.codecs.learned.model_file import ModelFile
     from lightning_tucodec.codecs.network.codec import NetworkModel
+
+Variable = TypeVar("Variable", "TucModel", "NetworkModel")
 
 CLASSES: dict[str, type[Options]] = {
     codec.codec_name: codec
@@ -116,7 +119,9 @@ def codec(specification: str) -> ImageCodec:
     from lightning_tucodec.codecs.learned.codec import RefinedModel
     from lightning_tucodec.codecs.learned.refine import Refinement
 
-    return RefinedModel(model, Refinement.parse(options))
+    if "quality" in options:
+        model = _at(specification, model, options.pop("quality"))
+    return RefinedModel(model, Refinement.parse(options)) if options else model
 
 
 def _at_quality(
@@ -129,9 +134,17 @@ def _at_quality(
     """
     if other := sorted(set(options) - {"quality"}):
         raise ConfigError(f"{specification}: {model.name} takes quality=…, and no {other[0]}")
-    quality = quality_of(specification, options["quality"])
+    return _at(specification, model, options["quality"])
+
+
+def _at(specification: str, model: Variable, quality: str) -> Variable:
+    """A model at the quality that a specification gives.
+
+    Raises:
+        ConfigError: no number, or no such quality.
+    """
     try:
-        return model.at(quality)
+        return model.at(quality_of(specification, quality))
     except ConfigError as error:
         raise ConfigError(f"{specification}: {error}") from None
 
@@ -166,8 +179,8 @@ def _with_id(coder: ImageCodec) -> ImageCodec:
     if not isinstance(coder, TucModel | RefinedModel):
         return coder
     model = coder.model if isinstance(coder, RefinedModel) else coder
-    name = f"{model.name}@{model.id.hex()[:8]}"
-    renamed = TucModel(dataclasses.replace(model.file, name=name), str(model.device))
+    name = f"{model.file.name}@{model.id.hex()[:8]}"
+    renamed = TucModel(dataclasses.replace(model.file, name=name), str(model.device), model.level)
     return RefinedModel(renamed, coder.options) if isinstance(coder, RefinedModel) else renamed
 
 

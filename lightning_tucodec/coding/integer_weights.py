@@ -17,9 +17,8 @@ from lightning_tucodec.coding.fixed_point import (
 )
 from lightning_tucodec.coding.laplace import SCALE_MIN, SCALE_STEPS
 from lightning_tucodec.nn.codec import TucodecVAE
-from lightning_tucodec.nn.context import (
-    TapConv2d,
-)
+from lightning_tucodec.nn.context import TapConv2d
+from lightning_tucodec.nn.levels import LEVEL_STEPS
 
 GATE_RANGE = 12
 """The sigmoid's table covers arguments in ±GATE_RANGE; outside it is 0 or 1 within 1e-5."""
@@ -118,7 +117,8 @@ def quantise_network(network: TucodecVAE) -> dict[str, Tensor]:
     """Integer tensors of the entropy path, for the model file and for `IntegerEntropyModel`.
 
     For every layer `<name>.weight` int16[in, out], `<name>.bias` int64[out] and `<name>.shift` int32[1];
-    also `sigmoid` int32. Γ and Υ parts of a sum share their shift, so that they can be added.
+    also `sigmoid` int32. Γ and Υ parts of a sum share their shift, so that they can be added. Of a
+    variable-rate network, `levels.bias` int64[levels, out] is what each level adds to the bias of Γ's part.
     """
     sources = {name: source.mapped() for name, source in _sources(network).items()}
     bits: dict[str, int] = {}
@@ -136,7 +136,26 @@ def quantise_network(network: TucodecVAE) -> dict[str, Tensor]:
         tensors[f"{name}.weight"] = weight.to(torch.int16).contiguous()
         tensors[f"{name}.bias"] = bias.to(torch.int64)
         tensors[f"{name}.shift"] = torch.tensor([shift], dtype=torch.int32)
+    if network.levels is not None:
+        scale = 2.0 ** (bits["parameters.gamma"] + FRACTION_BITS)
+        tensors["levels.bias"] = torch.round(network.levels.bias.double() * scale).to(torch.int64)
     return tensors
+
+
+def at_level(tensors: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    """The integers of a variable-rate network at a level, as those of a network of one rate.
+
+    Args:
+        tensors: see `quantise_network`; left as they are.
+        step: the level in 1/LEVEL_STEPS, within the network's levels.
+    """
+    others = {name: value for name, value in tensors.items() if name != "levels.bias"}
+    biases = tensors["levels.bias"]
+    below = min(step // LEVEL_STEPS, len(biases) - 2)
+    share = step - below * LEVEL_STEPS
+    sums = biases[below] * (LEVEL_STEPS - share) + biases[below + 1] * share
+    others["parameters.gamma.bias"] = others["parameters.gamma.bias"] + sums // LEVEL_STEPS
+    return others
 
 
 def integer_layout(network: TucodecVAE) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -148,6 +167,8 @@ def integer_layout(network: TucodecVAE) -> dict[str, tuple[tuple[int, ...], torc
         layout[f"{name}.weight"] = (tuple(source.weight.shape), torch.int16)
         layout[f"{name}.bias"] = (tuple(source.bias.shape), torch.int64)
         layout[f"{name}.shift"] = ((1,), torch.int32)
+    if network.levels is not None:
+        layout["levels.bias"] = (tuple(network.levels.bias.shape), torch.int64)
     return layout
 
 
@@ -185,6 +206,9 @@ def restore_network(network: TucodecVAE, tensors: dict[str, Tensor]) -> None:
     if network.context is not None:
         first = torch.cat([first, rows("parameters.upsilon")[0]])
     fill(parameters.layer1, first, bias)
+    if network.levels is not None:
+        scale = 2.0 ** -shift_of(tensors, "parameters.gamma")
+        network.levels.bias.copy_(tensors["levels.bias"].double() * scale)
     fill(parameters.layer2, *rows("parameters.hidden"))
     weight_mu, bias_mu = rows("parameters.mu")
     weight_scale, bias_scale = rows("parameters.scale", output_bits=0)

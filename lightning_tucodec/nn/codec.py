@@ -23,6 +23,7 @@ from lightning_tucodec.nn.hyperprior import (
     HyperSynthesis,
     LaplaceParameters,
 )
+from lightning_tucodec.nn.levels import RateLevels
 from lightning_tucodec.nn.noise import RATE, Noise, uniform_like
 from lightning_tucodec.nn.priors import FactorizedPrior, LaplacePrior
 from lightning_tucodec.nn.quantizer import Quantized, QuantizerKind, make_quantizer
@@ -51,6 +52,8 @@ class CodecConfig:
             v = y + u, u uniform in the cell (additive noise when the spacing is one). "companded" has a
             rate of its own. "hard": ŷ and its rate are the decoder's, also in training; nothing of it
             reaches g_a, which must be trained by then.
+        levels: rate levels of a variable-rate codec, see `RateLevels`; 1: one rate.
+        level_ratio: λ of a level in proportion to that of the one below.
     """
 
     transform: TransformConfig = field(default_factory=TransformConfig)
@@ -60,6 +63,8 @@ class CodecConfig:
     centres: int = 200
     hardness: float = 2.0
     rate_proxy: RateProxy = "noise"
+    levels: int = 1
+    level_ratio: float = 2.0
 
     def __post_init__(self) -> None:
         """Refuse names that do not exist."""
@@ -72,6 +77,8 @@ class CodecConfig:
         for name, value, known in choices:
             if value not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {list(known)}")
+        if self.levels < 1:
+            raise ValueError(f"levels {self.levels}: starts at 1")
 
 
 PRESETS: dict[str, CodecConfig] = {
@@ -153,24 +160,43 @@ class TucodecVAE(nn.Module):
         self.quantizer = make_quantizer(config.quantizer, config.centres, config.hardness)
         self.prior = LaplacePrior()
         self.factorized_prior = FactorizedPrior(config.hyper.latent_channels)
+        self.levels = (
+            RateLevels(config.levels, config.level_ratio, latent, config.hyper.entropy_widths[0])
+            if config.levels > 1
+            else None
+        )
 
     @staticmethod
     def pad(x: Tensor) -> Tensor:
         """Repeat the right and bottom border until both sides are multiples of 16."""
         return pad_to_multiple(x, STRIDE)
 
-    def parameters_of(self, z_hat: Tensor, y_hat: Tensor) -> LaplaceParameters:
+    def parameters_of(
+        self, z_hat: Tensor, y_hat: Tensor, level: Tensor | float | None = None
+    ) -> LaplaceParameters:
         """(μ, log b) of every element of ŷ from ẑ and from earlier positions of ŷ."""
         gamma = self.h_s(z_hat, (y_hat.shape[-2], y_hat.shape[-1]))
         upsilon = None if self.context is None else self.context(y_hat)
-        return self.entropy_parameters(gamma, upsilon)
+        bias = None if self.levels is None else self.levels.biases(self._level(level, y_hat))
+        return self.entropy_parameters(gamma, upsilon, bias)
 
-    def rate(self, y: Tensor, noise: Noise | None = None) -> tuple[Quantized, Tensor, Tensor]:
+    def _level(self, level: Tensor | float | None, like: Tensor) -> Tensor:
+        """Levels of N images, the middle one where none is given."""
+        assert self.levels is not None
+        if isinstance(level, Tensor):
+            return level
+        one = self.levels.middle if level is None else level
+        return like.new_full((like.shape[0],), one, dtype=torch.float32)
+
+    def rate(
+        self, y: Tensor, noise: Noise | None = None, level: Tensor | float | None = None
+    ) -> tuple[Quantized, Tensor, Tensor]:
         """Quantise y and find the likelihoods of ŷ and ẑ; N×M×h×w.
 
         Args:
-            y: the latent.
+            y: the latent, with its gain.
             noise: what training adds; None draws it from PyTorch's global generator.
+            level: of each image, or of all, in [0, levels − 1]; None: the middle one.
 
         Returns:
             The quantised latent, and the likelihoods of y and of z as in CodecOutput.
@@ -179,7 +205,7 @@ class TucodecVAE(nn.Module):
         quantized = self.quantizer.hard(y) if hard else self.quantizer(y, noise)
         hyper_input = quantized.y_hat.abs() if self.config.hyper.as_drawn else y
         z_hat, z_likelihoods = self.factorized_prior(self.h_a(hyper_input), noise)
-        mu, log_scale = self.parameters_of(z_hat, quantized.y_hat)
+        mu, log_scale = self.parameters_of(z_hat, quantized.y_hat, level)
         value = quantized.y_hat
         if self.training and self.config.rate_proxy == "noise" and not self.quantizer.joint:
             uniform = uniform_like(y, noise, RATE)
@@ -187,12 +213,25 @@ class TucodecVAE(nn.Module):
         y_likelihoods = self.prior(value, quantized.below, quantized.above, mu, log_scale)
         return quantized, y_likelihoods, z_likelihoods
 
-    def forward(self, x: Tensor, noise: Noise | None = None) -> CodecOutput:
-        """Code images in floating point: N×3×H×W in [0, 1], any H, W ≥ 1; on `noise` see `rate`."""
+    def analyse(self, x: Tensor, level: Tensor | float | None = None) -> Tensor:
+        """y of images whose sides are multiples of 16, with its gain."""
+        y = self.g_a(x)
+        return y if self.levels is None else y * self.levels.gain(self._level(level, y))
+
+    def synthesise(self, y_hat: Tensor, level: Tensor | float | None = None) -> Tensor:
+        """x̂ of ŷ, which has the gain of its level."""
+        if self.levels is not None:
+            y_hat = y_hat * self.levels.inverse(self._level(level, y_hat))
+        return self.g_s(y_hat)
+
+    def forward(
+        self, x: Tensor, noise: Noise | None = None, level: Tensor | float | None = None
+    ) -> CodecOutput:
+        """Code images in floating point: N×3×H×W in [0, 1], any H, W ≥ 1; on the others see `rate`."""
         height, width = x.shape[-2:]
-        y = self.g_a(self.pad(x))
-        quantized, y_likelihoods, z_likelihoods = self.rate(y, noise)
-        x_hat = self.g_s(quantized.y_hat)[..., :height, :width]
+        y = self.analyse(self.pad(x), level)
+        quantized, y_likelihoods, z_likelihoods = self.rate(y, noise, level)
+        x_hat = self.synthesise(quantized.y_hat, level)[..., :height, :width]
         return CodecOutput(x_hat, y_likelihoods, z_likelihoods, y, quantized.index)
 
     @staticmethod
@@ -207,7 +246,10 @@ class TucodecVAE(nn.Module):
 
 def config_to_dict(config: CodecConfig) -> dict[str, object]:
     """Plain nested dictionary of a configuration, for model files and checkpoints."""
-    return dataclasses.asdict(config)
+    values = dataclasses.asdict(config)
+    if config.levels == 1:  # so that models of one rate keep their ids
+        del values["levels"], values["level_ratio"]
+    return values
 
 
 def config_from_dict(values: dict[str, object]) -> CodecConfig:

@@ -98,9 +98,14 @@ class EntropyParameters(nn.Module):
         self.layer2 = TapConv2d(wide, narrow, POINT)
         self.layer3 = TapConv2d(narrow, 2 * latent_channels, POINT)
 
-    def forward(self, gamma: Tensor, upsilon: Tensor | None) -> LaplaceParameters:
-        """`upsilon` is None when the model has no context."""
+    def forward(
+        self, gamma: Tensor, upsilon: Tensor | None, bias: Tensor | None = None
+    ) -> LaplaceParameters:
+        """`upsilon` is None when the model has no context, `bias` when it has one rate."""
         features = gamma if upsilon is None else torch.cat([gamma, upsilon], dim=1)
-        x = leaky(self.layer2(leaky(self.layer1(features))))
+        x = self.layer1(features)
+        if bias is not None:
+            x = x + bias
+        x = leaky(self.layer2(leaky(x)))
         mu, log_scale = in_float32(self.layer3, x).chunk(2, dim=1)
         return LaplaceParameters(mu, log_scale)

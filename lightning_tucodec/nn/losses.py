@@ -70,6 +70,37 @@ class RateDistortionLoss(ABC):
             loss = self.total(distortion, bpp_y + bpp_z)
         return RateDistortion(loss, distortion, mse, bpp_y, bpp_z)
 
+    def scaled(self, factor: float) -> "RateDistortionLoss":
+        """The loss whose distortion weighs `factor` times as much against the rate."""
+        return type(self)(self.lmbda * factor)
+
+    def at_levels(self, output: Reconstruction, x: Tensor, factor: Tensor) -> RateDistortion:
+        """The same with a balance of its own for each of N images.
+
+        Each image's loss is scaled by `factor`^−0.6: as the least loss grows about with `factor`^0.6, all
+        rates then weigh alike.
+
+        Args:
+            output: of the network, for N images.
+            x: N×3×H×W in [0, 1].
+            factor: N; what an image's balance gives its distortion, in proportion to this loss's.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            pixels = x.shape[-1] * x.shape[-2]
+            bpp_y, bpp_z = (bits / pixels for bits in output.bits())
+            distortion = torch.stack(
+                [
+                    self.distortion(x_hat[None], one[None])
+                    for x_hat, one in zip(output.x_hat, x, strict=True)
+                ]
+            )
+            own = factor * self.total(distortion, 0 * bpp_y) + self.total(
+                0 * distortion, bpp_y + bpp_z
+            )
+            loss = (own * factor**-0.6).mean()
+            mse = _mse(output.x_hat, x)
+        return RateDistortion(loss, distortion.mean(), mse, bpp_y.mean(), bpp_z.mean())
+
     @abstractmethod
     def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """D of a batch, a scalar; both N×3×H×W in [0, 1]."""
@@ -109,6 +140,10 @@ class MSSSIMRateLoss(RateDistortionLoss):
 
     convention = "0.2 * MSE + 0.8 * (1 - MS-SSIM) + lambda * bpp, on [0, 1]"
     min_crop = MIN_MS_SSIM_SIDE
+
+    def scaled(self, factor: float) -> "MSSSIMRateLoss":
+        """See `RateDistortionLoss`."""
+        return MSSSIMRateLoss(self.lmbda / factor)
 
     def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """0.2·MSE + 0.8·(1 − MS-SSIM), sides ≥ 11 (the recipe's crops: ≥ 192)."""

@@ -23,7 +23,7 @@ _ROUNDS = 7
 
 _NOISE = 0x6E6F69  # separates these random bits from those of order and augmentation
 
-QUANTIZER, RATE, HYPER, ORDER = range(4)
+QUANTIZER, RATE, HYPER, ORDER, LEVEL = range(5)
 """Streams: what one sample draws for different purposes is independent."""
 
 

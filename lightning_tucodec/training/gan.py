@@ -1,5 +1,7 @@
 """The GAN recipe: a TucodecVAE, or a network of CompressAI's form, fine-tuned against a discriminator."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,16 @@ from lightning_tucodec.training.vae import CodecModule
 
 
 class GANCodec(AdversarialModule, CodecModule):
-    """Trains a TucodecVAE; see `AdversarialModule` for the game, `CodecModule` for the codec."""
+    """Trains a TucodecVAE; see `AdversarialModule` for the game, `CodecModule` for the codec.
+
+    Raises:
+        ConfigError: a variable-rate network, whose rate there is no one target for.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.network.levels is not None:
+            raise ConfigError("model: the adversarial stage needs a network of one rate")
 
     def coded(self, x: Tensor, index: Tensor) -> Coded:
         """See `AdversarialModule.coded`."""

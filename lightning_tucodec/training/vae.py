@@ -25,7 +25,7 @@ from lightning_tucodec.nn.codec import (
 )
 from lightning_tucodec.nn.klt import start_as_klt
 from lightning_tucodec.nn.losses import RateDistortion
-from lightning_tucodec.nn.noise import Noise
+from lightning_tucodec.nn.noise import LEVEL, Noise
 from lightning_tucodec.training.coding import CodingModule
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.optimizers import FusedAdam, muon_adam
@@ -53,7 +53,7 @@ def resolve_codec(preset: str, overrides: dict[str, Any] | None = None) -> Codec
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is unknown; choose one of {sorted(PRESETS)}")
-    values: dict[str, Any] = config_to_dict(PRESETS[preset])
+    values: dict[str, Any] = dataclasses.asdict(PRESETS[preset])
     for name, value in _leaves(overrides or {}):
         *path, last = name.split(".")
         target: Any = values
@@ -186,7 +186,10 @@ class CodecModule(CodingModule):
         return output
 
     def _terms(self, x: Tensor, noise: Noise) -> RateDistortion:
-        return self.loss(self._code(x, noise), x)
+        if (levels := self.network.levels) is None:
+            return self.loss(self._code(x, noise), x)
+        level = noise.uniform(x[:, :1, 0, 0], LEVEL)[:, 0] * (levels.count - 1)
+        return self.loss.at_levels(self.network(x, noise, level), x, levels.factor(level))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimiser for everything: the prior of z needs no auxiliary loss."""
@@ -242,7 +245,8 @@ class CodecModule(CodingModule):
     def coder(self) -> Callable[[Any, Tensor], bytes]:
         """See `CodingModule.coder`; the transforms run on the training's device."""
         frozen = freeze(self.shown, "validation", {}, torch.float32)
-        model = TucModel(frozen, str(self.device))
+        levels = self.shown.levels
+        model = TucModel(frozen, str(self.device), None if levels is None else levels.middle)
 
         def write(output: CodecOutput, x: Tensor) -> bytes:
             (latents,) = model.symbols(output.y)

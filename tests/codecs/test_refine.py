@@ -220,6 +220,7 @@ def test_bands_add_up_to_the_whole() -> None:
     for bands in ([(0, 15)], [(0, 5), (5, 11), (11, 15)]):
         strip = room._Strip(
             model.frozen_network,
+            None,
             loss_for(model),
             as_tensor(pixels) / 255,
             model.centres,

@@ -14,7 +14,13 @@ from lightning_tucodec.nn.codec import (
     config_from_dict,
     config_to_dict,
 )
-from lightning_tucodec.nn.losses import MSERateLoss, MSSSIMRateLoss, make_loss
+from lightning_tucodec.nn.levels import RateLevels
+from lightning_tucodec.nn.losses import (
+    MSERateLoss,
+    MSSSIMRateLoss,
+    make_loss,
+)
+from lightning_tucodec.nn.losses import RateDistortionLoss as OurLoss
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO
 
@@ -157,3 +163,51 @@ def test_unknown_fields_are_refused(name: str) -> None:
         resolve_codec("tiny", {name: 3})
     with pytest.raises(ConfigError, match="huge"):
         resolve_codec("huge")
+
+
+@pytest.mark.parametrize("loss", [MSERateLoss(100.0), MSSSIMRateLoss(0.3)])
+def test_each_image_has_the_balance_of_its_level(loss: OurLoss) -> None:
+    """The batch's loss is the mean of the images', each by the loss of its level and its weight."""
+    torch.manual_seed(0)
+    x = torch.rand(3, 3, 192, 192)
+    network = TucodecVAE(resolve_codec("tiny", {**MICRO, "levels": 5})).eval()
+    levels = network.levels
+    assert levels is not None
+    level = torch.tensor([0.0, 1.75, 4.0])
+    with torch.no_grad():
+        together = loss.at_levels(network(x, level=level), x, levels.factor(level))
+        alone = [
+            loss.scaled(levels.factor(one))(network(x[n : n + 1], level=one), x[n : n + 1]).loss
+            * levels.factor(one) ** -0.6
+            for n, one in enumerate(level.tolist())
+        ]
+        if isinstance(loss, MSSSIMRateLoss):  # D + (λ/f)·R is (f·D + λ·R) / f
+            alone = [
+                value * factor for value, factor in zip(alone, levels.factor(level), strict=True)
+            ]
+    assert float(together.loss) == pytest.approx(float(torch.stack(alone).mean()), rel=1e-5)
+
+
+def test_gains_between_levels_are_geometric_means() -> None:
+    levels = RateLevels(3, 4.0, channels=2, biases=5)
+    with torch.no_grad():
+        levels.bias.copy_(torch.arange(15.0).reshape(3, 5))
+    at = torch.tensor([0.0, 0.5, 1.0, 2.0])
+    gains = levels.gain(at)[:, 0, 0, 0].tolist()
+    assert gains == pytest.approx([0.5, 0.5**0.5, 1, 2])
+    assert (levels.gain(at) * levels.inverse(at)).flatten().tolist() == pytest.approx([1] * 8)
+    assert levels.biases(at)[1, :, 0, 0].tolist() == pytest.approx([2.5, 3.5, 4.5, 5.5, 6.5])
+
+
+def test_a_codec_of_one_rate_is_described_as_before() -> None:
+    """So that ids of models and runs stay."""
+    plain = config_to_dict(resolve_codec("tiny"))
+    assert "levels" not in plain
+    assert config_from_dict(plain) == resolve_codec("tiny")
+    several = resolve_codec("tiny", {"levels": 7, "level_ratio": 3.0})
+    assert config_from_dict(config_to_dict(several)) == several
+    for wrong in ({"levels": 0}, {"levels": -1}):
+        with pytest.raises(ConfigError, match="levels"):
+            resolve_codec("tiny", wrong)
+    with pytest.raises(ValueError, match="ratio"):
+        TucodecVAE(resolve_codec("tiny", {**MICRO, "levels": 2, "level_ratio": 1.0}))

@@ -117,10 +117,16 @@ def test_a_run_leaves_config_metrics_checkpoint_and_pictures(
     assert state(folder)["tucodec"]["opt_step"] == 6
 
 
+@pytest.mark.parametrize("levels", [1, 3])
 def test_a_resumed_run_ends_like_the_straight_one(
-    tmp_path: Path, shard_folder: Path, micro: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    shard_folder: Path,
+    micro: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    levels: int,
 ) -> None:
     """Stopped by its own flag after batch 3, called again: weights, optimiser, metrics, to the bit."""
+    micro = {**micro, "levels": levels}
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     straight = config(tmp_path / "a", shard_folder, micro, steps=8)

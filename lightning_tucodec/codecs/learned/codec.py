@@ -31,16 +31,22 @@ from lightning_tucodec.coding.container import (
     unpack,
 )
 from lightning_tucodec.errors import (
-    ConfigError,
     CorruptStreamError,
     UnknownModelError,
     UnsupportedVersionError,
 )
+from lightning_tucodec.nn.levels import LEVEL_STEPS
 from lightning_tucodec.nn.losses import make_loss
 from lightning_tucodec.nn.transforms import STRIDE
 from lightning_tucodec.quality.metrics import as_tensor, bits_per_pixel, ms_ssim_scales
 
 Strip = TypeVar("Strip")
+
+_LEVEL = 1
+"""Flag of a file whose strips begin with the level of a variable-rate network, in 1/LEVEL_STEPS."""
+
+_LEVEL_BYTES = 2
+""", which are little-endian."""
 
 
 def _each_strip(work: Callable[[int], Strip], count: int) -> list[Strip]:
@@ -82,10 +88,12 @@ class TucModel(Transforms):
 
         def strip(number: int) -> bytes:
             rows = slice(*bounds[number])
-            return wavefront.encode(self.entropy_model, latents.z[number], latents.y[rows])
+            stream = wavefront.encode(self.entropy_model, latents.z[number], latents.y[rows])
+            return self._head + stream
 
         strips = tuple(_each_strip(strip, len(bounds)))
-        return pack(Container(CodecKind.LEARNED, self.id, width, height, strips))
+        flags = _LEVEL if self._head else 0
+        return pack(Container(CodecKind.LEARNED, self.id, width, height, strips, flags))
 
     def compress(self, image: ImageLike, effort: int = 0) -> bytes:
         """The `.tuc` file of an image.
@@ -96,11 +104,45 @@ class TucModel(Transforms):
         """
         return with_effort(self, effort).code(as_pixels(image)).data
 
+    @property
+    def _head(self) -> bytes:
+        """What every strip begins with: the level, or nothing."""
+        if self.level is None:
+            return b""
+        return round(self.level * LEVEL_STEPS).to_bytes(_LEVEL_BYTES, "little")
+
+    def of(self, container: Container) -> "TucModel":
+        """This model at the level of an unpacked file, which is that of its first sound strip.
+
+        Raises:
+            UnknownModelError, UnsupportedVersionError, CorruptStreamError: see `read`.
+        """
+        if container.kind != CodecKind.LEARNED or container.model_id != self.id:
+            raise UnknownModelError(
+                f"the file was written with model {container.model_id.hex()}, "
+                f"not with {self.file.name} ({self.id.hex()})"
+            )
+        if unknown := container.flags & ~_LEVEL:
+            raise UnsupportedVersionError(
+                f"the file has flags {unknown:#x} that are unknown: update lightning-tucodec"
+            )
+        if bool(container.flags) != (self.level is not None):
+            raise CorruptStreamError(
+                "the file has a quality and its model none, or the other way round"
+            )
+        if self.level is None:
+            return self
+        heads = (strip[:_LEVEL_BYTES] for strip in container.strips if strip is not None)
+        level = int.from_bytes(next(heads, self._head), "little") / LEVEL_STEPS
+        if level > self.levels - 1:
+            raise CorruptStreamError(f"the file claims quality {level:g}")
+        return self.at(level)
+
     @own_modes()
     def read(
         self, container: Container, salvage: bool = False
     ) -> tuple[NDArray[np.int32], list[int]]:
-        """Symbols of an unpacked file of this model.
+        """Symbols of an unpacked file of this model at its level; see `of`.
 
         Args:
             container: from `unpack`.
@@ -115,15 +157,9 @@ class TucModel(Transforms):
             UnsupportedVersionError: it has flags, which only a newer program writes.
             CorruptStreamError: a strip is not what the encoder writes; with `salvage`: none is.
         """
-        if container.kind != CodecKind.LEARNED or container.model_id != self.id:
-            raise UnknownModelError(
-                f"the file was written with model {container.model_id.hex()}, "
-                f"not with {self.name} ({self.id.hex()})"
-            )
-        if container.flags:
-            raise UnsupportedVersionError(
-                f"the file has flags {container.flags:#x} that are unknown: update lightning-tucodec"
-            )
+        head = self.of(container)._head
+        if head != self._head:
+            raise CorruptStreamError(f"the file is not of quality {self.level:g}")
         height = math.ceil(container.height / STRIDE)
         width = math.ceil(container.width / STRIDE)
         bounds = strip_bounds(height, width)
@@ -138,6 +174,9 @@ class TucModel(Transforms):
             try:
                 if (strip := container.strips[number]) is None:
                     raise CorruptStreamError(f"strip {number + 1} of {len(bounds)} is damaged")
+                if not strip.startswith(head):
+                    raise CorruptStreamError(f"strip {number + 1} is of another quality")
+                strip = strip[len(head) :]
                 return wavefront.decode(self.entropy_model, strip, bottom - top, width)
             except CorruptStreamError:
                 if not salvage:
@@ -158,7 +197,8 @@ class TucModel(Transforms):
         Raises:
             UnknownModelError, UnsupportedVersionError, CorruptStreamError: see `read`.
         """
-        return self.synthesise(self.read(container)[0], container.width, container.height)
+        model = self.of(container)
+        return model.synthesise(model.read(container)[0], container.width, container.height)
 
     def salvage(self, container: Container) -> Decoded:
         """What the sound strips of `unpack(data, salvage=True)` show, the lost rows hatched.
@@ -168,8 +208,9 @@ class TucModel(Transforms):
         Raises:
             UnknownModelError, UnsupportedVersionError, CorruptStreamError: see `read`.
         """
-        y, strips = self.read(container, salvage=True)
-        pixels = self.synthesise(y, container.width, container.height)
+        model = self.of(container)
+        y, strips = model.read(container, salvage=True)
+        pixels = model.synthesise(y, container.width, container.height)
         return Decoded(pixels, mark(pixels, strips))
 
     def decompress(self, data: bytes) -> Image.Image:
@@ -192,12 +233,13 @@ class TucModel(Transforms):
 
     def describe(self) -> dict[str, Any]:
         """What a reader needs to repeat the numbers."""
+        options = {k: v for k, v in self.card.items() if k in ("recipe", "lmbda", "convention")}
+        if self.level is not None:
+            options |= {"quality": self.level, "lmbda": self.loss.lmbda}
         return {
             "codec": self.name,
             "version": self.id.hex(),
-            "options": {
-                k: v for k, v in self.card.items() if k in ("recipe", "lmbda", "convention")
-            },
+            "options": options,
             "colour": "RGB in, RGB out",
         }
 
@@ -213,18 +255,16 @@ class RefinedModel:
         self.model = model
         self.options = options
         self.file = model.file
-        recipe, lmbda = (model.card.get(key) for key in ("recipe", "lmbda"))
-        if recipe is None or lmbda is None:
-            raise ConfigError(
-                f"model {model.name}: its card names no recipe and λ, so there is nothing to optimise for"
-            )
-        self._loss = make_loss(recipe, options.lmbda or lmbda)
+        self._loss = model.loss
+        if options.lmbda is not None:
+            self._loss = make_loss(model.card["recipe"], options.lmbda)
 
     @property
     def name(self) -> str:
         """The model's name with the options."""
         _, _, options = self.options.name.partition(":")
-        return f"{self.model.name}:{options}"
+        sign = ":" if self.model.step is None else ","
+        return f"{self.model.name}{sign}{options}"
 
     def code(self, pixels: NDArray[np.uint8]) -> Coded:
         """Code an H×W×3 image: refined, or as the model does where that is better on the real file.

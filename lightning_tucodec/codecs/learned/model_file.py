@@ -28,6 +28,7 @@ from lightning_tucodec.codecs.cards import FORMAT, UNFIT, describe, identity, on
 from lightning_tucodec.coding.categorical import CategoricalTables, build_cdf
 from lightning_tucodec.coding.fixed_point import FRACTION_BITS, IntegerEntropyModel
 from lightning_tucodec.coding.integer_weights import (
+    at_level,
     integer_layout,
     quantise_network,
     restore_network,
@@ -38,13 +39,14 @@ from lightning_tucodec.errors import ModelFileError
 from lightning_tucodec.io.once import once_property
 from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.nn.codec import CodecConfig, TucodecVAE, config_from_dict, config_to_dict
+from lightning_tucodec.nn.levels import LEVEL_STEPS
 
 _TABLES = ("laplace.edges", "laplace.inverse_scale", "laplace.tail", "categorical.cumulative")
 
 _TAIL = 2.0**-20
 """The table of z covers each channel up to this probability; the rest is escaped."""
 
-_INTEGER_PARTS = ("h_s.", "context.", "entropy_parameters.")
+_INTEGER_PARTS = ("h_s.", "context.", "entropy_parameters.", "levels.bias")
 
 
 _FILLS = frozenset({"kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_", "zero_", "fill_"})
@@ -209,18 +211,25 @@ class ModelFile:
         restore_network(network, _part(self.tensors, "entropy"))
         return network.eval()
 
-    def entropy_model(self) -> EntropyModel:
+    def entropy_model(self, step: int | None = None) -> EntropyModel:
         """The integers that decide bits.
+
+        Args:
+            step: the level of a variable-rate network in 1/LEVEL_STEPS; None: the highest.
 
         Raises:
             ModelFileError: the file's content is inconsistent.
         """
-        _ = self.checked
+        config = self.checked
+        integers = _part(self.tensors, "entropy")
+        if config.levels > 1:
+            highest = LEVEL_STEPS * (config.levels - 1)
+            integers = at_level(integers, highest if step is None else step)
         laplace = {k: v.numpy() for k, v in _part(self.tensors, "laplace").items()}
         table = _part(self.tensors, "categorical")
         try:
             return EntropyModel(
-                IntegerEntropyModel(_part(self.tensors, "entropy")),
+                IntegerEntropyModel(integers),
                 LaplaceTables(**laplace),
                 CategoricalTables(
                     table["cumulative"].numpy().astype(np.uint32), table["offset"].numpy()
@@ -298,5 +307,8 @@ def freeze(
     tensors.update(_hyperlatent_tables(network))
     config = json.loads(json.dumps(config_to_dict(network.config)))
     model = ModelFile(name, config, tensors, card)
-    model.entropy_model()  # proves the bounds now rather than at the first use
+    for level in range(network.config.levels):
+        model.entropy_model(
+            LEVEL_STEPS * level
+        )  # proves the bounds now rather than at the first use
     return model

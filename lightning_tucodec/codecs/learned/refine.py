@@ -122,7 +122,7 @@ def refine(
     refined_z = []
     started = time.monotonic()
     for number, ((top, bottom), z) in enumerate(zip(strips, latents.z, strict=True)):
-        problem = _Strip(network, loss, x, centres, medians, y, top, bottom)
+        problem = _Strip(network, model.level, loss, x, centres, medians, y, top, bottom)
         until = None if seconds is None else started + seconds * (number + 1) / len(strips)
         best_y, best_z = problem.solve(torch.from_numpy(z).to(y).unsqueeze(0), steps, until)
         y[:, :, top:bottom] = best_y
@@ -155,6 +155,7 @@ class _Strip:
     def __init__(
         self,
         network: Any,
+        level: float | None,
         loss: RateDistortionLoss,
         x: Tensor,
         centres: Tensor,
@@ -163,7 +164,7 @@ class _Strip:
         top: int,
         bottom: int,
     ) -> None:
-        self.network, self.loss, self.x = network, loss, x
+        self.network, self.level, self.loss, self.x = network, level, loss, x
         self.centres, self.medians = centres, medians
         edges = (centres[1:] + centres[:-1]) / 2
         infinity = centres.new_full((1,), torch.inf)
@@ -266,7 +267,7 @@ class _Strip:
         """J of coding y and z where decoder and context see ŷ and ẑ; its slopes for those."""
         y_hat.requires_grad_()
         z_hat.requires_grad_()
-        parameters = self.network.parameters_of(z_hat, y_hat)
+        parameters = self.network.parameters_of(z_hat, y_hat, self.level)
         bits = self._bits_of_y(y, parameters).sum() + self._bits_of_z(z).sum()
         rate = self.loss.total(torch.zeros(()), bits / self.pixels)
         rate.backward()
@@ -296,7 +297,8 @@ class _Strip:
             inner,
             self.plane[:, :, self.bottom : high],
         ]
-        shown = self.network.g_s(torch.cat([p for p in parts if p.shape[2]], 2))
+        plane = torch.cat([p for p in parts if p.shape[2]], 2)
+        shown = self.network.synthesise(plane, self.level)
         bottom = min(STRIDE * end, height)
         shown = shown[:, :, STRIDE * (first - low) : bottom - STRIDE * low, :width].clamp(0, 1)
         distortion = self.loss.distortion(shown, self.x[:, :, STRIDE * first : bottom])

@@ -1,8 +1,9 @@
 """The floating-point half of a learned model: images to symbols and back, in tiles, and estimates of bits."""
 
+import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,13 +17,13 @@ from lightning_tucodec.codecs.learned.latents import (
 )
 from lightning_tucodec.codecs.learned.model_file import ModelFile
 from lightning_tucodec.coding import wavefront
-from lightning_tucodec.errors import (
-    ModelFileError,
-)
+from lightning_tucodec.errors import ConfigError, ModelFileError
 from lightning_tucodec.io.once import once_property
 from lightning_tucodec.nn import tiles
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.hyperprior import HYPER_STRIDE
+from lightning_tucodec.nn.levels import LEVEL_STEPS
+from lightning_tucodec.nn.losses import RateDistortionLoss, make_loss
 from lightning_tucodec.nn.transforms import STRIDE, TransformConfig
 
 TILE_MEMORY = 640 << 20
@@ -49,16 +50,80 @@ class Transforms:
     level. What decides bits are the integers of `entropy_model`.
     """
 
-    def __init__(self, file: ModelFile, device: str = "cpu") -> None:
-        """`device` runs g_a, h_a and g_s; bits are decided on the CPU."""
+    def __init__(self, file: ModelFile, device: str = "cpu", level: float | None = None) -> None:
+        """Prepare a model; nothing is computed yet.
+
+        Args:
+            file: the exported model.
+            device: runs g_a, h_a and g_s; bits are decided on the CPU.
+            level: of a variable-rate network; None: its highest.
+
+        Raises:
+            ConfigError: the network has one rate, or not this level.
+            ModelFileError: the file's content is inconsistent.
+        """
         self.file = file
         self.id = file.id
         self.device = torch.device(device)
+        self.step: int | None = None if level is None else self.step_of(level)
+
+    @property
+    def levels(self) -> int:
+        """Levels of a variable-rate network; 1: it has one rate."""
+        return self.file.checked.levels
+
+    def step_of(self, level: float) -> int:
+        """A level in 1/LEVEL_STEPS, as files hold it.
+
+        Raises:
+            ConfigError: the network has one rate, or not this level.
+        """
+        if self.levels == 1:
+            raise ConfigError(f"{self.file.name} has one rate, and takes no quality")
+        if not 0 <= level <= self.levels - 1:
+            raise ConfigError(f"quality {level:g} is not within 0 … {self.levels - 1}")
+        return round(level * LEVEL_STEPS)
+
+    @property
+    def level(self) -> float | None:
+        """The level of a variable-rate network; None of one rate."""
+        if self.levels == 1:
+            return None
+        return self.levels - 1.0 if self.step is None else self.step / LEVEL_STEPS
+
+    def at(self, level: float) -> Self:
+        """The same model at another level; both share the networks."""
+        step = self.step_of(level)
+        _ = self.network
+        other = copy.copy(self)
+        vars(other).pop("entropy_model", None)
+        other.step = step
+        return other
+
+    @property
+    def loss(self) -> RateDistortionLoss:
+        """What the model was trained for, at its level.
+
+        Raises:
+            ConfigError: its card does not say that.
+        """
+        recipe, lmbda = (self.card.get(key) for key in ("recipe", "lmbda"))
+        if recipe is None or lmbda is None:
+            raise ConfigError(
+                f"model {self.name}: its card names no recipe and λ, so there is nothing to optimise for"
+            )
+        loss = make_loss(recipe, lmbda)
+        levels = self.network.levels
+        return (
+            loss if levels is None or self.level is None else loss.scaled(levels.factor(self.level))
+        )
 
     @property
     def name(self) -> str:
-        """The model's name."""
-        return self.file.name
+        """The model's name, with its level where that is not the highest."""
+        if self.step is None:
+            return self.file.name
+        return f"{self.file.name}:quality={self.step / LEVEL_STEPS:g}"
 
     @property
     def card(self) -> dict[str, Any]:
@@ -89,7 +154,7 @@ class Transforms:
     @own_modes()
     def entropy_model(self) -> wavefront.EntropyModel:
         """The integers that decide bits."""
-        return self.file.entropy_model()
+        return self.file.entropy_model(self.step)
 
     @once_property
     @own_modes()
@@ -111,7 +176,8 @@ class Transforms:
         def transform(rows: slice, columns: slice) -> Tensor:
             x = np.stack([pixels[_scaled(rows), _scaled(columns)] for pixels in images])
             x = torch.from_numpy(x).to(self.device).permute(0, 3, 1, 2).float().div_(255)
-            return self.network.g_a(self.network.pad(x).contiguous(memory_format=self.layout))
+            x = self.network.pad(x).contiguous(memory_format=self.layout)
+            return self.network.analyse(x, self.level)
 
         if height * width <= WHOLE_POSITIONS:
             return transform(slice(0, height), slice(0, width))
@@ -189,7 +255,8 @@ class Transforms:
 
         def transform(rows: slice, columns: slice) -> NDArray[np.uint8]:
             y = torch.from_numpy(np.stack([y[rows, columns] for y in latents])).to(self.device)
-            x_hat = self.network.g_s(self.dequantise(y)).clamp_(0, 1).mul_(255).round_()
+            x_hat = self.network.synthesise(self.dequantise(y), self.level)
+            x_hat = x_hat.clamp_(0, 1).mul_(255).round_()
             return x_hat.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
         height, width = latents[0].shape[:2]
@@ -206,14 +273,14 @@ class Transforms:
     @torch.inference_mode()
     def estimated_bits(self, pixels: NDArray[np.uint8]) -> float:
         """Bits of the floating-point likelihoods of `forward()`, for an H×W×3 image."""
-        _, y, z = self.network.rate(self._latent([pixels]))
+        _, y, z = self.network.rate(self._latent([pixels]), level=self.level)
         return float(-(y.log2().sum(dtype=torch.float64) + z.log2().sum(dtype=torch.float64)))
 
     @own_modes()
     @torch.inference_mode()
     def bit_map(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
         """The same at each position of y, h×w; the bits of a z are spread over its positions of y."""
-        _, y, z = self.network.rate(self._latent([pixels]))
+        _, y, z = self.network.rate(self._latent([pixels]), level=self.level)
         bits_y, bits_z = (-v[0].double().log2().sum(0).cpu().numpy() for v in (y, z))
         height, width = bits_y.shape
         spread = bits_z.repeat(HYPER_STRIDE, 0)[:height].repeat(HYPER_STRIDE, 1)[:, :width]
@@ -235,7 +302,8 @@ class Transforms:
             strip = y_hat[:, :, top:bottom]
             z_hat = torch.from_numpy(z)[None].to(self.device) + medians
             _, _, below, above = network.quantizer.assign(strip)
-            y = network.prior(strip, below, above, *network.parameters_of(z_hat, strip))
+            parameters = network.parameters_of(z_hat, strip, self.level)
+            y = network.prior(strip, below, above, *parameters)
             for mass in (y, network.factorized_prior.likelihood(z_hat)):
                 bits -= float(mass.log2().sum(dtype=torch.float64))
         return bits

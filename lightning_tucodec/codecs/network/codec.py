@@ -150,6 +150,11 @@ class NetworkModel:
         """The rates of a variable-rate network; None for one rate."""
         return Rates.of(self.network)
 
+    @property
+    def levels(self) -> int:
+        """Levels of a variable-rate network; 1: it has one rate."""
+        return 1 if self.rates is None else self.rates.levels
+
     @once_property
     def own(self) -> OwnStrings:
         """The network's own coder."""
