@@ -203,7 +203,7 @@ def _header(path: Path) -> dict[str, Any]:
     Raises:
         TucodecError: the file cannot be read, or is damaged.
     """
-    from lightning_tucodec.coding.container import CodecKind, unpack
+    from lightning_tucodec.coding.container import CodecKind, quality_of, unpack
 
     data = jobs.read(path)
     try:
@@ -221,6 +221,7 @@ def _header(path: Path) -> dict[str, Any]:
         "strips": [len(strip or b"") for strip in container.strips],
         "model_id": container.model_id.hex(),
         "model": _name_of(container.model_id),
+        "quality": quality_of(container),
     }
 
 

@@ -35,6 +35,13 @@ MAGIC = b"TUC"
 VERSION = 1
 MODEL_ID_BYTES = 8
 
+QUALITY = 2
+"""Flag of a file of a variable-rate model. Its strips begin with their quality, a level of the model, in
+1/QUALITY_STEPS: QUALITY_BYTES, little-endian."""
+
+QUALITY_STEPS = 256
+QUALITY_BYTES = 2
+
 MAX_SIDE = 65_535
 """Longest side of an image, in pixels."""
 
@@ -73,6 +80,19 @@ class Container:
     height: int
     strips: tuple[bytes | None, ...]
     flags: int = 0
+
+
+def quality_of(container: Container) -> float | None:
+    """The quality of the first strip that is not lost; None of a model of one rate."""
+    if not container.flags & QUALITY or container.kind == CodecKind.VVC:
+        return None
+    first = next((strip for strip in container.strips if strip is not None), b"")
+    return int.from_bytes(first[:QUALITY_BYTES], "little") / QUALITY_STEPS
+
+
+def quality_bytes(quality: float) -> bytes:
+    """What the strips of a file of this quality begin with."""
+    return round(quality * QUALITY_STEPS).to_bytes(QUALITY_BYTES, "little")
 
 
 def check_size(width: int, height: int) -> None:

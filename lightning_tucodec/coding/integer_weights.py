@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tucodec.coding import kernels
+from lightning_tucodec.coding.container import QUALITY_STEPS
 from lightning_tucodec.coding.fixed_point import (
     FRACTION_BITS,
     WEIGHT_MAX,
@@ -18,7 +19,6 @@ from lightning_tucodec.coding.fixed_point import (
 from lightning_tucodec.coding.laplace import SCALE_MIN, SCALE_STEPS
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.context import TapConv2d
-from lightning_tucodec.nn.levels import LEVEL_STEPS
 
 GATE_RANGE = 12
 """The sigmoid's table covers arguments in ±GATE_RANGE; outside it is 0 or 1 within 1e-5."""
@@ -147,14 +147,14 @@ def at_level(tensors: dict[str, Tensor], step: int) -> dict[str, Tensor]:
 
     Args:
         tensors: see `quantise_network`; left as they are.
-        step: the level in 1/LEVEL_STEPS, within the network's levels.
+        step: the level in 1/QUALITY_STEPS, within the network's levels.
     """
     others = {name: value for name, value in tensors.items() if name != "levels.bias"}
     biases = tensors["levels.bias"]
-    below = min(step // LEVEL_STEPS, len(biases) - 2)
-    share = step - below * LEVEL_STEPS
-    sums = biases[below] * (LEVEL_STEPS - share) + biases[below + 1] * share
-    others["parameters.gamma.bias"] = others["parameters.gamma.bias"] + sums // LEVEL_STEPS
+    below = min(step // QUALITY_STEPS, len(biases) - 2)
+    share = step - below * QUALITY_STEPS
+    sums = biases[below] * (QUALITY_STEPS - share) + biases[below + 1] * share
+    others["parameters.gamma.bias"] = others["parameters.gamma.bias"] + sums // QUALITY_STEPS
     return others
 
 

@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 Level = TypeVar("Level", Tensor, float)
 
-LEVEL_STEPS = 256
-"""A level that a file holds is a multiple of 1/256."""
-
 
 class RateLevels(nn.Module):
     """Gains and biases of all levels, level 0 with the fewest bits.

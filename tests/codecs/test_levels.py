@@ -14,7 +14,12 @@ from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.learned.refine import Refinement
 from lightning_tucodec.coding.container import pack, unpack
-from lightning_tucodec.errors import ConfigError, CorruptStreamError, UnknownModelError
+from lightning_tucodec.errors import (
+    ConfigError,
+    CorruptStreamError,
+    UnknownModelError,
+    UnsupportedVersionError,
+)
 from lightning_tucodec.io.images import write_png
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.training.vae import resolve_codec
@@ -104,7 +109,7 @@ def test_strips_of_other_levels_are_refused(
     beyond = tuple(b"\x01\x02" + strip[2:] for strip in one.strips if strip)
     with pytest.raises(CorruptStreamError, match=r"quality 2\.00391"):
         TucModel(file).decode(pack(dataclasses.replace(one, strips=beyond)))
-    with pytest.raises(CorruptStreamError, match="none, or the other way round"):
+    with pytest.raises(CorruptStreamError, match="no quality"):
         TucModel(file).decode(pack(dataclasses.replace(one, flags=0)))
     with pytest.raises(UnknownModelError):
         TucModel(file).decode(pack(dataclasses.replace(one, model_id=bytes(8))))
@@ -115,8 +120,8 @@ def test_one_rate_takes_no_level() -> None:
     plain = TucModel(freeze(TucodecVAE(resolve_codec("tiny", MICRO)), "plain", {}))
     with pytest.raises(ConfigError, match="plain has one rate, and takes no quality"):
         plain.at(0)
-    flagged = dataclasses.replace(unpack(plain.encode(PIXELS)), flags=1)
-    with pytest.raises(CorruptStreamError, match="none, or the other way round"):
+    flagged = dataclasses.replace(unpack(plain.encode(PIXELS)), flags=2)
+    with pytest.raises(UnsupportedVersionError, match="flags 0x2"):
         plain.decode(pack(flagged))
 
 
@@ -172,5 +177,7 @@ def test_compress_takes_a_quality_or_a_target(
     assert main(["decompress", *files, "--model", str(saved), "-o", str(out)]) == 0
     assert len(list(out.iterdir())) == 3
     capsys.readouterr()
+    assert main(["info", str(tmp_path / "effort.tuc")]) == 0
+    assert "quality       0.5\n" in capsys.readouterr().out
     assert main(["compress", *given, "-o", str(tmp_path / "no.tuc"), "--quality", "2.5"]) == 1
     assert "quality 2.5 is not within 0 … 2" in capsys.readouterr().err

@@ -46,13 +46,14 @@ def gradients(module: torch.nn.Module) -> list[Tensor | None]:
     [
         ("tiny", "centres", "aot_eager"), ("fast", "centres", "eager"), ("paper", "centres", "eager"),
         ("tiny", "companded", "eager"), ("tiny", "round", "eager"), ("tiny", "noise", "eager"),
-        ("tiny", "hard", "eager"),
+        ("tiny", "hard", "eager"), ("tiny", "levels", "eager"),
     ],
 )  # fmt: skip
 def test_codec_and_loss(preset: str, kind: str, backend: str) -> None:
     """No break in the graph; `aot_eager` traces the backward pass too."""
     torch.manual_seed(0)
-    proxy = {"rate_proxy": "hard"} if kind == "hard" else {"quantizer": kind}
+    several: dict[str, Any] = {"quantizer": "noise", "levels": 3}
+    proxy = {"hard": {"rate_proxy": "hard"}, "levels": several}.get(kind, {"quantizer": kind})
     module = VAE(
         preset=preset, codec={**THIN[preset], **proxy}, recipe="mse",
         frozen=["g_a"] if kind == "hard" else None,
@@ -63,7 +64,7 @@ def test_codec_and_loss(preset: str, kind: str, backend: str) -> None:
     noise = Noise.of(0, torch.tensor([3, 2**33]))
     graph = torch.compile(module._terms, fullgraph=True, backend=backend)
     # Evaluation differs between quantisers only in rounding; one that is written out is enough.
-    for training in (True,) if kind in ("companded", "noise", "hard") else (True, False):
+    for training in (True,) if kind in ("companded", "noise", "hard", "levels") else (True, False):
         module.train(training)
         with torch.set_grad_enabled(training):
             eager, whole = module._terms(x, noise), graph(x, noise)

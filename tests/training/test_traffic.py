@@ -61,6 +61,7 @@ MODULES: dict[str, Callable[[], ScheduledModule]] = {
     },
     "vae straight through": lambda: vae(codec={"rate_proxy": "straight_through"}),
     "vae hard": lambda: vae(codec={"rate_proxy": "hard"}, frozen=["g_a"]),
+    "vae levels": lambda: vae(codec={"levels": 3}),
     "vae muon": lambda: vae(optimizer="muon"),
     "vae attention, gdn": lambda: vae(
         codec={

@@ -24,10 +24,13 @@ from lightning_tucodec.codecs.learned.refine import EFFORT_STEPS, Refinement, re
 from lightning_tucodec.codecs.learned.transforms import Transforms
 from lightning_tucodec.coding import wavefront
 from lightning_tucodec.coding.container import (
+    QUALITY,
     CodecKind,
     Container,
     check_size,
     pack,
+    quality_bytes,
+    quality_of,
     unpack,
 )
 from lightning_tucodec.errors import (
@@ -35,18 +38,11 @@ from lightning_tucodec.errors import (
     UnknownModelError,
     UnsupportedVersionError,
 )
-from lightning_tucodec.nn.levels import LEVEL_STEPS
 from lightning_tucodec.nn.losses import make_loss
 from lightning_tucodec.nn.transforms import STRIDE
 from lightning_tucodec.quality.metrics import as_tensor, bits_per_pixel, ms_ssim_scales
 
 Strip = TypeVar("Strip")
-
-_LEVEL = 1
-"""Flag of a file whose strips begin with the level of a variable-rate network, in 1/LEVEL_STEPS."""
-
-_LEVEL_BYTES = 2
-""", which are little-endian."""
 
 
 def _each_strip(work: Callable[[int], Strip], count: int) -> list[Strip]:
@@ -92,7 +88,7 @@ class TucModel(Transforms):
             return self._head + stream
 
         strips = tuple(_each_strip(strip, len(bounds)))
-        flags = _LEVEL if self._head else 0
+        flags = QUALITY if self._head else 0
         return pack(Container(CodecKind.LEARNED, self.id, width, height, strips, flags))
 
     def compress(self, image: ImageLike, effort: int = 0) -> bytes:
@@ -107,9 +103,7 @@ class TucModel(Transforms):
     @property
     def _head(self) -> bytes:
         """What every strip begins with: the level, or nothing."""
-        if self.level is None:
-            return b""
-        return round(self.level * LEVEL_STEPS).to_bytes(_LEVEL_BYTES, "little")
+        return b"" if self.level is None else quality_bytes(self.level)
 
     def of(self, container: Container) -> "TucModel":
         """This model at the level of an unpacked file, which is that of its first sound strip.
@@ -122,18 +116,16 @@ class TucModel(Transforms):
                 f"the file was written with model {container.model_id.hex()}, "
                 f"not with {self.file.name} ({self.id.hex()})"
             )
-        if unknown := container.flags & ~_LEVEL:
+        known = 0 if self.level is None else QUALITY
+        if unknown := container.flags & ~known:
             raise UnsupportedVersionError(
                 f"the file has flags {unknown:#x} that are unknown: update lightning-tucodec"
             )
-        if bool(container.flags) != (self.level is not None):
-            raise CorruptStreamError(
-                "the file has a quality and its model none, or the other way round"
-            )
         if self.level is None:
             return self
-        heads = (strip[:_LEVEL_BYTES] for strip in container.strips if strip is not None)
-        level = int.from_bytes(next(heads, self._head), "little") / LEVEL_STEPS
+        level = quality_of(container)
+        if level is None:
+            raise CorruptStreamError("the file has no quality, and its model needs one")
         if level > self.levels - 1:
             raise CorruptStreamError(f"the file claims quality {level:g}")
         return self.at(level)

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_tucodec.codecs.cards import FORMAT, UNFIT, describe, identity, one_line
 from lightning_tucodec.coding.categorical import CategoricalTables, build_cdf
+from lightning_tucodec.coding.container import QUALITY_STEPS
 from lightning_tucodec.coding.fixed_point import FRACTION_BITS, IntegerEntropyModel
 from lightning_tucodec.coding.integer_weights import (
     at_level,
@@ -39,7 +40,6 @@ from lightning_tucodec.errors import ModelFileError
 from lightning_tucodec.io.once import once_property
 from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.nn.codec import CodecConfig, TucodecVAE, config_from_dict, config_to_dict
-from lightning_tucodec.nn.levels import LEVEL_STEPS
 
 _TABLES = ("laplace.edges", "laplace.inverse_scale", "laplace.tail", "categorical.cumulative")
 
@@ -215,7 +215,7 @@ class ModelFile:
         """The integers that decide bits.
 
         Args:
-            step: the level of a variable-rate network in 1/LEVEL_STEPS; None: the highest.
+            step: the level of a variable-rate network in 1/QUALITY_STEPS; None: the highest.
 
         Raises:
             ModelFileError: the file's content is inconsistent.
@@ -223,7 +223,7 @@ class ModelFile:
         config = self.checked
         integers = _part(self.tensors, "entropy")
         if config.levels > 1:
-            highest = LEVEL_STEPS * (config.levels - 1)
+            highest = QUALITY_STEPS * (config.levels - 1)
             integers = at_level(integers, highest if step is None else step)
         laplace = {k: v.numpy() for k, v in _part(self.tensors, "laplace").items()}
         table = _part(self.tensors, "categorical")
@@ -309,6 +309,6 @@ def freeze(
     model = ModelFile(name, config, tensors, card)
     for level in range(network.config.levels):
         model.entropy_model(
-            LEVEL_STEPS * level
+            QUALITY_STEPS * level
         )  # proves the bounds now rather than at the first use
     return model

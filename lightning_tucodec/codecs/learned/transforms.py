@@ -17,12 +17,12 @@ from lightning_tucodec.codecs.learned.latents import (
 )
 from lightning_tucodec.codecs.learned.model_file import ModelFile
 from lightning_tucodec.coding import wavefront
+from lightning_tucodec.coding.container import QUALITY_STEPS
 from lightning_tucodec.errors import ConfigError, ModelFileError
 from lightning_tucodec.io.once import once_property
 from lightning_tucodec.nn import tiles
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.hyperprior import HYPER_STRIDE
-from lightning_tucodec.nn.levels import LEVEL_STEPS
 from lightning_tucodec.nn.losses import RateDistortionLoss, make_loss
 from lightning_tucodec.nn.transforms import STRIDE, TransformConfig
 
@@ -73,7 +73,7 @@ class Transforms:
         return self.file.checked.levels
 
     def step_of(self, level: float) -> int:
-        """A level in 1/LEVEL_STEPS, as files hold it.
+        """A level in 1/QUALITY_STEPS, as files hold it.
 
         Raises:
             ConfigError: the network has one rate, or not this level.
@@ -82,14 +82,14 @@ class Transforms:
             raise ConfigError(f"{self.file.name} has one rate, and takes no quality")
         if not 0 <= level <= self.levels - 1:
             raise ConfigError(f"quality {level:g} is not within 0 … {self.levels - 1}")
-        return round(level * LEVEL_STEPS)
+        return round(level * QUALITY_STEPS)
 
     @property
     def level(self) -> float | None:
         """The level of a variable-rate network; None of one rate."""
         if self.levels == 1:
             return None
-        return self.levels - 1.0 if self.step is None else self.step / LEVEL_STEPS
+        return self.levels - 1.0 if self.step is None else self.step / QUALITY_STEPS
 
     def at(self, level: float) -> Self:
         """The same model at another level; both share the networks."""
@@ -123,7 +123,7 @@ class Transforms:
         """The model's name, with its level where that is not the highest."""
         if self.step is None:
             return self.file.name
-        return f"{self.file.name}:quality={self.step / LEVEL_STEPS:g}"
+        return f"{self.file.name}:quality={self.step / QUALITY_STEPS:g}"
 
     @property
     def card(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_tucodec.codecs.cards import one_line
+from lightning_tucodec.coding.container import QUALITY_STEPS
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.quiet import without_warnings
 
@@ -249,9 +250,6 @@ class Rates:
         levels: their number.
     """
 
-    STEPS = 256
-    """A quality is a multiple of 1/256 of a level, as files hold it."""
-
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.levels = len(network.Gain)  # type: ignore[arg-type]
@@ -288,7 +286,7 @@ class Rates:
         """
         if not 0 <= quality <= self.levels - 1:
             raise ConfigError(f"quality {quality:g} is not within 0 … {self.levels - 1}")
-        return round(quality * self.STEPS) / self.STEPS
+        return round(quality * QUALITY_STEPS) / QUALITY_STEPS
 
     def arguments(self, quality: float) -> dict[str, Any]:
         """The arguments of a call of the network at a quality."""

@@ -37,10 +37,14 @@ from lightning_tucodec.codecs.network.build import (
 from lightning_tucodec.codecs.network.engine import ContextEngine
 from lightning_tucodec.codecs.network.strings import OwnStrings
 from lightning_tucodec.coding.container import (
+    QUALITY,
+    QUALITY_BYTES,
+    QUALITY_STEPS,
     CodecKind,
     Container,
     check_size,
     pack,
+    quality_bytes,
     read_varint,
     unpack,
     varint,
@@ -58,7 +62,7 @@ from lightning_tucodec.io.once import once_property
 from lightning_tucodec.nn.blocks import pad_to_multiple
 from lightning_tucodec.quality.metrics import as_tensor
 
-_EXACT, _QUALITY = 1, 2
+_EXACT = 1
 
 
 class NetworkModel:
@@ -208,9 +212,9 @@ class NetworkModel:
                 f"model {self.name} cannot code this image: {one_line(error)}"
             ) from None
         if self.rates is not None:
-            flags |= _QUALITY
+            flags |= QUALITY
             quality = self.rates.levels - 1 if self.quality is None else self.quality
-            head = round(quality * Rates.STEPS).to_bytes(2, "little")
+            head = quality_bytes(quality)
         lengths = b"".join(varint(len(segment)) for segment in segments[:-1])
         strip = head + bytes([len(segments)]) + lengths + b"".join(segments)
         return pack(Container(CodecKind.NETWORK, self.id, width, height, (strip,), flags))
@@ -232,7 +236,7 @@ class NetworkModel:
                 f"the file was written with model {container.model_id.hex()}, "
                 f"not with {self.file.name} ({self.id.hex()})"
             )
-        if container.flags & ~(_EXACT | _QUALITY):
+        if container.flags & ~(_EXACT | QUALITY):
             raise UnsupportedVersionError(
                 f"the file has flags {container.flags:#x} that are unknown: update lightning-tucodec"
             )
@@ -256,13 +260,13 @@ class NetworkModel:
 
     def _segments(self, strip: bytes, flags: int) -> tuple[list[bytes], float | None]:
         position, quality = 0, None
-        if bool(flags & _QUALITY) != (self.rates is not None):
+        if bool(flags & QUALITY) != (self.rates is not None):
             raise CorruptStreamError(
                 "the file has a quality and its model none, or the other way round"
             )
         if self.rates is not None:
-            quality = int.from_bytes(strip[:2], "little") / Rates.STEPS
-            position = 2
+            quality = int.from_bytes(strip[:QUALITY_BYTES], "little") / QUALITY_STEPS
+            position = QUALITY_BYTES
             if quality > self.rates.levels - 1:
                 raise CorruptStreamError(f"the file claims quality {quality:g}")
         if len(strip) <= position or strip[position] == 0:
