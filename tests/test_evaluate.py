@@ -253,6 +253,25 @@ def test_a_damaged_image_is_told_before_anything_is_coded(folder: Path) -> None:
     assert coder.codings == 0
 
 
+def test_a_further_measure_needs_no_second_coding(folder: Path) -> None:
+    images, keep, coder = (
+        [folder / "images" / "b.png"],
+        folder / "kept",
+        Counting(codec("jpeg:q=20")),
+    )
+    for metrics, codings in (((), 1), (["xpsnr"], 1), (["xpsnr"], 1)):
+        (row,) = evaluate(images, [coder], folder / "rows.jsonl", 1, keep, metrics=metrics)
+        assert coder.codings == codings
+        assert set(metrics) <= set(row)
+    assert row["encode_seconds"] > 0
+    (file,) = keep.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    evaluate(images, [coder], folder / "rows.jsonl", 1, keep)
+    assert coder.codings == 2
+    assert file.read_bytes() == whole
+
+
 def test_an_image_named_twice_counts_once(tmp_path: Path) -> None:
     for name in ("b.png", "a.png"):
         Image.new("RGB", (16, 16)).save(tmp_path / name)

@@ -5,6 +5,7 @@ was stopped continues, an additional codec does not repeat the others, and a new
 measured again.
 """
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -28,7 +29,14 @@ from lightning_tucodec.io.processes import worker_threads
 from lightning_tucodec.quality.perceptual import check_names
 from lightning_tucodec.sets.forecast import Forecast, affordable_workers
 from lightning_tucodec.sets.journal import Journal, codec_digest
-from lightning_tucodec.sets.measure import Row, content_id, kept_file, measure, peak_memory
+from lightning_tucodec.sets.measure import (
+    Row,
+    content_id,
+    kept_file,
+    measure,
+    measure_back,
+    peak_memory,
+)
 from lightning_tucodec.sets.results import is_results, results_files, summarise, write_results
 
 
@@ -96,7 +104,8 @@ def evaluate(
         keep: folder for the coded files, `<sha256 of the file>.bin`.
         part: only this share of the work, for several machines.
         others: further files of rows, which are only read.
-        metrics: names of `perceptual.MEASURES`; rows that lack one are measured again.
+        metrics: names of `perceptual.MEASURES`; rows that lack one are measured again, from the kept file
+            where there is one.
 
     Returns:
         One row per pair (of the share), images outermost, in the order given: the entries of `measure` with
@@ -133,12 +142,16 @@ def evaluate(
             key = f"{digest}-{job.described}"
             row = journal.get(key)
             lacking = row is None or any(name not in row for name in metrics)
-            if row is None or lacking or (keep is not None and not kept_file(keep, row).exists()):
+            kept = _kept(keep, row)
+            if row is None or lacking or (keep is not None and kept is None):
                 image, found = load(job.image)
                 if found != digest:
                     raise ConfigError(f"{job.image}: was replaced while the evaluation ran")
                 started = clock()
-                row = {**(row or {}), **measure(job.codec, image, keep, metrics)}
+                if row is None or kept is None:
+                    row = {**(row or {}), **measure(job.codec, image, keep, metrics)}
+                else:  # a further measure needs no second coding
+                    row = {**row, **measure_back(job.codec, image, kept, metrics)}
                 if isinstance(job.codec, VideoCodec) and job.codec.subsampling == "420":
                     row["ceiling_psnr"] = conversion_ceiling(image)
                 journal.add(key, row)
@@ -211,6 +224,14 @@ def _known_peak_memory(text: str, codec: ImageCodec, image: Path, rows_file: Pat
         known = {"peak_memory": peak_memory(text, image)}
         journal.add(key, known)
     return int(known["peak_memory"])
+
+
+def _kept(keep: Path | None, row: Row | None) -> bytes | None:
+    """The coded file of a row, if it is there and whole."""
+    if keep is None or row is None or not (file := kept_file(keep, row)).is_file():
+        return None
+    data = file.read_bytes()
+    return data if hashlib.sha256(data).hexdigest() == row["sha256"] else None
 
 
 def _load(path: Path) -> tuple[NDArray[np.uint8], str]:
