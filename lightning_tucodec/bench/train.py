@@ -27,6 +27,7 @@ from lightning_tucodec.bench.step import Clock, bare_trainer
 from lightning_tucodec.bench.timing import check_device, machine, rows_of, synchronise
 from lightning_tucodec.io.processes import cores
 from lightning_tucodec.io.temporary import temporary_folder
+from lightning_tucodec.training.arithmetic import Arithmetic, arithmetic
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.input.batches import RankBatches
 from lightning_tucodec.training.input.loader import PlanLoader
@@ -211,6 +212,7 @@ def run(
     workers: int | None = None,
     compiled: bool = False,
     codec: dict[str, Any] | None = None,
+    kind: Arithmetic = "fast",
 ) -> dict[str, Any]:
     """Images a second, the share of time spent waiting for data, FLOP/s, their share of the peak, memory.
 
@@ -226,6 +228,7 @@ def run(
         workers: decoding processes; by default all cores but one, at most 16.
         compiled: ours as one compiled graph, on a GPU in bf16-mixed only.
         codec: replaced fields of the preset, see `training.vae.resolve_codec`.
+        kind: how a GPU computes, in all turns and for the peak, see `training.arithmetic`.
 
     Raises:
         ConfigError: there is no such device.
@@ -237,7 +240,7 @@ def run(
     precisions = ["32-true", "bf16-mixed"] if device == "cuda" else ["32-true"]
     precisions = precisions[-1:] if compiled else precisions  # compiling takes minutes
     model = {"preset": preset, "codec": codec}
-    with temporary_folder() as scratch:
+    with temporary_folder() as scratch, arithmetic(kind):
         source = source or str(photographs(scratch / "photographs", 8))
         count = max(64, 4 * batch)
         options = BuildOptions(patch=crop, count=count, shard_size=16)
@@ -252,9 +255,9 @@ def run(
         for _ in range(repeats):
             for name, action in actions.items():
                 times[name].append(bench.timed(name, action))
+        peaks = {p: matmul_peak(device, _dtype(p)) for p in dict.fromkeys(["32-true", *precisions])}
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     flops = step_flops(bench.module(), batch, crop)
-    peaks = {p: matmul_peak(device, _dtype(p)) for p in dict.fromkeys(["32-true", *precisions])}
     ours = [name for name in actions if f"{name}, batch at hand" in actions]
 
     def peak(name: str) -> float:
@@ -278,6 +281,7 @@ def run(
         or {"the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024},
         "batch": f"{batch} crops of {crop}x{crop}",
         "preset": preset,
+        "arithmetic": kind if device == "cuda" else None,
         "workers": workers,
         "threads": torch.get_num_threads(),
         "machine": machine(device),

@@ -259,6 +259,8 @@ def _add_train(commands: Subparsers) -> None:
         action="store_true",
         help="ours as one compiled graph (on a GPU bf16-mixed alone)",
     )
+    add("--arithmetic", default="fast", choices=("fast", "reproducible"),
+        help="of a GPU, as run.arithmetic of fit (fast)")  # fmt: skip
     add("--peer", action="store_true",
         help="instead: a step of tiny beside CompressAI's joint model with as many parameters")  # fmt: skip
 
@@ -288,5 +290,6 @@ def run_train(arguments: argparse.Namespace) -> int:
             arguments.crop,
             arguments.workers,
             arguments.compile,
+            kind=arguments.arithmetic,
         )
     return show(result, timing.table_text, arguments)

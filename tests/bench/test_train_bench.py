@@ -1,6 +1,10 @@
 """`tucodec bench train` at its smallest: every number belongs to the steps that were timed."""
 
+import contextlib
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_tucodec.bench import data, timing, train
 from lightning_tucodec.bench.complexity import step_flops
 from lightning_tucodec.nn.noise import Noise
+from lightning_tucodec.training.arithmetic import Arithmetic
 from lightning_tucodec.training.vae import VAE
 from tests.support import MICRO
 
@@ -28,6 +33,32 @@ def test_speed_beside_compressais_loop(photo_folder: Path) -> None:
     assert 0 <= result["share_waiting_for_data"][ours] < 1
     assert result["matmul_peak_flop_per_s"]["32-true"] > 1e8
     assert "share_waiting_for_data" in timing.table_text(result)
+
+
+def test_a_share_of_the_peak_is_of_the_same_arithmetic(
+    photo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a GPU's convolutions are in TF32 and its matrices in float32: PyTorch's own choice."""
+    kinds: list[str] = []
+    measured: list[str] = []
+
+    @contextlib.contextmanager
+    def arithmetic(kind: str) -> Iterator[None]:
+        kinds.append(kind)
+        yield
+        kinds.pop()
+
+    def noting(name: str, value: float) -> Any:
+        return lambda *_, **__: measured.append(f"{name} {kinds}") or value
+
+    monkeypatch.setattr(train, "arithmetic", arithmetic)
+    monkeypatch.setattr(train._Bench, "ours", noting("ours", 1.0))
+    monkeypatch.setattr(train._Bench, "theirs", noting("theirs", 1.0))
+    monkeypatch.setattr(train, "matmul_peak", noting("peak", 1e12))
+    for kind in typing.get_args(Arithmetic):
+        measured.clear()
+        train.run(str(photo_folder), batch=2, crop=64, repeats=1, codec=MICRO, kind=kind)
+        assert measured == [f"{name} ['{kind}']" for name in ("theirs", "ours", "ours", "peak")]
 
 
 def test_flops_are_counted_without_computing() -> None:

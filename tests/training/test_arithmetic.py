@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import deterministic
 
 from lightning_tucodec.training.arithmetic import Arithmetic, arithmetic
 
@@ -14,12 +15,16 @@ def flags() -> tuple[Any, ...]:
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
+        deterministic.fill_uninitialized_memory,
     )
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("reproducible", ("highest", False, False, True)), ("fast", ("high", True, True, False))],
+    [
+        ("reproducible", ("highest", False, False, True, False)),
+        ("fast", ("high", True, True, False, False)),
+    ],
 )
 def test_all_flags_of_a_gpu(
     kind: Arithmetic, expected: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
