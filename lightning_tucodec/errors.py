@@ -20,6 +20,11 @@ def redacted(text: str) -> str:
     return _SECRET.sub(lambda found: f"{found[1] or ''}***", text)
 
 
+def first_sentence(error: Exception) -> str:
+    """Of an error whose text goes on for lines, as that of a GPU without memory does."""
+    return redacted(str(error).strip().partition(". ")[0].partition("\n")[0])
+
+
 def reason(error: Exception) -> str:
     """An error on one line; that of a file as its name and what is wrong with it."""
     if isinstance(error, OSError) and error.strerror:

@@ -24,13 +24,15 @@ import torch
 from lightning_tucodec.bench.complexity import step_flops
 from lightning_tucodec.bench.step import Clock, bare_trainer
 from lightning_tucodec.bench.train import matmul_peak
+from lightning_tucodec.cli.arguments import count, positive
 from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.codecs.learned.model_file import freeze
-from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.errors import ConfigError, TucodecError, first_sentence, reason
 from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.training.arithmetic import arithmetic
 from lightning_tucodec.training.input.resident import ResidentDataModule, pack
 from lightning_tucodec.training.runs.weights import load_checkpoint
+from lightning_tucodec.training.runs.writer import SaveError
 from lightning_tucodec.training.vae import VAE
 
 LMBDA = 512.0
@@ -87,8 +89,13 @@ class Steps(pl.Callback):
         assert self.path is not None
         module.check_finite()
         part = self.path.with_suffix(".part")
-        trainer.save_checkpoint(part)
-        os.replace(part, self.path)
+        try:
+            trainer.save_checkpoint(part)
+            os.replace(part, self.path)
+        # The zip writer of PyTorch turns "disk full" into a RuntimeError.
+        except (OSError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            raise SaveError(f"{self.path}: not saved ({error}); what is there is intact") from None
         self.saved = time.monotonic()
 
 
@@ -157,24 +164,30 @@ def train(
     """
     try:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        name = f"hour-{plan['preset']}-{plan['lmbda']:g}"
+        for key in ("steps", "batch", "crop", "precision", "device"):
+            plan[key]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"{folder / 'plan.json'}: no plan ({error}); `hour.py plan` makes one"
         ) from None
-    path = folder / "last.ckpt"
+    path, model = folder / "last.ckpt", folder / f"{name}{MODEL_SUFFIX}"
     resume = path if path.exists() else None
     done = load_checkpoint(path)["tucodec"]["opt_step"] if resume else 0
+    was = done
     if done < plan["steps"]:
         steps = Steps(device, time.monotonic() + 60 * minutes, path, folder / "log.jsonl")
-        module = fit(plan, crops, device, steps, resume, network)
-        done = module.opt_step
+        done = fit(plan, crops, device, steps, resume, network).opt_step
         print(f"{done} of {plan['steps']} steps")
-        if done < plan["steps"]:
-            return False
-        name = f"hour-{plan['preset']}-{plan['lmbda']:g}"
-        card = {**module.describe(), "opt_step": done, "images_seen": module.images_seen}
-        model = freeze(module.network.cpu().eval(), name, {**card, "trained_on": plan["device"]})
-        model.save(folder / f"{name}{MODEL_SUFFIX}")
+    if done < plan["steps"]:
+        return False
+    if done > was or not model.exists():  # a piece may have been cut off after its last save
+        trained = load_checkpoint(path)
+        module = VAE(preset=plan["preset"], lmbda=plan["lmbda"], codec=network, **MODEL)
+        module.load_state_dict(trained["state_dict"])
+        counted = {key: trained["tucodec"][key] for key in ("opt_step", "images_seen")}
+        card = {**module.describe(), **counted, "trained_on": plan["device"]}
+        freeze(module.network.eval(), name, card).save(model)
     return True
 
 
@@ -185,24 +198,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     packing = commands.add_parser("pack", help="patches of shards into one small file")
     packing.add_argument("shards", nargs="+")
     packing.add_argument("--out", type=Path, default=Path("crops.pack"))
-    packing.add_argument("--limit-mb", type=float, default=45.0, help="10^6 bytes")
+    packing.add_argument("--limit-mb", type=positive, default=45.0, help="10^6 bytes")
     for name, summary in (("plan", "measure a step"), ("train", "train one piece")):
         sub = commands.add_parser(name, help=summary)
         sub.add_argument("preset", choices=PLANS)
         sub.add_argument("--crops", type=Path, default=Path("crops.pack"))
         sub.add_argument("--out", type=Path, default=Path("hour"), help="folder of the runs")
-        sub.add_argument("--minutes", type=float, help="of the training; of this piece (9)")
+        sub.add_argument("--minutes", type=positive, help="of the training; of this piece (9)")
         sub.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
         if name == "plan":
-            sub.add_argument("--lmbda", type=float, default=LMBDA)
-            sub.add_argument("--batch", type=int)
-            sub.add_argument("--crop", type=int)
+            sub.add_argument("--lmbda", type=positive, default=LMBDA)
+            sub.add_argument("--batch", type=count)
+            sub.add_argument("--crop", type=count)
     arguments = parser.parse_args(argv)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     try:
         return _run(arguments)
-    except TucodecError as error:
-        print(f"hour.py: {error}", file=sys.stderr)
+    except (TucodecError, OSError, MemoryError) as error:
+        print(f"hour.py: {reason(error)}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"hour.py: {first_sentence(error)}; take a smaller --batch", file=sys.stderr)
         return 1
 
 

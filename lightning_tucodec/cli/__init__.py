@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from lightning_tucodec.errors import TucodecError, reason
+from lightning_tucodec.errors import TucodecError, first_sentence, reason
 
 _FAMILIES = (
     *("train", "compress", "decompress", "evaluate", "compare", "sets"),
@@ -131,6 +131,12 @@ def _run(words: Sequence[str]) -> int:
         # The reader of our output (head, less) has gone; that is not an error of ours.
         drop_output()
         return 0
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which need not be imported here
+            raise
+        text = f"not enough memory on the GPU for this ({first_sentence(error)})"
+        print(f"tucodec: {text}", file=sys.stderr)
+        return 1
     except (TucodecError, OSError, MemoryError) as error:
         text = (
             "there is not enough memory for this"

@@ -22,7 +22,7 @@ from lightning_fabric.plugins.environments import (
 )
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.errors import ConfigError, first_sentence
 from lightning_tucodec.io.processes import announce, when_parent_ends
 from lightning_tucodec.training.arithmetic import arithmetic
 from lightning_tucodec.training.attempt import Attempt
@@ -239,6 +239,11 @@ class TucodecCLI(ConfiguredCLI):
             raise ConfigError(
                 f"trainer.num_nodes {self.trainer.num_nodes}, trainer.devices {self.trainer.num_devices}: "
                 f"not all processes have come ({' '.join(str(error).split())}); are all started?"
+            ) from None
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"step {model.opt_step}: not enough memory on the GPU ({first_sentence(error)}): "
+                "take a smaller data.batch_size or data.crop, more GPUs, or trainer.precision bf16-mixed"
             ) from None
         if self.trainer.is_global_zero:
             measured = [] if attempt.preempted else self.last.lines(self.trainer, model)

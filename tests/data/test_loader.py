@@ -162,6 +162,24 @@ def test_modules_get_floats_that_the_device_makes(shards: Path) -> None:
     assert data.on_after_batch_transfer(whole, 0)["image"].shape == (1, 3, 30, 40)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_all_of_a_batch_is_in_memory_for_transfer(
+    shards: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index too: CUDA may wait for its queue before it copies from memory that is not pinned."""
+    made: list[torch.Tensor] = []
+
+    def for_transfer(values: Any) -> torch.Tensor:
+        made.append(torch.from_numpy(values.copy()))
+        return made[-1]
+
+    for module in ("batches", "loader"):
+        path = f"lightning_tucodec.training.input.{module}.for_transfer"
+        monkeypatch.setattr(path, for_transfer)
+    batch = next(iter(loader(shards, 3, workers=workers)))
+    assert {id(value) for value in batch.values()} == {id(value) for value in made}
+
+
 def _contains(patch: Any, crop: Any) -> bool:
     side = len(crop)
     views = np.lib.stride_tricks.sliding_window_view(patch, (side, side), axis=(0, 1))

@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils import deterministic
 
-from lightning_tucodec.training.arithmetic import Arithmetic, arithmetic
+from lightning_tucodec.training.arithmetic import Arithmetic, _memory, arithmetic
 
 
 def flags() -> tuple[Any, ...]:
@@ -15,7 +14,7 @@ def flags() -> tuple[Any, ...]:
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
-        deterministic.fill_uninitialized_memory,
+        _memory.fill_uninitialized_memory,
     )
 
 

@@ -234,6 +234,34 @@ def test_a_short_run_ends_with_what_it_measured(
     assert f" psnr={row['val/psnr']:.4g} " in validation
 
 
+def full(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which\n"
+        "9.00 GiB is free. See documentation for Memory Management"
+    )
+
+
+def test_a_gpu_without_memory_is_one_line(
+    tmp_path: Path,
+    shard_folder: Path,
+    micro: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(VAE, "training_step", full)
+    values = config(tmp_path, shard_folder, micro)
+    assert main(["fit", "--config", write(tmp_path, values)]) == 1
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "tucodec: step 0: not enough memory on the GPU (CUDA out of memory): "
+        "take a smaller data.batch_size or data.crop, more GPUs, or trainer.precision bf16-mixed"
+    ]
+    monkeypatch.setattr("lightning_tucodec.bench.train.run", full)
+    assert main(["bench", "train"]) == 1
+    assert capsys.readouterr().err == (
+        "tucodec: not enough memory on the GPU for this (CUDA out of memory)\n"
+    )
+
+
 def test_a_node_that_never_comes_is_named(
     tmp_path: Path,
     shard_folder: Path,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import resource
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -128,6 +129,61 @@ def test_two_steps_in_one_piece_or_in_two(
     before = (pieces / "last.ckpt").stat().st_mtime_ns
     assert hour.train(pieces, packed, 5.0, "cpu", micro)  # nothing is left to do
     assert (pieces / "last.ckpt").stat().st_mtime_ns == before
+    # Cut off between the last save and the model.
+    content = (pieces / "hour-tiny-512.safetensors").read_bytes()
+    (pieces / "hour-tiny-512.safetensors").unlink()
+    assert hour.train(pieces, packed, 5.0, "cpu", micro)
+    assert (pieces / "hour-tiny-512.safetensors").read_bytes() == content
+
+
+def test_a_full_disk_is_told_in_a_line(
+    hour: ModuleType, packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hour" / "tiny"
+    folder.mkdir(parents=True)
+    plan = {"preset": "tiny", "lmbda": 512.0, "steps": 1, "batch": 1, "crop": 32,
+            "precision": "32-true", "device": "cpu"}  # fmt: skip
+    (folder / "plan.json").write_text(json.dumps(plan))
+    words = [
+        "train",
+        "tiny",
+        "--device",
+        "cpu",
+        "--crops",
+        str(packed),
+        "--out",
+        str(folder.parent),
+    ]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        assert hour.main(words) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"hour.py: {folder / 'last.ckpt'}: not saved (")
+    assert [path.name for path in folder.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["pack {} --limit-mb nan", "plan tiny --minutes nan", "plan tiny --minutes 0", "train tiny --minutes -1",
+     "plan tiny --batch 0", "plan tiny --crop -8", "plan tiny --lmbda nan"],
+)  # fmt: skip
+def test_values_that_mean_nothing_are_usage_errors(hour: ModuleType, words: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        hour.main(words.format("shards").split())
+
+
+def test_what_is_no_plan_and_no_file(
+    hour: ModuleType, shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hour.main(["pack", str(shard_folder), "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"hour.py: {tmp_path}: Is a directory\n"
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "plan.json").write_text('{"steps": 5}')
+    assert hour.main(["train", "tiny", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "no plan ('preset')" in capsys.readouterr().err
 
 
 def test_commands(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.io.processes import when_parent_ends
-from lightning_tucodec.training.input.batches import Batch, RankBatches
+from lightning_tucodec.training.input.batches import Batch, RankBatches, for_transfer
 
 _PREFETCH = 2  # batches that a worker has been asked for, at most
 
@@ -80,7 +80,8 @@ class PlanLoader:
         self._stream, self._shared = iter(()), None
 
     def _next(self) -> Batch:
-        positions = torch.from_numpy(self.batches.positions(self.position))
+        # Also pinned: CUDA may wait for the queue before it copies from other memory.
+        positions = for_transfer(self.batches.positions(self.position))
         if not self.num_workers:
             pixels = np.empty(self.batches.shape, np.uint8)
             self.batches.read(self.position, pixels)
