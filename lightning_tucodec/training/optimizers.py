@@ -116,9 +116,10 @@ class MuonAdam(FusedAdam):
             matrices = [stacked] if len(parameters) == 1 else stacked.unbind()
             return [matrix.reshape(own) for matrix, own in zip(matrices, shapes, strict=True)]
 
-        torch._foreach_add_([state["step"] for state in states], 1)
         gradients = together([p.grad for p in parameters if p.grad is not None])
         found_inf = getattr(self, "found_inf", None)
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1.0 if found_inf is None else 1 - found_inf)
         if found_inf is not None:  # then a momentum moves towards itself
             gradients = torch.where(found_inf > 0, together(momenta), gradients)
         torch._foreach_lerp_(momenta, apart(gradients), 1 - self._momentum)

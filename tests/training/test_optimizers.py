@@ -153,8 +153,7 @@ def test_a_step_that_is_called_off_changes_nothing(muon: bool) -> None:
     step(1.0, torch.nan)
     step(1.0, 0.5)
     assert all(map(torch.equal, before, weights))
-    adam = [value for value in _state(optimizer) if value.ndim]
-    assert all(map(torch.equal, adam, [value for value in state if value.ndim]))
+    assert all(map(torch.equal, _state(optimizer), state))
     step(0.0, 0.5)
     assert not any(map(torch.equal, before, weights))
     assert all(torch.isfinite(weight).all() for weight in weights)
