@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -94,13 +93,6 @@ class Candidates:
         streams = self.folder / "streams"
         return evaluate(self.paths, self.codecs, self.folder / own, workers, streams, part, others)
 
-    def forget_damaged(self) -> None:
-        """Remove coded files whose content does not match their name, so that they are coded again."""
-        for path in (self.folder / "streams").glob("*.bin"):
-            ours = re.fullmatch("[0-9a-f]{64}", path.stem) and path.is_file()
-            if ours and hashlib.sha256(path.read_bytes()).hexdigest() != path.stem:
-                path.unlink()
-
 
 def build(
     candidates: Candidates,
@@ -131,7 +123,6 @@ def build(
     from lightning_tucodec.sets.allocation import allocate
 
     out = out.resolve()
-    candidates.forget_damaged()
     rows = candidates.code(workers)
     table = allocation_table(rows)
     if required.max_image_bpp is not None:
