@@ -168,6 +168,8 @@ class CodecModule(CodingModule):
             parts[name].requires_grad_(False)
         if self.network.config.rate_proxy == "hard" and "g_a" not in (frozen or ()):
             raise ConfigError("rate_proxy hard teaches g_a nothing: name it in model.frozen")
+        if self.network.config.rate_proxy == "hard" and self.network.levels is not None:
+            self.network.levels.log_gain.requires_grad_(False)  # h_a alone would teach it
         if not any(p.requires_grad for p in self.network.parameters()):
             raise ConfigError("model.frozen: nothing is left to train")
         self.init_parts = init_parts
