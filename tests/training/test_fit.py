@@ -515,8 +515,8 @@ def test_the_last_stage_keeps_the_symbols_and_moves_the_rate(
     image = photo("coffee.png", 96, 80)
     first, second = before.code(image), after.code(image)
     np.testing.assert_array_equal(first.latents.y, second.latents.y)
-    same = np.array_equal(before.decode(first.data), after.decode(second.data))
-    assert same == (levels == 1)
+    equal = np.array_equal(before.decode(first.data), after.decode(second.data))
+    assert equal == (levels == 1)
     assert before.id != after.id
     assert before.bits_of(first.latents) != after.bits_of(first.latents)
 
