@@ -14,17 +14,17 @@ from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel, with_
 from lightning_tucodec.codecs.learned.latents import Latents
 from lightning_tucodec.codecs.learned.targets import (
     Coding,
+    Ladder,
     Quantity,
     Setting,
     Target,
     best,
     code,
-    search,
 )
 from lightning_tucodec.codecs.learned.transforms import WHOLE_POSITIONS
-from lightning_tucodec.codecs.library import family, load, load_any, load_coder
+from lightning_tucodec.codecs.library import Model, family, load_any, load_coder
 from lightning_tucodec.codecs.network.codec import NetworkModel
-from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.errors import ConfigError, UnknownModelError
 from lightning_tucodec.nn.transforms import STRIDE
 
 FAMILIES: dict[Quantity, tuple[str, ...]] = {
@@ -70,9 +70,9 @@ class Encoder:
 
     def __init__(self, request: Request) -> None:
         self.request, self.target = request, request.target
-        self.settings = _settings(request)
-        self._is_ladder = len({_model_id(setting) for setting in self.settings}) == 1
-        alone = self.settings[0] if self.target is None else None
+        self.ladders = _ladders(request)
+        self._setting = self.ladders[0][0]
+        alone = self._setting if self.target is None else None
         self._model = alone.model if isinstance(alone, RefinedModel) else alone
 
     def together(self, pixels: NDArray[np.uint8]) -> int:
@@ -86,7 +86,7 @@ class Encoder:
         if not isinstance(self._model, TucModel):
             return [None] * len(images)
         latents = self._model.analyse_batch(images)
-        encoder = self.settings[0]
+        encoder = self._setting
         if isinstance(encoder, RefinedModel):
             return [encoder.improve(*pair) for pair in zip(images, latents, strict=True)]
         return latents
@@ -102,20 +102,17 @@ class Encoder:
             model, (height, width) = self._model, pixels.shape[:2]
             assert isinstance(model, TucModel)
             data = model.write(latents, width, height)
-            return Coding(
-                self.settings[0], data, lambda: model.synthesise(latents.y, width, height)
-            )
+            return Coding(self._setting, data, lambda: model.synthesise(latents.y, width, height))
         if self.target is None:
-            return code(self.settings[0], pixels)
-        choose = search if self._is_ladder else best
-        return choose(self.settings, pixels, self.target)
+            return code(self._setting, pixels)
+        return best(self.ladders, pixels, self.target)
 
     def estimated_bits(self, pixels: NDArray[np.uint8], latents: Latents | None) -> float | None:
         """Bits of the likelihoods that the model was trained with; None without latents."""
         if latents is None:
             return None
         assert isinstance(self._model, TucModel)
-        refined = self.settings[0] is not self._model
+        refined = self._setting is not self._model
         return self._model.bits_of(latents) if refined else self._model.estimated_bits(pixels)
 
     def named(self, coding: Coding) -> dict[str, Any]:
@@ -125,13 +122,6 @@ class Encoder:
         return {"model": coding.setting.name}
 
 
-def _model_id(setting: Setting) -> bytes | None:
-    """The id of a setting's model; H.266 and its filter are one."""
-    if isinstance(setting, H266):
-        return None
-    return setting.model.id if isinstance(setting, RefinedModel) else setting.id
-
-
 def _refuse(request: Request, *options: str) -> None:
     """Refuse options of H.266 where it does not code."""
     for option in options:
@@ -139,8 +129,8 @@ def _refuse(request: Request, *options: str) -> None:
             raise ConfigError(f"--{option} is an option of --model {' and '.join(H266_MODELS)}")
 
 
-def _settings(request: Request) -> list[Setting]:
-    """What `targets.best` or, for H.266, `targets.search` chooses from; a single one without a target."""
+def _ladders(request: Request) -> list[Ladder]:
+    """What `targets.best` chooses from; a single setting without a target."""
     name, target, device = request.model, request.target, request.device
     if name in H266_MODELS:
         if request.qp is None and target is None:
@@ -151,19 +141,19 @@ def _settings(request: Request) -> list[Setting]:
         qps = range(64) if request.qp is None else [request.qp]
         ladder = [H266(qp, **options) for qp in qps]
         ladder[0].describe()  # says now what is wrong with binary or filter
-        return [*ladder]
+        return [ladder]
     _refuse(request, "qp", "preset")
     if target is None:
-        return [_of_model(request, load_coder(name or DEFAULT_MODEL, device))]
-    if rates := _rates(request):
-        return [*rates]
+        return [[_of_model(request, load_coder(name or DEFAULT_MODEL, device))]]
     names = FAMILIES[target.quantity] if name is None else (name,)
-    members = [member for name in names for member in family(name)]
-    if not members:
+    members = [member for name in names for member in family(name) or [name]]
+    ladders = [_rates(request, load_any(member, device)) for member in members]
+    if name is not None and not family(name) and len(ladders[0]) == 1:
         raise ConfigError(
-            f"{target} chooses among the models of a family; --model {name} is none (see `tucodec models`)"
+            f"{target} chooses among the models of a family, or the rates of one model; "
+            f"--model {name} is neither (see `tucodec models`)"
         )
-    return [with_effort(load(member, device), request.effort) for member in members]
+    return ladders
 
 
 def _of_model(request: Request, model: TucModel | NetworkModel) -> Setting:
@@ -177,14 +167,12 @@ def _of_model(request: Request, model: TucModel | NetworkModel) -> Setting:
     return model if request.quality is None else model.at(request.quality)
 
 
-def _rates(request: Request) -> list[Setting]:
-    """The rates of a variable-rate network, falling; none if --model is another thing."""
-    if request.model is None or family(request.model):
-        return []
-    model = load_any(request.model, request.device)
-    if isinstance(model, FilterModel) or model.levels == 1:
-        return []
-    _of_model(request, model)  # refuses what a network does not take
+def _rates(request: Request, model: Model) -> Ladder:
+    """The rates of a model, falling; one that has a single rate alone."""
+    if isinstance(model, FilterModel):
+        raise UnknownModelError(f"{model.name} is a post-filter; it works through vvc+postfilter")
+    alone = _of_model(request, model)  # refuses what a network does not take
+    if model.levels == 1:
+        return [alone]
     steps = range(_RATES_A_LEVEL * (model.levels - 1), -1, -1)
-    rates = [model.at(step / _RATES_A_LEVEL) for step in steps]
-    return [with_effort(r, request.effort) if isinstance(r, TucModel) else r for r in rates]
+    return [_of_model(request, model.at(step / _RATES_A_LEVEL)) for step in steps]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from lightning_tucodec.quality.metrics import (
 
 Quantity = Literal["bpp", "psnr", "ms_ssim"]
 Setting = H266 | TucModel | RefinedModel | NetworkModel
+
+Ladder = Sequence[Setting]
+"""Settings by falling rate and quality, as QP 0 … 63."""
 
 
 class Coding:
@@ -96,60 +99,66 @@ def code(setting: Setting, image: NDArray[np.uint8]) -> Coding:
     )
 
 
-def best(models: Sequence[Setting], image: NDArray[np.uint8], target: Target) -> Coding:
+class _End(NamedTuple):
+    """The last setting of a ladder that meets a target; where none does, the one tried last."""
+
+    coding: Coding
+    measured: float
+    met: bool
+
+
+def best(ladders: Sequence[Ladder], image: NDArray[np.uint8], target: Target) -> Coding:
     """The best picture within a rate, or the fewest bytes with a quality, of all settings.
 
     Better is meant in the quality that the models were trained for.
 
-    Raises:
-        ConfigError: none meets the target; says which comes closest.
-    """
-    codings = [code(model, image) for model in models]
-    measured = [target.measure(image, coding) for coding in codings]
-    meeting = [coding for coding, value in zip(codings, measured, strict=True) if target.met(value)]
-    if not meeting:
-        sign = 1 if target.quantity == "bpp" else -1
-        closest = min(range(len(codings)), key=lambda n: sign * measured[n])
-        raise _missed(target, codings[closest].setting.name, measured[closest])
-    if target.quantity == "bpp":
-        # PSNR as well where an image is too small for MS-SSIM, which nobody has asked for.
-        by_ssim = all(map(_is_ssim, models)) and ms_ssim_scales(*image.shape[:2]) > 0
-        trained_for = Target("ms_ssim" if by_ssim else "psnr", 0)
-        chosen = max(meeting, key=lambda coding: trained_for.measure(image, coding))
-        chosen.is_finest = len(meeting) == len(codings)
-        return chosen
-    return min(meeting, key=lambda coding: len(coding.data))
-
-
-def search(ladder: Sequence[Setting], image: NDArray[np.uint8], target: Target) -> Coding:
-    """The finest setting within a rate, or the coarsest with a quality, in few codings.
-
     Args:
-        ladder: by falling rate and quality, as QP 0 … 63.
+        ladders: each is searched for its end, in few codings; a model of one rate is a ladder of its own.
         image: H×W×3.
         target: what to meet.
 
     Raises:
-        ConfigError: neither end of the ladder meets it.
+        ConfigError: none meets the target; says which comes closest.
     """
+    ends = [_end(ladder, image, target) for ladder in ladders]
+    meeting = [end.coding for end in ends if end.met]
+    if not meeting:
+        sign = 1 if target.quantity == "bpp" else -1
+        closest = min(ends, key=lambda end: sign * end.measured)
+        raise _missed(target, closest.coding.setting.name, closest.measured)
+    if target.quantity == "bpp":
+        # PSNR as well where an image is too small for MS-SSIM, which nobody has asked for.
+        by_ssim = all(_is_ssim(ladder[0]) for ladder in ladders)
+        by_ssim = by_ssim and ms_ssim_scales(*image.shape[:2]) > 0
+        trained_for = Target("ms_ssim" if by_ssim else "psnr", 0)
+        chosen = meeting[0]
+        if len(meeting) > 1:
+            chosen = max(meeting, key=lambda coding: trained_for.measure(image, coding))
+        chosen.is_finest = all(
+            end.met and end.coding.setting is ladder[0]
+            for end, ladder in zip(ends, ladders, strict=True)
+        )
+        return chosen
+    return min(meeting, key=lambda coding: len(coding.data))
+
+
+def _end(ladder: Ladder, image: NDArray[np.uint8], target: Target) -> _End:
+    """The finest setting of a ladder within a rate, or the coarsest with a quality, by bisection."""
     upper_bound = target.quantity == "bpp"
-    found: Coding | None = None
+    found: _End | None = None
     low, high = 0, len(ladder) - 1
     while low <= high:
         middle = (low + high) // 2
         coding = code(ladder[middle], image)
         measured = target.measure(image, coding)
-        met = target.met(measured)
-        if met:
-            found = coding
-        if met == upper_bound:
+        end = _End(coding, measured, target.met(measured))
+        if end.met:
+            found = end
+        if end.met == upper_bound:
             high = middle - 1
         else:
             low = middle + 1
-    if found is None:
-        raise _missed(target, ladder[middle].name, measured)
-    found.is_finest = upper_bound and found.setting is ladder[0]
-    return found
+    return found or end
 
 
 def _missed(target: Target, name: str, measured: float) -> ConfigError:
