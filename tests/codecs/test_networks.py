@@ -466,7 +466,7 @@ def test_options_that_are_not_for_networks(
     assert "--effort is for this package's own networks" in fails(f"{compress} --effort 1", capsys)
     assert "micro has one rate" in fails(f"{compress} --quality 1", capsys)
     own = "compress cat.png -o cat.tuc --model tiny-mse-2"
-    assert "--quality is for variable-rate networks" in fails(f"{own} --quality 1", capsys)
+    assert "tiny-mse-2 has one rate, and takes no quality" in fails(f"{own} --quality 1", capsys)
     assert "takes quality=…, and no effort" in fails(
         "evaluate cat.png --codec micro.safetensors:effort=1 -o r.json", capsys
     )
