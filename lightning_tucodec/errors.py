@@ -86,3 +86,11 @@ class DatasetError(TucodecError):
 
 class OutputError(TucodecError):
     """A result cannot be written where the user wants it, or would replace an existing file."""
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong in words, for a message of one line."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, KeyError):
+        return f"no entry {text}"
+    return text or type(error).__name__

@@ -238,11 +238,14 @@ def _name_of(identity: bytes) -> str | None:
 
 def run_models(arguments: argparse.Namespace) -> int:
     """List shipped and local models; a damaged file is named and the status says so."""
-    from lightning_tucodec.codecs.cards import SHIPPED, model_files
+    from lightning_tucodec.codecs.cards import SHIPPED, folder_problem, model_files
     from lightning_tucodec.codecs.library import load_any
 
     status = 0
     rows = []
+    if problem := folder_problem():
+        print(f"tucodec: {problem}", file=sys.stderr)
+        status = 1
     for path in model_files():
         try:
             model = load_any(path)

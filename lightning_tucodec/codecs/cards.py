@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.coding.container import MODEL_ID_BYTES
-from lightning_tucodec.errors import ModelFileError
+from lightning_tucodec.errors import ModelFileError, one_line
 from lightning_tucodec.io.files import expanded, home
 from lightning_tucodec.nn.recipes import recipe_name
 
@@ -39,11 +39,6 @@ UNFIT = (
     ValueError,
 )  # fmt: skip
 """What building a network from the values of a damaged or hostile file can raise."""
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text for a message of one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class Description(NamedTuple):
@@ -143,6 +138,14 @@ def model_folder() -> Path | None:
     own = home()
     data = os.environ.get("XDG_DATA_HOME") or (own and own / ".local" / "share")
     return Path(data) / "tucodec" / "models" if data else None
+
+
+def folder_problem() -> str | None:
+    """What is wrong with the user's own folder of models; None where nothing is, or there is none."""
+    folder = model_folder()
+    if folder is None or folder.is_dir() or not folder.exists():
+        return None
+    return f"{folder}: not a folder, so no models are read from it (TUCODEC_MODELS names one)"
 
 
 def model_files() -> list[Path]:

@@ -160,6 +160,8 @@ def to_pixels(
         raise ImageInputError(
             f"{name}: floating-point samples have no stated range; use 8 or 16 bits"
         )
+    if getattr(image, "is_animated", False):
+        lost("of several frames the first is taken")
     profile = image.info.get("icc_profile")
     samples = _sixteen_bits(image, name)
     # Of a PNG this decodes the pixels, since EXIF may follow them.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.errors import ConfigError, one_line
 from lightning_tucodec.io.files import cut_path, expanded, read_bytes
 from lightning_tucodec.quality.curves import Curve, ImageCurves, decibels
 
@@ -81,7 +81,7 @@ def read_curve(path: str | Path) -> Curve:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UNREADABLE as error:
-        raise ConfigError(f"{path}: not a rate-distortion curve ({error!r:.200})") from None
+        raise ConfigError(f"{path}: not a rate-distortion curve ({one_line(error)})") from None
 
 
 def read_results(path: str | Path) -> list[ImageCurves]:
@@ -128,7 +128,7 @@ def read_results(path: str | Path) -> list[ImageCurves]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UNREADABLE as error:
-        reason = f"{error!r:.200}"
+        reason = one_line(error)
         raise ConfigError(f"{path}: not a whole result of tucodec evaluate ({reason})") from None
 
 

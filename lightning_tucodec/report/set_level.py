@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.errors import ConfigError, one_line
 from lightning_tucodec.io.files import read_bytes
 from lightning_tucodec.io.images import MAX_PIXELS
 from lightning_tucodec.quality.curve_files import UNREADABLE, family, is_number
@@ -276,7 +276,9 @@ def with_times(given: Candidates, path: str) -> Candidates:
     except OSError as error:
         raise ConfigError(f"--times {path}: {error.strerror}") from None
     except UNREADABLE as error:
-        raise ConfigError(f"--times {path}: not of bench parts --json ({error!r:.200})") from None
+        raise ConfigError(
+            f"--times {path}: not of bench parts --json ({one_line(error)})"
+        ) from None
     table = given.table
     own = np.array([pace.get(name, math.nan) for name in table.candidates])
     seconds = own[None] * table.pixels[:, None] / 1e6

@@ -88,7 +88,13 @@ def check_libraries() -> Check:
 
 def check_coding() -> Check:
     """Models, compiled functions, H.266."""
-    from lightning_tucodec.codecs.cards import coding_files, model_files, model_folder, read_card
+    from lightning_tucodec.codecs.cards import (
+        coding_files,
+        folder_problem,
+        model_files,
+        model_folder,
+        read_card,
+    )
     from lightning_tucodec.codecs.h266.vvc import Vvc
     from lightning_tucodec.coding import compiling, kernels
 
@@ -104,6 +110,8 @@ def check_coding() -> Check:
     if not damaged:
         own = f"; your own would be in {folder}" if (folder := model_folder()) else ""
         yield Finding("models", "ok", f"{len(model_files())} can be read{own}")
+    if problem := folder_problem():
+        yield Finding("models", "warn", problem, "name a folder, or unset TUCODEC_MODELS")
     place, filled = compiling.cache_of(kernels)
     if place is None:
         fix = "set NUMBA_CACHE_DIR to a folder that you may write"

@@ -136,6 +136,33 @@ def test_what_a_file_does_not_hold_is_said_once(
     assert re.search(r"[ab]16\.png: samples of 16 bits are rounded to 8; 8-bit RGB", second)
 
 
+def test_of_an_animation_one_frame_is_coded_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "still.gif")
+    assert compress(tmp_path / "still.gif", "-o", tmp_path / "still.tuc") == 0
+    assert capsys.readouterr().err == ""
+    assert compress(tmp_path / "a.gif", "-o", tmp_path / "a.tuc") == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a.gif: of several frames the first is taken; 8-bit RGB is coded" in line
+
+
+def test_models_that_are_no_folder_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    monkeypatch.setenv("TUCODEC_MODELS", str(plain))
+    assert main(["models"]) == 1
+    assert f"{plain}: not a folder" in capsys.readouterr().err
+    assert main(["doctor"]) == 0
+    assert f"{plain}: not a folder" in capsys.readouterr().out
+    monkeypatch.setenv("TUCODEC_MODELS", str(tmp_path / "none yet"))
+    assert main(["models"]) == 0
+
+
 def test_one_bad_file_does_not_stop_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_tucodec.codecs.cards import UNFIT, one_line
+from lightning_tucodec.codecs.cards import UNFIT
 from lightning_tucodec.codecs.colour import Planes, planes_to_float, to_eight_bits
 from lightning_tucodec.codecs.learned.latents import own_modes
 from lightning_tucodec.codecs.learned.model_file import (
@@ -16,7 +16,7 @@ from lightning_tucodec.codecs.learned.model_file import (
     check_tensors,
     shapes_only,
 )
-from lightning_tucodec.errors import ModelFileError
+from lightning_tucodec.errors import ModelFileError, one_line
 from lightning_tucodec.io.once import once_property
 from lightning_tucodec.nn.postfilter import (
     WEIGHT_STEPS,

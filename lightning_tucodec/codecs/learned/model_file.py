@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_tucodec.codecs.cards import FORMAT, UNFIT, describe, identity, one_line
+from lightning_tucodec.codecs.cards import FORMAT, UNFIT, describe, identity
 from lightning_tucodec.coding.categorical import CategoricalTables, build_cdf
 from lightning_tucodec.coding.container import QUALITY_STEPS
 from lightning_tucodec.coding.fixed_point import FRACTION_BITS, IntegerEntropyModel
@@ -36,7 +36,7 @@ from lightning_tucodec.coding.integer_weights import (
 )
 from lightning_tucodec.coding.laplace import LaplaceTables, build_tables
 from lightning_tucodec.coding.wavefront import Z_LIMIT, EntropyModel
-from lightning_tucodec.errors import ModelFileError
+from lightning_tucodec.errors import ModelFileError, one_line
 from lightning_tucodec.io.once import once_property
 from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.nn.codec import CodecConfig, TucodecVAE, config_from_dict, config_to_dict

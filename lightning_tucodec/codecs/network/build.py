@@ -26,9 +26,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_tucodec.codecs.cards import one_line
 from lightning_tucodec.coding.container import QUALITY_STEPS
-from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.errors import ConfigError, one_line
 from lightning_tucodec.io.quiet import without_warnings
 
 PACKAGES = ("compressai", "lightning_tucodec")

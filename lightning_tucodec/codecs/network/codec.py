@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_tucodec.codecs.cards import UNFIT, one_line
+from lightning_tucodec.codecs.cards import UNFIT
 from lightning_tucodec.codecs.learned.latents import Decoded, own_modes
 from lightning_tucodec.codecs.learned.model_file import ModelFile, check_tensors
 from lightning_tucodec.codecs.network.build import (
@@ -57,6 +57,7 @@ from lightning_tucodec.errors import (
     TucodecError,
     UnknownModelError,
     UnsupportedVersionError,
+    one_line,
 )
 from lightning_tucodec.io.once import once_property
 from lightning_tucodec.nn.blocks import pad_to_multiple

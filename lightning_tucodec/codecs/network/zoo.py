@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tucodec.codecs.base import ZOO
-from lightning_tucodec.codecs.cards import UNFIT, one_line
+from lightning_tucodec.codecs.cards import UNFIT
 from lightning_tucodec.codecs.learned.model_file import ModelFile
 from lightning_tucodec.codecs.network.build import Budget, build, find_class, imported
 from lightning_tucodec.codecs.network.codec import NetworkModel, freeze_network
 from lightning_tucodec.codecs.options import options_of, quality_of
-from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.errors import ConfigError, one_line
 from lightning_tucodec.io.files import expanded
 from lightning_tucodec.io.once import once
 

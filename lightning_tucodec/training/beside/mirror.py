@@ -28,7 +28,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from lightning_tucodec.errors import DatasetError, redacted
+from lightning_tucodec.errors import DatasetError, one_line, redacted
 from lightning_tucodec.io.storage import Storage
 from lightning_tucodec.training.beside.companions import wait
 from lightning_tucodec.training.runs.folder import MANIFEST, RunFolder
@@ -68,7 +68,7 @@ def read_index(folder: RunFolder, url: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        problem = repr(error)
+        problem = one_line(error)
     if problem:
         raise DatasetError(f"{storage.path(INDEX)}: damaged ({problem}); remove the mirror")
     return index

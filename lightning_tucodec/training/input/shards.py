@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lightning_tucodec.errors import ConfigError, DatasetError
+from lightning_tucodec.errors import ConfigError, DatasetError, one_line
 from lightning_tucodec.io.files import home
 from lightning_tucodec.io.storage import ShardCache, Storage, sha256_file
 
@@ -81,7 +81,9 @@ class ShardIndex:
                 "interrupted build finish"
             ) from None
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise DatasetError(f"{where}: damaged index ({error!r}); build it again") from None
+            raise DatasetError(
+                f"{where}: damaged index ({one_line(error)}); build it again"
+            ) from None
         if problem:
             raise DatasetError(f"{where}: damaged index ({problem}); build it again")
         return found
