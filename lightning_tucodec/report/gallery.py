@@ -20,7 +20,7 @@ from lightning_tucodec.quality.curve_files import family
 from lightning_tucodec.report.page import Scene, View
 from lightning_tucodec.report.sources import Evaluation
 from lightning_tucodec.sets.evaluate import find_images
-from lightning_tucodec.sets.measure import content_id
+from lightning_tucodec.sets.measure import content_id, kept_data
 
 Row = dict[str, Any]
 
@@ -50,7 +50,7 @@ def scenes(
         originals: images, or folders of them.
         bpp: the rate to match.
         count: images, the first ones that the results name.
-        kept: folder of coded files, `<sha256>.bin`; a file that is not there is coded again.
+        kept: folder of coded files, `<sha256>.bin`; one that is missing or damaged is coded again.
 
     Raises:
         ConfigError: no result, or none of the images is in them.
@@ -154,9 +154,8 @@ def _scene(
 def _decoded(
     coder: ImageCodec, image: NDArray[np.uint8], row: Mapping[str, Any], kept: Path | None
 ) -> NDArray[np.uint8]:
-    file = kept / f"{row.get('sha256')}.bin" if kept is not None else None
-    data = file.read_bytes() if file is not None and file.exists() else coder.encode(image)
-    return coder.decode(data)
+    data = kept_data(kept, row)
+    return coder.decode(coder.encode(image) if data is None else data)
 
 
 def _caption(row: Mapping[str, Any]) -> str:

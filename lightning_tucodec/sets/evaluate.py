@@ -5,7 +5,6 @@ was stopped continues, an additional codec does not repeat the others, and a new
 measured again.
 """
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -32,7 +31,7 @@ from lightning_tucodec.sets.journal import Journal, codec_digest
 from lightning_tucodec.sets.measure import (
     Row,
     content_id,
-    kept_file,
+    kept_data,
     measure,
     measure_back,
     peak_memory,
@@ -142,7 +141,7 @@ def evaluate(
             key = f"{digest}-{job.described}"
             row = journal.get(key)
             lacking = row is None or any(name not in row for name in metrics)
-            kept = _kept(keep, row)
+            kept = kept_data(keep, row)
             if row is None or lacking or (keep is not None and kept is None):
                 image, found = load(job.image)
                 if found != digest:
@@ -224,14 +223,6 @@ def _known_peak_memory(text: str, codec: ImageCodec, image: Path, rows_file: Pat
         known = {"peak_memory": peak_memory(text, image)}
         journal.add(key, known)
     return int(known["peak_memory"])
-
-
-def _kept(keep: Path | None, row: Row | None) -> bytes | None:
-    """The coded file of a row, if it is there and whole."""
-    if keep is None or row is None or not (file := kept_file(keep, row)).is_file():
-        return None
-    data = file.read_bytes()
-    return data if hashlib.sha256(data).hexdigest() == row["sha256"] else None
 
 
 def _load(path: Path) -> tuple[NDArray[np.uint8], str]:

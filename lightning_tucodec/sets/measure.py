@@ -3,7 +3,7 @@
 import hashlib
 import multiprocessing
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -49,7 +49,7 @@ def measure(
     coded = clock()
     row = {**measure_back(codec, image, data, metrics), "encode_seconds": coded - started}
     if keep is not None:
-        with atomic_write(kept_file(keep, row)) as stream:
+        with atomic_write(_kept_file(keep, row)) as stream:
             stream.write(data)
     return row
 
@@ -111,9 +111,18 @@ def compare(image: NDArray[np.uint8], back: NDArray[np.uint8], size: int) -> Row
     }
 
 
-def kept_file(keep: Path, row: Row) -> Path:
-    """Where the coded file of a row lies."""
+def _kept_file(keep: Path, row: Mapping[str, Any]) -> Path:
     return keep / f"{row['sha256']}.bin"
+
+
+def kept_data(keep: Path | None, row: Mapping[str, Any] | None) -> bytes | None:
+    """The coded file of a row, kept by `measure`; None unless it is there and whole."""
+    if keep is None or row is None or "sha256" not in row:
+        return None
+    if not (file := _kept_file(keep, row)).is_file():
+        return None
+    data = file.read_bytes()
+    return data if hashlib.sha256(data).hexdigest() == row["sha256"] else None
 
 
 def peak_memory(specification: str, image: Path) -> int:

@@ -216,15 +216,23 @@ def test_many_large_pictures_are_scaled_down_alike(
     assert "of its size" in shown[0].views[0].detail
 
 
-def test_the_gallery_shows_what_was_coded(evaluated: Path, val_folder: Path) -> None:
+def test_the_gallery_shows_what_was_coded(
+    evaluated: Path, val_folder: Path, tmp_path: Path
+) -> None:
     material = read_sources([str(evaluated / "results.json")])
-    for kept in (None, evaluated / "kept"):
+    damaged = shutil.copytree(evaluated / "kept", tmp_path / "damaged")
+    for file in damaged.iterdir():  # a JPEG still decodes, to another picture
+        file.write_bytes(file.read_bytes()[:-200] + bytes(200))
+    pictures = []
+    for kept in (None, evaluated / "kept", damaged):
         shown = scenes(material.evaluations, [str(evaluated / "images")], 1.0, 1, kept)
         assert [scene.name for scene in shown] == ["cat.png"]
         names = [view.name for view in shown[0].views]
         assert names[0] == "original"
         assert [name.split(":")[0] for name in names[1:]] == ["jpeg", "webp"]
         assert all("shown exactly" in view.detail for view in shown[0].views)
+        pictures.append([view.uri for view in shown[0].views])
+    assert pictures[0] == pictures[1] == pictures[2]
     with pytest.raises(ConfigError, match="none of the images"):
         scenes(material.evaluations, [str(val_folder / "cup.png")])
     with pytest.raises(ConfigError, match=r"needs a results\.json"):
