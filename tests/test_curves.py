@@ -205,6 +205,9 @@ def test_results_become_one_curve_a_family(tmp_path: Path) -> None:
     path.write_text(json.dumps({"rows": [*rows, {**rows[0], "bpp": 0.01}]}))
     with pytest.raises(ConfigError, match="jpeg:q=10 has two rows for a"):
         read_results(path)
+    path.write_text(json.dumps({"rows": [{**row, "pixels": ["a"]} for row in rows]}))
+    with pytest.raises(ConfigError, match="pixels of a row is not a line of text"):
+        read_results(path)
 
 
 def test_one_unlucky_sample_does_not_refuse_the_interval() -> None:

@@ -112,7 +112,9 @@ def read_results(path: str | Path) -> list[ImageCurves]:
         contents = {row["image"]: row.get("pixels") for row in rows}
         if any(row.get("pixels") != contents[row["image"]] for row in rows):
             raise ValueError("an image with several contents")
-        known = all(is_line(content) for content in contents.values())
+        if not all(content is None or is_line(content) for content in contents.values()):
+            raise ValueError("pixels of a row is not a line of text")
+        known = None not in contents.values()
         pixels = [str(contents[image]) for image in images] if known else ()
         families: dict[str, list[str]] = {}
         for codec in codecs:

@@ -124,6 +124,7 @@ def read_sources(sources: Iterable[str]) -> Material:
             _add_path(material, Path(source))
     if material.evaluations:
         _as_measured(material)
+    material.notes += _copies(material.evaluations)
     if len(material.evaluations) > 1:
         material.notes += _identities(material.evaluations)
     names = [entry.curve.name for entry in material.entries]
@@ -136,6 +137,19 @@ def read_sources(sources: Iterable[str]) -> Material:
             material.entries[index] = _renamed(entry, label)
         material.notes += [f"{label}: {text}" for text in entry.curve.left_out]
     return material
+
+
+def _copies(evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    """Notes on pictures that an evaluation holds under several names."""
+    for evaluation in evaluations:
+        pictures = {row["image"]: row["pixels"] for row in evaluation.rows if row.get("pixels")}
+        first: dict[str, str] = {}
+        for name, content in pictures.items():
+            if first.setdefault(content, name) != name:
+                yield (
+                    f"{evaluation.path}: {name} is the same picture as {first[content]}; differences "
+                    "and sets count it once"
+                )
 
 
 def _identities(evaluations: Sequence[Evaluation]) -> Iterator[str]:

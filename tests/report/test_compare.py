@@ -422,6 +422,17 @@ def other_pictures(evaluated: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+def test_a_picture_under_two_names_is_told(evaluated: Path, tmp_path: Path) -> None:
+    content = json.loads((evaluated / "results.json").read_text())
+    content["rows"] += [
+        {**row, "image": "copy.png"} for row in content["rows"] if row["image"] == "cat.png"
+    ]
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(content))
+    (note,) = read_sources([str(path)]).notes
+    assert "copy.png is the same picture as cat.png; differences and sets count it once" in note
+
+
 def test_a_picture_is_its_content(evaluated: Path, other_pictures: Path, tmp_path: Path) -> None:
     paths = [str(folder / "results.json") for folder in (evaluated, other_pictures)]
     material = read_sources(paths)
