@@ -152,9 +152,9 @@ class TucodecCLI(ConfiguredCLI):
             os.environ["OMP_NUM_THREADS"] = str(run["threads"])
         folder = RunFolder.of(config)
         log = JsonlLogger(folder.metrics)
-        writer = BackgroundWriter(folder)
+        self.writer = BackgroundWriter(folder)
         checkpointing = Checkpointing(
-            writer, run["checkpoint_minutes"], self.preemption, run_id(config)
+            self.writer, run["checkpoint_minutes"], self.preemption, run_id(config)
         )
         bar = self._get(self.config, "trainer")["enable_progress_bar"]
         interactive = sys.stderr.isatty() if bar is None else bar
@@ -165,7 +165,7 @@ class TucodecCLI(ConfiguredCLI):
         trainer = self._build_trainer(
             logger=log,
             callbacks=callbacks,
-            plugins=[writer],
+            plugins=[self.writer],
             enable_checkpointing=False,
             enable_progress_bar=interactive,
             default_root_dir=str(folder.path),
@@ -178,6 +178,7 @@ class TucodecCLI(ConfiguredCLI):
         if self.attempt.resume is not None:
             state = self.attempt.resume[1]
             counters = {k: int(state["tucodec"][k]) for k in log.counters}
+            checkpointing.from_step = counters["opt_step"]
             checkpointing.rng = state.get("run", {}).get("rng")
             log.go_on_from(counters, state.get("run", {}).get("lines"))
         else:
@@ -217,8 +218,11 @@ class TucodecCLI(ConfiguredCLI):
         init_from = self._get(self.config, "run")["init_from"]
         start = "starts"
         if attempt.resume is not None:
-            path = attempt.resume[0]
-            start = f"goes on at step {attempt.resume[1]['tucodec']['opt_step']}"
+            path, content = attempt.resume
+            start = f"goes on at step {content['tucodec']['opt_step']}"
+            self.writer.hand_over(path, content)
+            del content
+            attempt.resume = None
         elif init_from:
             model.warm_start(init_from)
         if self.trainer.is_global_zero:
@@ -231,7 +235,6 @@ class TucodecCLI(ConfiguredCLI):
                     file=sys.stderr,
                     flush=True,
                 )
-        attempt.resume = None  # its tensors are not needed twice
         try:
             with contextlib.suppress(ValidationStopped):
                 self.trainer.fit(model, datamodule, ckpt_path=path, weights_only=True)

@@ -125,6 +125,23 @@ def note_samples(path: Path) -> Callable[[], None]:
     return prepare
 
 
+def note_reads(path: Path) -> Callable[[], None]:
+    """Append to a file the name of each checkpoint that is read whole."""
+
+    def prepare() -> None:
+        original = torch.load
+
+        def load(file: Any, **options: Any) -> Any:
+            if isinstance(file, str | Path):  # not what ranks tell each other
+                with open(path, "a") as stream:
+                    stream.write(f"{Path(file).name}\n")
+            return original(file, **options)
+
+        torch.load = load
+
+    return prepare
+
+
 def rank_of(rank: int, world: int, port: int) -> Callable[[], None]:
     """Make the child one rank of several, as torchrun would."""
 

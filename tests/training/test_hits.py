@@ -15,6 +15,7 @@ from hits import (
     full_disk_at_step,
     kill_at_rename,
     kill_at_step,
+    note_reads,
     note_samples,
     rank_of,
     start,
@@ -144,7 +145,7 @@ def test_a_cut_checkpoint_and_a_cut_line(
 def test_world_size_two_one_two(
     straight: Path, tmp_path: Path, shard_folder: Path, val_folder: Path
 ) -> None:
-    """The same samples, noise and loss; only the order of sums differs."""
+    """The same samples, noise and loss; only the order of sums differs. Each rank reads a checkpoint once."""
     words = settings(tmp_path / "run", shard_folder, val_folder)
     for attempt, (world, stop) in enumerate(((2, 3), (1, 6), (2, None))):
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -156,6 +157,7 @@ def test_world_size_two_one_two(
             stop: int | None = stop,
         ) -> None:  # fmt: skip
             note_samples(tmp_path / f"samples-{attempt}-{rank}")()
+            note_reads(tmp_path / f"reads-{attempt}-{rank}")()
             if world > 1:
                 rank_of(rank, world, port)()
             if stop is not None:
@@ -167,6 +169,9 @@ def test_world_size_two_one_two(
         ]
         statuses = [wait(child) for child in children]
         assert statuses == ([0] * world if stop is None else [-9] * world)
+        reads = [tmp_path / f"reads-{attempt}-{rank}" for rank in range(world)]
+        read = [path.read_text().split() if path.exists() else [] for path in reads]
+        assert read == [["last.ckpt"] if attempt else []] * world
     (folder,) = runs(tmp_path / "run")
     for name in ("train/loss", "train/bpp", "train/psnr"):
         values = [

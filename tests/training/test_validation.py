@@ -26,7 +26,7 @@ from lightning_tucodec.io.processes import child, cores
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.transforms import AnalysisTransform
 from lightning_tucodec.training.input.validation import in_order
-from lightning_tucodec.training.runs.folder import read_metrics
+from lightning_tucodec.training.runs.folder import RunFolder, read_metrics
 from lightning_tucodec.training.runs.weights import network_weights
 from lightning_tucodec.training.vae import VAE, resolve_codec
 from tests.support import MICRO, photo
@@ -147,6 +147,21 @@ def test_every_process_has_the_threads_that_are_asked_for(
         ]
         assert [process.wait(300) for process in processes] == [0, 0]
     assert [path.read_text() for path in told] == [str(threads)] * 2
+
+
+def test_processes_that_find_different_checkpoints_do_not_train(
+    tmp_path: Path, shard_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A node whose view of the shared storage is old would go on from another state than rank 0."""
+    words = ["fit", "--config", write(tmp_path, config(tmp_path, shard_folder, MICRO, steps=1))]
+    assert main(words) == 0
+
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            RunFolder.latest = lambda _: None  # type: ignore[method-assign,assignment]
+
+    fit_on(2, words, prepare, status=1)
+    assert "the processes go on from steps 1, 0; run.runs_dir must" in capfd.readouterr().err
 
 
 def assert_measured_once(folder: Path, images: int) -> None:

@@ -60,7 +60,8 @@ class Checkpointing(pl.Callback):
         run_id: stands in every checkpoint; it is the W&B id as well.
 
     Attributes:
-        rng: states of all ranks from the checkpoint that the run goes on from.
+        from_step: steps of the checkpoint that the run goes on from; 0: it starts.
+        rng: states of all ranks from that checkpoint.
         owes_validation: that checkpoint was made in a validation, which is still to be done.
     """
 
@@ -69,6 +70,7 @@ class Checkpointing(pl.Callback):
     ) -> None:
         self.writer, self.preemption, self.run_id = writer, preemption, run_id
         self.seconds = 60 * minutes
+        self.from_step = 0
         self.rng: list[dict[str, Any]] | None = None
         self.owes_validation = False
         self._after_batch: dict[str, Any] = {}
@@ -88,6 +90,19 @@ class Checkpointing(pl.Callback):
         if (batch := _batches(trainer)) != self._saved_batch:
             self._saved_batch = batch
             trainer.save_checkpoint(self.writer.folder.checkpoints / CHECKPOINTS[0], False)
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Compare what the ranks go on from: each looks for the newest checkpoint by itself.
+
+        Raises:
+            ConfigError: they have found different ones.
+        """
+        found = self.preemption.gather(self.from_step)
+        if len(set(found)) > 1:
+            raise ConfigError(
+                f"{self.writer.folder.path}: the processes go on from steps {', '.join(map(str, found))}; "
+                "run.runs_dir must be on storage that all nodes see alike"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Start the clock; go on with each rank's own random numbers if the ranks are the same.

@@ -42,6 +42,7 @@ class BackgroundWriter(CheckpointIO):
         self._future: Future[None] | None = None
         self._complete = threading.Event()
         self._abandoned = False
+        self._read: tuple[Path, dict[str, Any]] | None = None
 
     @property
     def busy(self) -> bool:
@@ -117,8 +118,15 @@ class BackgroundWriter(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """See `load_checkpoint`."""
+        """See `load_checkpoint`; what was handed over is not read again."""
+        handed, self._read = self._read, None
+        if handed is not None and handed[0] == Path(path):
+            return handed[1]
         return load_checkpoint(path)
+
+    def hand_over(self, path: Path, content: dict[str, Any]) -> None:
+        """What the next `load_checkpoint` of this path returns: each rank reads a checkpoint once."""
+        self._read = path, content
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint. Lightning does not call this here, because saves rename two generations."""
