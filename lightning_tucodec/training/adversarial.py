@@ -288,7 +288,7 @@ class AdversarialModule(CodingModule):
             self._step_uncounted(auxiliary)
         self.count_step()
         if self.averaged is not None:
-            follow(self.averaged, self.network, self.ema, self.opt_step)
+            follow(self.averaged, self.network, self.ema, self.opt_step, self.found_inf)
 
     def _step_discriminator(self) -> None:
         self.average_gradients(list(self.discriminator.parameters()))

@@ -214,6 +214,8 @@ class ScheduledModule(TrainingModule):
         clip_norm: gradients are scaled down to this norm.
 
     Attributes:
+        found_inf: on the device, 1 from the first step on whose gradients were not finite, or else 0; None
+            before the first step.
         validation_rows: this rank's numbers of the running validation, one row an image; `index` is the
             image's number.
     """
@@ -228,6 +230,7 @@ class ScheduledModule(TrainingModule):
         self.warmup_steps, self.decay_start = warmup_steps, decay_start
         self.clip_norm = clip_norm
         self._broken_at: Tensor | None = None
+        self.found_inf: Tensor | None = None
         self.validation_rows: list[dict[str, float]] = []
 
     def whole(self, function: Callable[..., Any], compiles: bool) -> Callable[..., Any]:
@@ -292,10 +295,10 @@ class ScheduledModule(TrainingModule):
                 self._broken_at = torch.full_like(norm, -1, dtype=torch.int64)
             fresh = (self._broken_at < 0) & ~torch.isfinite(norm)
             self._broken_at.masked_fill_(fresh, self.opt_step)
-            found_inf = (self._broken_at >= 0).float()
+            self.found_inf = (self._broken_at >= 0).float()
         obedient = [one for one in (optimizer, *others) if isinstance(one, FusedAdam)]
         for one in obedient:
-            one.found_inf = found_inf
+            one.found_inf = self.found_inf
         if self.logging_is_due or len(obedient) <= len(others):
             self.check_finite()
         return norm

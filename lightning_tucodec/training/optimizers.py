@@ -119,8 +119,10 @@ class MuonAdam(FusedAdam):
         gradients = together([p.grad for p in parameters if p.grad is not None])
         found_inf = getattr(self, "found_inf", None)
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1.0 if found_inf is None else 1 - found_inf)
-        if found_inf is not None:  # then a momentum moves towards itself
+        if found_inf is None:
+            torch._foreach_add_(steps, 1.0)
+        else:  # a momentum moves towards itself; of one tensor for all a CPU would read the value
+            torch._foreach_add_(steps, [1 - found_inf] * len(steps))
             gradients = torch.where(found_inf > 0, together(momenta), gradients)
         torch._foreach_lerp_(momenta, apart(gradients), 1 - self._momentum)
         ahead = gradients.lerp(together(momenta), self._momentum)
@@ -166,7 +168,9 @@ def muon_adam(
 
 
 @torch.no_grad()
-def follow(average: nn.Module, network: nn.Module, decay: float, steps: int) -> None:
+def follow(
+    average: nn.Module, network: nn.Module, decay: float, steps: int, found_inf: Tensor | None
+) -> None:
     """Update an exponential moving average of weights; its decay is faster at the start of a run.
 
     Args:
@@ -174,8 +178,15 @@ def follow(average: nn.Module, network: nn.Module, decay: float, steps: int) -> 
         network: what is trained.
         decay: share of the old average that a step keeps, once the average is old enough.
         steps: of the network so far.
+        found_inf: as of `FusedAdam`: where it is 1, the average's weights stay as they are.
     """
     weight = 1 - min(decay, steps / (steps + 10))
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
+    averages = list(average.parameters())
+    ways = torch._foreach_sub(list(network.parameters()), averages)
+    if (
+        found_inf is not None
+    ):  # which only the device knows, and a lerp's weight is a number of the host
+        torch._foreach_mul_(ways, 1 - found_inf)
+    torch._foreach_add_(averages, ways, alpha=weight)
     if buffers := list(average.buffers()):
         torch._foreach_copy_(buffers, list(network.buffers()))

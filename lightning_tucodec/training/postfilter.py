@@ -168,7 +168,7 @@ class PostFilterModule(ScheduledModule):
     @torch.no_grad()
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update the average of the weights; its decay is faster at the start of a run."""
-        follow(self.averaged, self.network, self.decay, self.opt_step)
+        follow(self.averaged, self.network, self.decay, self.opt_step, self.found_inf)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """PSNR of the averaged network and of the plain conversion on 8-bit patches."""

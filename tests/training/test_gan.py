@@ -24,6 +24,7 @@ from lightning_tucodec.training.adversarial import GameError
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.game import Turn
 from lightning_tucodec.training.gan import GANCodec
+from lightning_tucodec.training.module import NonFiniteLossError
 from lightning_tucodec.training.runs.tracking import JsonlLogger, read_metrics
 from lightning_tucodec.training.runs.weights import network_weights
 from tests.support import MICRO
@@ -35,14 +36,16 @@ CROP, BATCH = 32, 4
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
 
+SETTINGS: dict[str, Any] = {
+    "recipe": "mse", "lmbda": 256.0, "preset": "tiny", "codec": MICRO, "lr": 1e-3,
+    "warmup_steps": 2, "discriminator_widths": [8, 8], "discriminator_lr": 1e-3,
+}  # fmt: skip
+
+
 def module(**options: Any) -> GANCodec:
     """Freshly initialised, always with the same weights."""
     torch.manual_seed(0)
-    settings: dict[str, Any] = {
-        "recipe": "mse", "lmbda": 256.0, "preset": "tiny", "codec": MICRO, "lr": 1e-3,
-        "warmup_steps": 2, "discriminator_widths": [8, 8], "discriminator_lr": 1e-3,
-    }  # fmt: skip
-    return GANCodec(**{**settings, **options})
+    return GANCodec(**{**SETTINGS, **options})
 
 
 def trainer(folder: Path, steps: int, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
@@ -304,6 +307,32 @@ def test_under_bfloat16(tmp_path: Path, shard_folder: Path) -> None:
     trainer(tmp_path, 3, precision="bf16-mixed").fit(game, data(shard_folder))
     assert all(torch.isfinite(p).all() for p in game.parameters())
     assert game.opt_step == 3
+
+
+def test_the_average_stands_still_once_a_gradient_is_not_finite(
+    tmp_path: Path, shard_folder: Path
+) -> None:
+    """Nobody has asked yet, so that the game goes on: the average must not follow what it was before."""
+    kept: dict[str, Tensor] = {}
+
+    class Spoiled(GANCodec):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            if self.opt_step == 2 and optimizer is self.trainer.optimizers[0]:
+                kept.update({name: p.detach().clone() for name, p in self.named_parameters()})
+                for p in self.network.parameters():
+                    if p.grad is not None:
+                        p.grad.fill_(torch.nan)
+            super().on_before_optimizer_step(optimizer)
+
+    torch.manual_seed(0)
+    game = Spoiled(**SETTINGS, gate_lower=0.0, gate_upper=2.0, ema=0.5)
+    runner = trainer(tmp_path, 5, log_every_n_steps=100)
+    with pytest.raises(NonFiniteLossError, match="step 2"):
+        runner.fit(game, data(shard_folder))
+    assert game.opt_step == 4  # the last step logs, and so asks
+    assert [n for n, p in game.named_parameters() if not torch.equal(p, kept[n])] == []
+    behind = dict(game.averaged.named_parameters())
+    assert any(not torch.equal(p, behind[n]) for n, p in game.network.named_parameters())
 
 
 def test_each_side_is_clipped(tmp_path: Path, shard_folder: Path) -> None:
