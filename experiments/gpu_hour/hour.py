@@ -10,7 +10,6 @@ Needs what `make gpu` needs. A piece that is cut off loses what it did since its
 
 import argparse
 import json
-import logging
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ from lightning_tucodec.codecs.base import MODEL_SUFFIX
 from lightning_tucodec.codecs.learned.model_file import freeze
 from lightning_tucodec.errors import ConfigError, TucodecError, first_sentence, reason
 from lightning_tucodec.io.temporary import atomic_write
+from lightning_tucodec.training.advice import without_advice
 from lightning_tucodec.training.arithmetic import arithmetic
 from lightning_tucodec.training.input.resident import ResidentDataModule, pack
 from lightning_tucodec.training.runs.weights import load_checkpoint
@@ -211,9 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sub.add_argument("--batch", type=count)
             sub.add_argument("--crop", type=count)
     arguments = parser.parse_args(argv)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     try:
-        return _run(arguments)
+        with without_advice():
+            return _run(arguments)
     except (TucodecError, OSError, MemoryError) as error:
         print(f"hour.py: {reason(error)}", file=sys.stderr)
         return 1

@@ -27,6 +27,7 @@ from lightning_tucodec.bench.step import Clock, bare_trainer
 from lightning_tucodec.bench.timing import check_device, machine, rows_of, synchronise
 from lightning_tucodec.io.processes import cores
 from lightning_tucodec.io.temporary import temporary_folder
+from lightning_tucodec.training.advice import without_advice
 from lightning_tucodec.training.arithmetic import Arithmetic, arithmetic
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.input.batches import RankBatches
@@ -240,7 +241,7 @@ def run(
     precisions = ["32-true", "bf16-mixed"] if device == "cuda" else ["32-true"]
     precisions = precisions[-1:] if compiled else precisions  # compiling takes minutes
     model = {"preset": preset, "codec": codec}
-    with temporary_folder() as scratch, arithmetic(kind):
+    with temporary_folder() as scratch, arithmetic(kind), without_advice():
         source = source or str(photographs(scratch / "photographs", 8))
         count = max(64, 4 * batch)
         options = BuildOptions(patch=crop, count=count, shard_size=16)

@@ -1,11 +1,9 @@
 """Command line and files → one resolved configuration, for `fit`, `doctor` and sweeps."""
 
 import contextlib
-import logging
 import re
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +18,7 @@ from lightning_tucodec.errors import ConfigError, TucodecError, redacted
 from lightning_tucodec.io.files import expanded, read_text
 from lightning_tucodec.nn.losses import check_crop
 from lightning_tucodec.quality.curve_files import read_named
+from lightning_tucodec.training.advice import without_advice
 from lightning_tucodec.training.arithmetic import Arithmetic
 from lightning_tucodec.training.beside.wandb_view import check_names
 from lightning_tucodec.training.limits import check_numbers
@@ -35,22 +34,6 @@ from lightning_tucodec.training.runs.identity import (
 from lightning_tucodec.training.runs.identity import arguments as class_arguments
 
 Config = dict[str, Any]
-
-_ADVICE = (
-    ".*LightningCLI's args parameter is intended.*",
-    ".*isinstance\\(treespec, LeafSpec\\).*",
-    ".*Total length of `list` across ranks is zero.*",
-    ".*does not have many workers.*",
-    ".*It is recommended to use `self.log.*sync_dist=True.*",  # what is logged is a mean already
-    # A login node or a notebook; `tucodec doctor` says what is wrong inside a job.
-    ".*The `srun` command is available on your system but is not used.*",
-    # It counts steps over all passes, whatever one pass holds.
-    ".*number of training batches .* is smaller than the logging interval.*",
-)
-
-
-TALKATIVE = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed")
-"""Loggers whose information is none to a user of this command."""
 
 
 @dataclass
@@ -317,23 +300,3 @@ def _own_error(error: BaseException) -> BaseException:
     while inner is not None and not isinstance(inner, TucodecError):
         inner = inner.__cause__ or inner.__context__
     return inner or error
-
-
-@contextlib.contextmanager
-def without_advice() -> Iterator[None]:
-    """In this block Lightning's tips, found devices and internal deprecations are not printed.
-
-    A caller's filters of warnings and levels of logs are given back.
-    """
-    loggers = [logging.getLogger(name) for name in TALKATIVE]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        for message in _ADVICE:
-            warnings.filterwarnings("ignore", message=message)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

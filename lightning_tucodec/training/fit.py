@@ -24,6 +24,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_tucodec.errors import ConfigError, first_sentence
 from lightning_tucodec.io.processes import announce, when_parent_ends
+from lightning_tucodec.training.advice import without_advice
 from lightning_tucodec.training.arithmetic import arithmetic
 from lightning_tucodec.training.attempt import Attempt
 from lightning_tucodec.training.configuration import (
@@ -31,7 +32,6 @@ from lightning_tucodec.training.configuration import (
     UsageError,
     check_config,
     parsed,
-    without_advice,
 )
 from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.options import check_options

@@ -18,7 +18,9 @@ from lightning_tucodec.training.vae import VAE
 from tests.support import MICRO
 
 
-def test_speed_beside_compressais_loop(photo_folder: Path) -> None:
+def test_speed_beside_compressais_loop(
+    photo_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     result = train.run(
         str(photo_folder), steps=2, repeats=1, batch=2, crop=64, workers=1, codec=MICRO
     )
@@ -33,6 +35,7 @@ def test_speed_beside_compressais_loop(photo_folder: Path) -> None:
     assert 0 <= result["share_waiting_for_data"][ours] < 1
     assert result["matmul_peak_flop_per_s"]["32-true"] > 1e8
     assert "share_waiting_for_data" in timing.table_text(result)
+    assert not [record for record in caplog.records if "lightning" in record.name]
 
 
 def test_a_share_of_the_peak_is_of_the_same_arithmetic(

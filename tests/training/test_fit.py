@@ -291,9 +291,9 @@ def test_a_node_that_never_comes_is_named(
 def test_a_caller_keeps_its_filters_of_warnings_and_levels_of_logs(
     command: str, tmp_path: Path, shard_folder: Path, micro: dict[str, Any]
 ) -> None:
-    from lightning_tucodec.training import configuration  # what its imports set stays
+    from lightning_tucodec.training import advice, configuration  # noqa: F401 - what its imports set stays
 
-    loggers = [logging.getLogger(name) for name in configuration.TALKATIVE]
+    loggers = [logging.getLogger(name) for name in advice.TALKATIVE]
     before = list(warnings.filters), [logger.level for logger in loggers]
     values = config(tmp_path, shard_folder, micro)
     status = main([command, "--config", write(tmp_path, values)])
