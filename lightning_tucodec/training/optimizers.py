@@ -181,7 +181,7 @@ def follow(
         found_inf: as of `FusedAdam`: where it is 1, the average's weights stay as they are.
     """
     weight = 1 - min(decay, steps / (steps + 10))
-    averages = list(average.parameters())
+    averages: list[Tensor] = list(average.parameters())
     ways = torch._foreach_sub(list(network.parameters()), averages)
     if (
         found_inf is not None
