@@ -28,6 +28,9 @@ MICRO: dict[str, Any] = {
 }
 """Overrides of `tiny` that make everything that costs time small."""
 
+MUON = {"transform.widths": [0, 8, 12, 32]}
+"""Overrides of `MICRO`, in which Muon would leave every weight to Adam as too small a matrix."""
+
 
 def photo(name: str, width: int, height: int, left: int = 100, top: int = 60) -> NDArray[np.uint8]:
     """A part of a photograph, H×W×3."""

@@ -183,9 +183,7 @@ def follow(
     weight = 1 - min(decay, steps / (steps + 10))
     averages: list[Tensor] = list(average.parameters())
     ways = torch._foreach_sub(list(network.parameters()), averages)
-    if (
-        found_inf is not None
-    ):  # which only the device knows, and a lerp's weight is a number of the host
+    if found_inf is not None:  # not by a lerp, whose weight the host would have to know
         torch._foreach_mul_(ways, 1 - found_inf)
     torch._foreach_add_(averages, ways, alpha=weight)
     if buffers := list(average.buffers()):

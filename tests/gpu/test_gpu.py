@@ -24,7 +24,7 @@ from lightning_tucodec.training.gan import GANCodec
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.runs.staging import stage
 from lightning_tucodec.training.vae import VAE
-from tests.support import MICRO
+from tests.support import MICRO, MUON
 
 BATCHES, BATCH, SIDE = 4, 4, 64
 
@@ -62,7 +62,8 @@ def batches() -> list[dict[str, Tensor]]:
 
 def vae(**options: Any) -> VAE:
     torch.manual_seed(0)
-    return VAE(lmbda=512.0, codec={**MICRO, **options.pop("codec", {})}, **options)
+    wider = MUON if options.get("optimizer") == "muon" else {}
+    return VAE(lmbda=512.0, codec={**MICRO, **wider, **options.pop("codec", {})}, **options)
 
 
 def trainer(device: str, steps: int, **options: Any) -> pl.Trainer:

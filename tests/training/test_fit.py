@@ -26,7 +26,7 @@ from lightning_tucodec.training.runs.identity import run_id
 from lightning_tucodec.training.runs.tracking import read_metrics
 from lightning_tucodec.training.runs.weights import load_checkpoint, network_weights
 from lightning_tucodec.training.vae import VAE
-from tests.support import photo
+from tests.support import MUON, photo
 
 RECIPES = sorted(
     path
@@ -355,7 +355,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
                     weight.grad.mul_(torch.nan)
 
     monkeypatch.setattr(VAE, "backward", spoil)
-    values = config(tmp_path, shard_folder, micro, optimizer=optimizer)
+    wider = MUON if optimizer == "muon" else {}
+    values = config(tmp_path, shard_folder, {**micro, **wider}, optimizer=optimizer)
     values["trainer"] |= trainer
     values["run"]["checkpoint_minutes"] = minutes
     if val:

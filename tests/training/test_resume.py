@@ -75,6 +75,7 @@ def test_the_last_stage_stopped_moves_no_transform(
     for name, stop in (("straight", 0), ("stopped", 2)):
         (tmp_path / name).mkdir()
         hard = {**micro, "quantizer": "noise", "rate_proxy": "hard"}
+        hard["hyper.entropy_widths"] = [32, 32]  # matrices for Muon
         values = config(tmp_path / name, shard_folder, hard, 4, optimizer="muon", muon_iterations=3)
         values["model"]["frozen"] = ["g_a", "g_s", "quantizer"]
         words = ["fit", "--config", write(tmp_path / name, values)]

@@ -15,7 +15,7 @@ from lightning_tucodec.training.gan import GANCodec
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.postfilter import PostFilterModule
 from lightning_tucodec.training.vae import VAE
-from tests.support import MICRO
+from tests.support import MICRO, MUON
 from tests.training.traffic import Traffic, watched
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -48,8 +48,9 @@ def vae(**options: Any) -> VAE:
 
 
 def gan(**options: Any) -> GANCodec:
+    codec = {**MICRO, **options.pop("codec", {})}
     return GANCodec(
-        recipe="mse", lmbda=256.0, codec=MICRO, discriminator_widths=[8, 8], ema=0.9,
+        recipe="mse", lmbda=256.0, codec=codec, discriminator_widths=[8, 8], ema=0.9,
         gate_lower=0.0, gate_upper=2.0, **options,
     )  # fmt: skip
 
@@ -62,7 +63,7 @@ MODULES: dict[str, Callable[[], ScheduledModule]] = {
     "vae straight through": lambda: vae(codec={"rate_proxy": "straight_through"}),
     "vae hard": lambda: vae(codec={"rate_proxy": "hard"}, frozen=["g_a"]),
     "vae levels": lambda: vae(codec={"levels": 3}),
-    "vae muon": lambda: vae(optimizer="muon"),
+    "vae muon": lambda: vae(optimizer="muon", codec=MUON),
     "vae attention, gdn": lambda: vae(
         codec={
             "transform.attention_latent": True,
@@ -71,7 +72,9 @@ MODULES: dict[str, Callable[[], ScheduledModule]] = {
         }
     ),
     "gan pair": gan,
-    "gan patch": lambda: gan(discriminator="patch", adversarial="hinge", optimizer="muon"),
+    "gan patch": lambda: gan(
+        discriminator="patch", adversarial="hinge", optimizer="muon", codec=MUON
+    ),
     "post-filter": lambda: PostFilterModule(network={"channels": 32, "blocks": 2}),
     "post-filter taught": lambda: PostFilterModule(
         network={"channels": 8, "blocks": 1}, teacher="vvc-postfilter"
