@@ -36,13 +36,16 @@ def fingerprint(symbols: NDArray[np.int32]) -> str:
 
 def read(model: TucModel, data: bytes) -> NDArray[np.int32]:
     """Symbols of a file."""
-    return model.read(unpack(data))[0]
+    container = unpack(data)
+    return model.of(container).read(container)[0]
 
 
 def main() -> None:
     """The command."""
     for name in names():
         model = tuc.load(name)
+        if model.levels > 1:
+            model = model.at(2.5)  # between two levels, where biases are interpolated
         data = model.compress(photo("chelsea.png", 150, 117))
         (FOLDER / f"{name}.tuc").write_bytes(data)
         write_png(FOLDER / f"{name}.png", np.array(model.decompress(data)))

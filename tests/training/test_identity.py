@@ -31,6 +31,7 @@ NAMES = {
     "tiny_mse_decay": "10cda703f1f4",
     "tiny_ssim": "39d22f6a0ec9",
     "tiny_transparent": "622288499404",
+    "tiny_vbr": "20134ef215f4",
     "tucodecpsnr40db": "f3fcd6b54c35",
     "tucodecpsnr_postfilter": "71bd48d419d4",
     "tucodecssim": "74f7f5dfd2d0",
