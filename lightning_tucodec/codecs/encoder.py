@@ -28,11 +28,11 @@ from lightning_tucodec.errors import ConfigError, UnknownModelError
 from lightning_tucodec.nn.transforms import STRIDE
 
 FAMILIES: dict[Quantity, tuple[str, ...]] = {
-    "bpp": ("tiny-mse", "tiny-transparent"),
-    "psnr": ("tiny-mse", "tiny-transparent"),
+    "bpp": ("tiny-vbr", "tiny-mse-5", "tiny-transparent"),
+    "psnr": ("tiny-vbr", "tiny-mse-5", "tiny-transparent"),
     "ms_ssim": ("tiny-ssim", "tiny-transparent"),
 }
-"""Among which models each target chooses by default."""
+"""Among which models each target chooses by default: names of families, or of variable-rate models."""
 
 _RATES_A_LEVEL = 16
 """So many qualities of a variable-rate network, from one level to the next, does a target choose from."""
