@@ -207,8 +207,8 @@ def restore_network(network: TucodecVAE, tensors: dict[str, Tensor]) -> None:
         first = torch.cat([first, rows("parameters.upsilon")[0]])
     fill(parameters.layer1, first, bias)
     if network.levels is not None:
-        scale = 2.0 ** -shift_of(tensors, "parameters.gamma")
-        network.levels.bias.copy_(tensors["levels.bias"].double() * scale)
+        scale = 2.0 ** (shift_of(tensors, "parameters.gamma") + FRACTION_BITS)
+        network.levels.bias.copy_(tensors["levels.bias"].double() / scale)
     fill(parameters.layer2, *rows("parameters.hidden"))
     weight_mu, bias_mu = rows("parameters.mu")
     weight_scale, bias_scale = rows("parameters.scale", output_bits=0)
