@@ -58,15 +58,14 @@ def _save(image: Image.Image, stream: IO[bytes], filename: str | bytes) -> None:
     options = cast("dict[str, Any]", getattr(image, "encoderinfo", {}))
     model = load_coder(options.get("model", DEFAULT_MODEL))
     effort, quality = options.get("effort", 0), options.get("quality")
+    if quality is not None:
+        model = model.at(quality)
     if isinstance(model, NetworkModel):
         if effort:
             raise ConfigError(f"effort is for this package's own networks; {model.name} is none")
-        model = model if quality is None else model.at(quality)
         stream.write(model.encode(as_pixels(image)))
-        return
-    if quality is not None:
-        raise ConfigError(f"quality is for variable-rate networks; {model.name} has one rate")
-    stream.write(model.compress(image, effort))
+    else:
+        stream.write(model.compress(image, effort))
 
 
 Image.register_open(TucImageFile.format, TucImageFile, lambda prefix: prefix.startswith(MAGIC))

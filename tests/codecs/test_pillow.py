@@ -73,5 +73,13 @@ def test_networks_of_another_form_save_too(
     assert stream.getvalue() == coder.encode(np.asarray(photo))
     with pytest.raises(tuc.TucodecError, match="effort is for"):
         photo.save(stream, "TUC", model=str(tmp_path / "own.safetensors"), effort=1)
-    with pytest.raises(tuc.TucodecError, match="quality is for"):
+    with pytest.raises(tuc.TucodecError, match="has one rate, and takes no quality"):
         photo.save(stream, "TUC", quality=80)
+
+
+def test_a_variable_rate_model_takes_a_quality(photo: Image.Image) -> None:
+    stream = io.BytesIO()
+    photo.save(stream, "TUC", model="tiny-vbr", quality=1.5, effort=1)
+    assert stream.getvalue() == tuc.load("tiny-vbr").at(1.5).compress(photo, effort=1)
+    with pytest.raises(tuc.TucodecError, match="quality 80 is not within 0 … 6"):
+        photo.save(stream, "TUC", model="tiny-vbr", quality=80)
