@@ -112,6 +112,11 @@ def find(name: str | Path) -> Path:
             return path
     if members := family(text):
         raise UnknownModelError(f"{text} stands for several models; name one: {', '.join(members)}")
+    if ":" in text:
+        raise UnknownModelError(
+            f"no model is called {text!r}: name it alone, without what follows the colon; "
+            "quality and effort are given apart from the name here"
+        )
     raise UnknownModelError(f"no model is called {text!r} (known: {known()}; or give a path)")
 
 

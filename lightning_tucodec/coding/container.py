@@ -83,11 +83,13 @@ class Container:
 
 
 def quality_of(container: Container) -> float | None:
-    """The quality of the first strip that is not lost; None of a model of one rate."""
+    """The quality of the first strip that holds one; None of a model of one rate."""
     if not container.flags & QUALITY or container.kind == CodecKind.VVC:
         return None
-    first = next((strip for strip in container.strips if strip is not None), b"")
-    return int.from_bytes(first[:QUALITY_BYTES], "little") / QUALITY_STEPS
+    for strip in container.strips:
+        if strip is not None and len(strip) >= QUALITY_BYTES:
+            return int.from_bytes(strip[:QUALITY_BYTES], "little") / QUALITY_STEPS
+    return None
 
 
 def quality_bytes(quality: float) -> bytes:

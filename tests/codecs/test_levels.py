@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from lightning_tucodec.cli import main
-from lightning_tucodec.codecs import registry
+from lightning_tucodec.codecs import library, registry
 from lightning_tucodec.codecs.learned import latents as layout
 from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel
 from lightning_tucodec.codecs.learned.model_file import ModelFile, freeze
 from lightning_tucodec.codecs.learned.refine import Refinement
-from lightning_tucodec.coding.container import pack, unpack
+from lightning_tucodec.coding.container import pack, quality_of, unpack
 from lightning_tucodec.errors import (
     ConfigError,
     CorruptStreamError,
@@ -128,6 +128,21 @@ def test_strips_of_other_levels_are_refused(
         TucModel(file).decode(pack(dataclasses.replace(one, model_id=bytes(8))))
 
 
+@pytest.mark.parametrize("start", [None, b"", b"\x01"])
+def test_a_strip_that_is_lost_or_too_short_holds_no_quality(
+    file: ModelFile, monkeypatch: pytest.MonkeyPatch, start: bytes | None
+) -> None:
+    monkeypatch.setattr(layout, "STRIP_POSITIONS", 12)
+    coded = unpack(TucModel(file).at(1).encode(PIXELS))
+    empty = dataclasses.replace(coded, strips=(start,) * len(coded.strips))
+    assert quality_of(empty) is None
+    with pytest.raises(CorruptStreamError, match="every strip is damaged"):
+        TucModel(file).salvage(empty)
+    first = dataclasses.replace(coded, strips=(start, *coded.strips[1:]))
+    assert quality_of(first) == 1
+    assert len(TucModel(file).salvage(first).damaged) == 1
+
+
 def test_one_rate_takes_no_level() -> None:
     torch.manual_seed(0)
     plain = TucModel(freeze(TucodecVAE(resolve_codec("tiny", MICRO)), "plain", {}))
@@ -194,3 +209,8 @@ def test_compress_takes_a_quality_or_a_target(
     assert "quality       0.5\n" in capsys.readouterr().out
     assert main(["compress", *given, "-o", str(tmp_path / "no.tuc"), "--quality", "2.5"]) == 1
     assert "quality 2.5 is not within 0 … 2" in capsys.readouterr().err
+
+
+def test_options_are_no_part_of_a_name() -> None:
+    with pytest.raises(UnknownModelError, match="quality and effort are given apart"):
+        library.load("tiny-vbr:quality=2")

@@ -123,9 +123,11 @@ class TucModel(Transforms):
             )
         if self.level is None:
             return self
+        if not container.flags & QUALITY:
+            raise CorruptStreamError("the file has no quality, and its model needs one")
         level = quality_of(container)
         if level is None:
-            raise CorruptStreamError("the file has no quality, and its model needs one")
+            raise CorruptStreamError("nothing can be decoded: every strip is damaged")
         if level > self.levels - 1:
             raise CorruptStreamError(f"the file claims quality {level:g}")
         return self.at(level)
