@@ -9,7 +9,6 @@ from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel
 from lightning_tucodec.codecs.learned.refine import Refinement
 from lightning_tucodec.codecs.library import load
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.nn.losses import make_loss
 from lightning_tucodec.quality.curves import Curve, Quality
 from lightning_tucodec.quality.deltas import bd_rate
 from lightning_tucodec.sets.evaluate import evaluate, find_images
@@ -81,8 +80,9 @@ def _loss_percent(models: Sequence[TucModel], plain: Sequence[Row], sets: Sequen
     """Mean over models of the change of λ·MSE + bpp of the set, over bpp."""
     changes = []
     for model, before, after in zip(models, plain, sets, strict=True):
-        loss = make_loss(model.card["recipe"], model.card["lmbda"])
-        values = [loss.lmbda * 10 ** (-row["psnr"] / 10) + row["bpp"] for row in (before, after)]
+        values = [
+            model.loss.lmbda * 10 ** (-row["psnr"] / 10) + row["bpp"] for row in (before, after)
+        ]
         changes.append(100 * (values[1] - values[0]) / before["bpp"])
     return math.fsum(changes) / len(changes)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_tucodec.bench.effort import _loss_percent
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs import library, registry
 from lightning_tucodec.codecs.learned import latents as layout
@@ -214,3 +215,10 @@ def test_compress_takes_a_quality_or_a_target(
 def test_options_are_no_part_of_a_name() -> None:
     with pytest.raises(UnknownModelError, match="quality and effort are given apart"):
         library.load("tiny-vbr:quality=2")
+
+
+def test_bench_effort_weighs_as_the_level_does(file: ModelFile) -> None:
+    model = TucModel(file)
+    before, after = {"psnr": 20.0, "bpp": 1.0}, {"psnr": 23.0, "bpp": 1.5}
+    expected = 100 * (0.5 + 800 * (10**-2.3 - 10**-2))
+    assert _loss_percent([model], [before], [after]) == pytest.approx(expected)
