@@ -6,6 +6,7 @@ levels the gains are interpolated geometrically (eq. 8). The entropy parameters 
 level, which tells them the rate; the article has none.
 """
 
+import math
 from typing import TypeVar
 
 import torch
@@ -31,10 +32,14 @@ class RateLevels(nn.Module):
         self.count = count
         self.ratio = ratio
         self.middle = (count - 1) / 2
-        # At high rates the best step of a uniform quantiser goes with the root of 1/λ.
-        steps = (torch.arange(count) - self.middle) * (torch.tensor(ratio).log() / 2)
-        self.log_gain = nn.Parameter(steps[:, None].repeat(1, channels))
-        self.log_inverse = nn.Parameter(-steps[:, None].repeat(1, channels))
+        self.log_gain = nn.Parameter(torch.empty(count, channels))
+        self.log_inverse = nn.Parameter(torch.empty(count, channels))
+        with torch.no_grad():
+            for row in range(count):
+                # At high rates the best step of a uniform quantiser goes with the root of 1/λ.
+                step = (row - self.middle) * math.log(ratio) / 2
+                self.log_gain[row].fill_(step)
+                self.log_inverse[row].fill_(-step)
         self.bias = nn.Parameter(torch.zeros(count, biases))
 
     def _at(self, table: Tensor, level: Tensor) -> Tensor:

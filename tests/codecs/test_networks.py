@@ -625,7 +625,7 @@ def test_odd_networks_write_no_file_that_cannot_be_read(
         assert not Path(f"{name}.tuc").exists()
     for name, told in {
         "Noise": "makes values of the file that are no numbers",
-        "Nothing": "the file cannot be decoded: 'x'",
+        "Nothing": "the file cannot be decoded: no entry 'x'",
     }.items():
         assert cli.main(compress(name).split()) == 0
         decompress = f"decompress {name}.tuc -o {name}.png --model {name} --trust tests_odd"

@@ -90,7 +90,7 @@ def test_shipped_models_gain() -> None:
     assert names
     for name in names:
         model = tuc.load(name)
-        pixels, loss = photo("chelsea.png", 128, 96), loss_for(model)
+        pixels, loss = photo("chelsea.png", 128, 96), model.loss
         plain, refined = model.code(pixels), with_effort(model, 4).code(pixels)
         rate = 8 * len(plain.data) / (128 * 96)
         weight = float(loss.total(torch.zeros(()), torch.ones(())))
