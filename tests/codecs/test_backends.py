@@ -35,7 +35,8 @@ def golden(name: str) -> tuple[TucModel, bytes, str]:
     record = json.loads((FOLDER / f"{name}.json").read_text())
     model = tuc.load(name)
     assert model.id.hex() == record["model"], "new weights: python -m tests.golden.make"
-    return model, (FOLDER / f"{name}.tuc").read_bytes(), record["symbols"]
+    data = (FOLDER / f"{name}.tuc").read_bytes()
+    return model.of(unpack(data)), data, record["symbols"]
 
 
 def latents_of(model: TucModel, data: bytes) -> Latents:
@@ -45,7 +46,7 @@ def latents_of(model: TucModel, data: bytes) -> Latents:
     rows, z = [], []
     for (top, bottom), strip in zip(strip_bounds(height, width), container.strips, strict=True):
         assert strip is not None
-        decoder = rans.RansDecoder(strip)
+        decoder = rans.RansDecoder(strip.removeprefix(model._head))
         strip_z, strip_y = wavefront.take(model.entropy_model, decoder, bottom - top, width)
         rows.append(strip_y)
         z.append(strip_z)
@@ -185,7 +186,7 @@ def test_the_diagonals_say_what_the_whole_plane_says(name: str) -> None:
     symbols = wavefront.in_order(entropy, latents.z[0], latents.y[rows[0] : rows[1]])
     strip = unpack(data).strips[0]
     assert strip is not None
-    decoder = rans.RansDecoder(strip)
+    decoder = rans.RansDecoder(strip.removeprefix(model._head))
     z = latents.z[0]
     categorical.decode_table(decoder, z[0].size, entropy.categorical)
     decoded = wavefront.decode_laplace(decoder, symbols.mu, symbols.scale, entropy.laplace)
