@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from lightning_tucodec.codecs.base import DEFAULT_MODEL, H266_MODELS
 from lightning_tucodec.codecs.h266.codec import H266, NO_FILTER
-from lightning_tucodec.codecs.h266.postfilter import FilterModel
 from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel, with_effort
 from lightning_tucodec.codecs.learned.latents import Latents
 from lightning_tucodec.codecs.learned.targets import (
@@ -22,9 +21,9 @@ from lightning_tucodec.codecs.learned.targets import (
     code,
 )
 from lightning_tucodec.codecs.learned.transforms import WHOLE_POSITIONS
-from lightning_tucodec.codecs.library import Model, family, load_any, load_coder
+from lightning_tucodec.codecs.library import family, load_coder
 from lightning_tucodec.codecs.network.codec import NetworkModel
-from lightning_tucodec.errors import ConfigError, UnknownModelError
+from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.transforms import STRIDE
 
 FAMILIES: dict[Quantity, tuple[str, ...]] = {
@@ -147,7 +146,7 @@ def _ladders(request: Request) -> list[Ladder]:
         return [[_of_model(request, load_coder(name or DEFAULT_MODEL, device))]]
     names = FAMILIES[target.quantity] if name is None else (name,)
     members = [member for name in names for member in family(name) or [name]]
-    ladders = [_rates(request, load_any(member, device)) for member in members]
+    ladders = [_rates(request, load_coder(member, device)) for member in members]
     if name is not None and not family(name) and len(ladders[0]) == 1:
         raise ConfigError(
             f"{target} chooses among the models of a family, or the rates of one model; "
@@ -167,10 +166,8 @@ def _of_model(request: Request, model: TucModel | NetworkModel) -> Setting:
     return model if request.quality is None else model.at(request.quality)
 
 
-def _rates(request: Request, model: Model) -> Ladder:
+def _rates(request: Request, model: TucModel | NetworkModel) -> Ladder:
     """The rates of a model, falling; one that has a single rate alone."""
-    if isinstance(model, FilterModel):
-        raise UnknownModelError(f"{model.name} is a post-filter; it works through vvc+postfilter")
     alone = _of_model(request, model)  # refuses what a network does not take
     if model.levels == 1:
         return [alone]
