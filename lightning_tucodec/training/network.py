@@ -1,6 +1,8 @@
 """Any network of CompressAI's form as a LightningModule: named in a recipe, nothing to write."""
 
+import sys
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,6 +122,7 @@ class NetworkModule(CodingModule):
         self.automatic_optimization = False
         class_path, arguments = parts(network)
         self.description = {"class_path": class_path, "init_args": arguments}
+        _spare_reads(built)
         self.network = built
         self.stride = stride_of(built)
         self.aux_lr = aux_lr
@@ -318,3 +321,34 @@ class NetworkModule(CodingModule):
         else:
             weights = network_weights(load_checkpoint(path))
         load_trained(self.network, weights, path)
+
+
+def _spare_reads(network: nn.Module) -> None:
+    """Let CompressAI's factorised priors compute what they do, and read nothing from the device for it.
+
+    Their own forward pass holds a permutation on the device and reads its numbers three times, twelve waits
+    for a GPU; it is no compiled graph for the same reason.
+    """
+    module = sys.modules.get("compressai.entropy_models.entropy_models")
+    theirs = None if module is None else module.EntropyBottleneck.forward
+    for part in network.modules():
+        if type(part).forward is theirs:
+            part.forward = MethodType(_likelihoods, part)
+
+
+def _likelihoods(bottleneck: Any, x: Tensor, training: bool | None = None) -> tuple[Tensor, Tensor]:
+    """`EntropyBottleneck.forward` of CompressAI 1.2.8, to the bit."""
+    training = bottleneck.training if training is None else training
+    values = x.transpose(0, 1).contiguous()
+    shape = values.shape
+    mode = "noise" if training else "dequantize"
+    outputs = bottleneck.quantize(
+        values.reshape(len(values), 1, -1), mode, bottleneck._get_medians()
+    )
+    likelihood, _, _ = bottleneck._likelihood(outputs)
+    if bottleneck.use_likelihood_bound:
+        likelihood = bottleneck.likelihood_lower_bound(likelihood)
+    x_hat, likelihood = (
+        tensor.reshape(shape).transpose(0, 1).contiguous() for tensor in (outputs, likelihood)
+    )
+    return x_hat, likelihood

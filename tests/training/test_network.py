@@ -1,5 +1,6 @@
 """NetworkModule: every recipe of experiments/zoo at micro size, parity with CompressAI, bad inputs."""
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lightning_tucodec.io.images import read_image
 from lightning_tucodec.nn.codec import TucodecVAE, config_to_dict
 from lightning_tucodec.nn.complexity import SIDE, kmac_per_pixel
 from lightning_tucodec.nn.losses import make_loss
-from lightning_tucodec.training.network import NetworkOutput
+from lightning_tucodec.training.network import NetworkOutput, _spare_reads
 from lightning_tucodec.training.runs.folder import read_metrics
 from lightning_tucodec.training.runs.weights import network_weights
 from lightning_tucodec.training.vae import resolve_codec
@@ -124,6 +125,28 @@ def test_a_slice_of_the_parity_with_compressai(name: str) -> None:
     header = 8 * 40 / 192**2  # of the container
     assert bpp < own_bpp < bpp + header
     assert own_psnr == pytest.approx(psnr, abs=0.01)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 3), (2, 8, 4, 3)])
+def test_the_factorised_prior_is_compressais_to_the_bit(
+    shape: tuple[int, ...], training: bool
+) -> None:
+    theirs = parity.pair("FactorizedPrior")[1].entropy_bottleneck
+    theirs = type(theirs)(shape[1]).train(training)
+    own = copy.deepcopy(torch.nn.ModuleList([theirs]))
+    _spare_reads(own)
+    assert "forward" in vars(own[0])
+    found = []
+    for bottleneck in (theirs, own[0], copy.deepcopy(own)[0]):
+        torch.manual_seed(0)
+        x = torch.randn(shape, requires_grad=True)
+        outputs, likelihoods = bottleneck(x)
+        (outputs.square().sum() + likelihoods.log().sum()).backward()
+        found.append([outputs, likelihoods, x.grad, *(p.grad for p in bottleneck.parameters())])
+        assert outputs.is_contiguous()
+    for one in found[1:]:
+        assert same(found[0], one)
 
 
 def test_losses_are_compressais() -> None:

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_tucodec.training.adversarial import AdversarialModule
 from lightning_tucodec.training.game import Turn
-from lightning_tucodec.training.gan import GANCodec
+from lightning_tucodec.training.gan import GANCodec, GANNetwork
 from lightning_tucodec.training.module import ScheduledModule
+from lightning_tucodec.training.network import NetworkModule
 from lightning_tucodec.training.postfilter import PostFilterModule
 from lightning_tucodec.training.vae import VAE
+from tests.codecs import zoo
 from tests.support import MICRO, MUON
 from tests.training.traffic import Traffic, watched
 
@@ -55,6 +58,26 @@ def gan(**options: Any) -> GANCodec:
     )  # fmt: skip
 
 
+def network(family: str) -> NetworkModule:
+    return NetworkModule(zoo.described(family), lmbda=None if family.endswith("Vbr") else 0.01)
+
+
+NETWORKS = {
+    "FactorizedPrior": (0, 0),
+    "ScaleHyperprior": (0, 0),
+    "MeanScaleHyperprior": (0, 0),
+    "JointAutoregressiveHierarchicalPriors": (0, 0),
+    "Cheng2020Anchor": (0, 0),
+    "Cheng2020Attention": (0, 0),
+    "Cheng2020AnchorCheckerboard": (0, 13),
+    "Elic2022Official": (0, 39),
+    "Elic2022Chandelier": (0, 39),
+    "ScaleHyperpriorVbr": (28, 1),
+    "MeanScaleHyperpriorVbr": (0, 1),
+    "JointAutoregressiveHierarchicalPriorsVbr": (0, 16),
+}
+"""Reads and copies of a step in CompressAI's own code; the copies fill tensors with constants."""
+
 MODULES: dict[str, Callable[[], ScheduledModule]] = {
     **{
         f"vae {kind}": lambda kind=kind: vae(codec={"quantizer": kind})  # type: ignore[misc]
@@ -75,6 +98,20 @@ MODULES: dict[str, Callable[[], ScheduledModule]] = {
     "gan patch": lambda: gan(
         discriminator="patch", adversarial="hinge", optimizer="muon", codec=MUON
     ),
+    "gan network": lambda: GANNetwork(
+        network=zoo.described("MeanScaleHyperprior"),
+        lmbda=0.01,
+        recipe="compressai-mse",
+        discriminator_widths=[8, 8],
+        ema=0.9,
+        gate_lower=0.0,
+        gate_upper=2.0,
+    ),
+    **{
+        family: lambda family=family: network(family)  # type: ignore[misc]
+        for family, asked in NETWORKS.items()
+        if asked == (0, 0)
+    },
     "post-filter": lambda: PostFilterModule(network={"channels": 32, "blocks": 2}),
     "post-filter taught": lambda: PostFilterModule(
         network={"channels": 8, "blocks": 1}, teacher="vvc-postfilter"
@@ -101,13 +138,22 @@ def test_no_step_reads_or_copies(module: ScheduledModule) -> None:
             for asker in traffic.reads
             if "training/game.py" in asker or "training/adversarial.py" in asker
         ]
-        assert len(told) == (2 if isinstance(module, GANCodec) else 0)
+        assert len(told) == (2 if isinstance(module, AdversarialModule) else 0)
         assert set(traffic.reads) == set(told)
         assert not traffic.copies
     assert module.opt_step == BATCHES
 
 
-@pytest.mark.parametrize("kind", ["vae centres", "gan pair", "post-filter"])
+@pytest.mark.parametrize("family", [name for name, asked in NETWORKS.items() if asked != (0, 0)])
+def test_what_a_step_of_compressais_own_code_asks(family: str) -> None:
+    torch.manual_seed(0)
+    _, _, traffic, _ = watched(network(family), crops())
+    asked = [traffic.reads, traffic.copies]
+    assert tuple(sum(counts.values()) for counts in asked) == NETWORKS[family]
+    assert all(asker.startswith("compressai/") for counts in asked for asker in counts)
+
+
+@pytest.mark.parametrize("kind", ["vae centres", "gan pair", "post-filter", "MeanScaleHyperprior"])
 def test_a_step_that_logs_reads_a_few_times(kind: str) -> None:
     module = MODULES[kind]()
     *_, traffic = watched(module, batches(module), log_every_n_steps=BATCHES)
@@ -141,20 +187,31 @@ def test_a_step_on_a_device_that_holds_no_values(
     )  # it knows no such device
     if isinstance(module, PostFilterModule) and module.teacher is not None:
         module.teacher.network.to("meta")
-    module.to("meta").train()
-    trainer = SimpleNamespace(log_every_n_steps=0, world_size=1, precision="32-true")
+    # As on the way to a GPU, the parameters stay the same objects.
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module.to("meta").train()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    trainer = SimpleNamespace(
+        log_every_n_steps=0, world_size=1, precision="32-true", model=None, optimizers=[]
+    )
     module._trainer = trainer  # type: ignore[assignment]
     module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign,assignment]
     found = module.configure_optimizers()
     optimizers: list[Any] = found if isinstance(found, list) else [found]
+    trainer.optimizers = optimizers
+    module.optimizers = lambda: optimizers  # type: ignore[method-assign,assignment]
     batch = {name: value.to("meta") for name, value in next(iter(batches(module))).items()}
     for _ in range(2):
         with Traffic() as traffic:
-            if isinstance(module, GANCodec):
+            if isinstance(module, AdversarialModule):
                 module.play(batch["image"], batch["index"], Turn(True, True), 1.0, rated=True)
+            elif isinstance(module, NetworkModule):
+                module.training_step(batch, 0)  # clips and steps
             else:
                 module.training_step(batch, 0).backward()  # type: ignore[union-attr]
-            for optimizer in optimizers:
+            for optimizer in [] if isinstance(module, NetworkModule) else optimizers:
                 module.clip(optimizer)
                 optimizer.step()
             module.on_train_batch_end(None, batch, 0)

@@ -78,9 +78,9 @@ class Traffic(TorchDispatchMode):
 
 
 def _asker(name: str) -> str:
-    """The innermost line of this package or of Lightning."""
+    """The innermost line of this package, of Lightning or of CompressAI."""
     for frame in reversed(traceback.extract_stack()):
-        for package in ("lightning_tucodec/", "pytorch_lightning/"):
+        for package in ("lightning_tucodec/", "pytorch_lightning/", "compressai/"):
             _, found, path = frame.filename.rpartition(package)
             if found:
                 return f"{package}{path}:{frame.lineno} {name}"
