@@ -193,7 +193,8 @@ class DepthwiseBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape and resolution stay."""
-        return x + self.project(F.leaky_relu(self.expand(self.depthwise(x)), 0.125))
+        inner = F.leaky_relu(self.expand(self.depthwise(x)), 0.125, inplace=True)
+        return self.project(inner).add_(x)
 
 
 def residual_blocks(channels: int, count: int, kind: Block = "residual") -> nn.Sequential:
