@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -20,7 +21,11 @@ from lightning_tucodec.nn.losses import (
 from lightning_tucodec.nn.recipes import recipe_name
 from lightning_tucodec.quality.metrics import ms_ssim, psnr
 from lightning_tucodec.training.data import PatchDataModule
+from lightning_tucodec.training.files import FileWorkers, threads_beside
 from lightning_tucodec.training.module import ScheduledModule
+
+BeginFile = Callable[[Reconstruction, Tensor], Callable[[], bytes]]
+"""What `CodingModule.coder` returns."""
 
 PICTURES = 3
 """Validation images that a picture is kept of, one each at every validation."""
@@ -55,6 +60,7 @@ class CodingModule(ScheduledModule):
         if real_files is not None and real_files < 0:
             raise ConfigError(f"model.real_files: must be 0 or more, got {real_files}")
         self.real_files = real_files
+        self.files = FileWorkers()
         self.seed = seed
 
     # --- What a network of its own kind says of itself --------------------------------------------
@@ -63,8 +69,10 @@ class CodingModule(ScheduledModule):
         """The network that validation measures, on one image 1×3×H×W in [0, 1]."""
         raise NotImplementedError
 
-    def coder(self) -> Callable[[Reconstruction, Tensor], bytes]:
-        """What writes the file of an image, given what `run` made of it, with the present weights.
+    def coder(self) -> BeginFile:
+        """What begins the file of an image, given what `run` made of it, with the present weights.
+
+        It does what needs the device, and returns what finishes the file, in any thread (`FileWorkers`).
 
         Raises:
             ModelFileError: no files can be written in this state of the training.
@@ -117,12 +125,17 @@ class CodingModule(ScheduledModule):
 
     # --- Validation --------------------------------------------------------------------------------
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The workers learn of exceptions."""
+        return [self.files]
+
     def on_validation_epoch_start(self) -> None:
         """Freeze the network as an export would, and forget the last validation's numbers."""
         super().on_validation_epoch_start()
-        self.written: Callable[[Reconstruction, Tensor], bytes] | None = None
+        self.begin_file: BeginFile | None = None
         try:
-            self.written = self.coder()
+            self.begin_file = self.coder()
+            self.files.begin(threads_beside(self.device))
         except ModelFileError as error:  # a state of training, and no reason to end it
             if self.trainer.is_global_zero:
                 print(f"step {self.opt_step}: no real files, {error}", file=sys.stderr)
@@ -161,12 +174,21 @@ class CodingModule(ScheduledModule):
             "loss": read["loss"],
         }
         chosen = self.real_files is None or row["index"] < self.real_files
-        if self.written is not None and chosen:
-            row["real_bpp"] = 8 * len(self.written(output, x)) / pixels
+        if self.begin_file is not None and chosen:
+            finished = self.begin_file(output, x)
+
+            def count() -> None:
+                row["real_bpp"] = 8 * len(finished()) / pixels
+
+            self.files.do(count)
         self.validation_rows.append(row)
         # What is not kept does not leave the device.
         if self.trainer.loggers and (number := int(row["index"])) < PICTURES:
             self.keep_picture(number, eight_bits(x), eight_bits(x_hat))
+
+    def _log_means(self, stage: str) -> None:
+        self.files.finish()  # all rows are complete
+        super()._log_means(stage)
 
     def keep_picture(
         self, number: int, original: NDArray[np.uint8], shown: NDArray[np.uint8]

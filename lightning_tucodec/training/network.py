@@ -25,7 +25,7 @@ from lightning_tucodec.errors import ConfigError, CorruptStreamError, ModelFileE
 from lightning_tucodec.io.hashing import derive, hash_positions
 from lightning_tucodec.nn.blocks import pad_to_multiple
 from lightning_tucodec.nn.losses import make_loss
-from lightning_tucodec.training.coding import CodingModule
+from lightning_tucodec.training.coding import BeginFile, CodingModule
 from lightning_tucodec.training.optimizers import FusedAdam
 from lightning_tucodec.training.runs.weights import (
     initial_weights,
@@ -269,8 +269,8 @@ class NetworkModule(CodingModule):
         options = {} if self.rates is None else self.rates.arguments(self.quality or 0.0)
         return self.code(self.shown, x, **options)
 
-    def coder(self) -> Callable[[Any, Tensor], bytes]:
-        """See `CodingModule.coder`."""
+    def coder(self) -> BeginFile:
+        """See `CodingModule.coder`; the network's own `compress` does all on the device and at once."""
         file = freeze_network(self.shown, self.description, "validation", {})
         with trusting(packages_of(self.description)):  # they have been imported already
             model = NetworkModel(file, str(self.device), self.quality)
@@ -280,7 +280,12 @@ class NetworkModule(CodingModule):
             except CorruptStreamError as error:
                 name = type(self.network).__name__
                 raise ModelFileError(f"{name} does not decode what it codes: {error}") from None
-        return lambda output, x: model.write(x)
+
+        def begin(output: Any, x: Tensor) -> Callable[[], bytes]:
+            data = model.write(x)
+            return lambda: data
+
+        return begin
 
     def watch(self, output: Any) -> dict[str, float]:
         """Counts the channels of y that carry bits."""

@@ -26,7 +26,7 @@ from lightning_tucodec.nn.codec import (
 from lightning_tucodec.nn.klt import start_as_klt
 from lightning_tucodec.nn.losses import RateDistortion
 from lightning_tucodec.nn.noise import LEVEL, Noise
-from lightning_tucodec.training.coding import CodingModule
+from lightning_tucodec.training.coding import BeginFile, CodingModule
 from lightning_tucodec.training.data import PatchDataModule
 from lightning_tucodec.training.optimizers import FusedAdam, muon_adam
 from lightning_tucodec.training.runs.weights import (
@@ -244,17 +244,18 @@ class CodecModule(CodingModule):
         output: CodecOutput = self.shown(x)
         return output
 
-    def coder(self) -> Callable[[Any, Tensor], bytes]:
+    def coder(self) -> BeginFile:
         """See `CodingModule.coder`; the transforms run on the training's device."""
         frozen = freeze(self.shown, "validation", {}, torch.float32)
         levels = self.shown.levels
         model = TucModel(frozen, str(self.device), None if levels is None else levels.middle)
 
-        def write(output: CodecOutput, x: Tensor) -> bytes:
+        def begin(output: Any, x: Tensor) -> Callable[[], bytes]:
             (latents,) = model.symbols(output.y)
-            return model.write(latents, x.shape[-1], x.shape[-2])
+            height, width = x.shape[-2:]
+            return lambda: model.write(latents, width, height)
 
-        return write
+        return begin
 
     def watch(self, output: Any) -> dict[str, float]:
         """How many values lie beyond the last centres; counts the centres."""

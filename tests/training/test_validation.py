@@ -6,7 +6,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ from torch.utils.data import Dataset
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.model_file import freeze
+from lightning_tucodec.errors import ModelFileError
 from lightning_tucodec.io.processes import child, cores
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.nn.transforms import AnalysisTransform
+from lightning_tucodec.training import coding
+from lightning_tucodec.training.files import FileWorkers, threads_beside
 from lightning_tucodec.training.input.validation import in_order
 from lightning_tucodec.training.runs.folder import RunFolder, read_metrics
 from lightning_tucodec.training.runs.weights import network_weights
@@ -78,6 +83,11 @@ def fit_on(
     assert [wait(child) for child in children] == [status] * ranks
 
 
+def with_threads(count: int) -> None:
+    """In a process that ends with the test."""
+    coding.threads_beside = lambda _: count
+
+
 @pytest.mark.parametrize(("ranks", "images"), [(2, 5), (3, 1)])
 def test_processes_measure_every_image_once(
     ranks: int,
@@ -94,7 +104,7 @@ def test_processes_measure_every_image_once(
     values = config(tmp_path, shard_folder, MICRO, steps=1)
     values["data"].update(batch_size=6, val_images=str(tmp_path / "val"))
     values["trainer"]["val_check_interval"] = 1
-    fit_on(ranks, ["fit", "--config", write(tmp_path, values)])
+    fit_on(ranks, ["fit", "--config", write(tmp_path, values)], lambda _: with_threads(2))
     (folder,) = runs(tmp_path)
     assert_measured_once(folder, images)
     names = {"step-00000001.png", "step-00000001-1.png", "step-00000001-2.png"}
@@ -167,6 +177,7 @@ def test_processes_that_find_different_checkpoints_do_not_train(
 def assert_measured_once(folder: Path, images: int) -> None:
     rows: list[dict[str, Any]] = json.loads((folder / "images" / "step-00000001.json").read_text())
     assert [row["index"] for row in rows] == list(range(images))
+    assert all(row["real_bpp"] > 0 for row in rows)
     (line,) = [row for row in read_metrics(folder / "metrics.jsonl") if "val/psnr" in row]
     assert line["val/psnr"] == pytest.approx(np.mean([row["psnr"] for row in rows]))
 
@@ -229,6 +240,7 @@ def test_processes_stop_together_within_an_image(
             measured: list[Path] = measured,
         ) -> None:
             signal_in_image(image if rank in told else 0, measured[rank])
+            with_threads(2)
 
         fit_on(2, words, prepare, status=75)
         (folder,) = runs(tmp_path / "run")
@@ -303,3 +315,161 @@ def test_an_image_is_one_read_of_the_device(val_folder: Path) -> None:
         assert sum(own.values()) == 1, traffic.reads
     assert [row["index"] for row in module.validation_rows] == [0.0, 1.0]
     assert "real_bpp" not in module.validation_rows[0]
+
+
+# --- Files by threads: as on a GPU --------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coding, "threads_beside", lambda _: 2)
+
+
+def words_of(folder: Path, shards: Path, val: Path) -> list[str]:
+    """One step and its validation."""
+    folder.mkdir()
+    values = config(folder, shards, MICRO, steps=1)
+    values["data"]["val_images"] = str(val)
+    values["trainer"]["val_check_interval"] = 1
+    return ["fit", "--config", write(folder, values)]
+
+
+def no_workers() -> bool:
+    return not any(t.name.startswith("tucodec-worker") for t in threading.enumerate())
+
+
+def at_image(number: int, action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something before this image is measured, counted from 1."""
+    run, images = VAE.run, 0
+
+    def counted(self: VAE, x: torch.Tensor) -> Any:
+        nonlocal images
+        images += 1
+        if images == number:
+            action()
+        return run(self, x)
+
+    monkeypatch.setattr(VAE, "run", counted)
+
+
+def test_files_are_finished_while_the_next_images_are_measured(
+    tmp_path: Path, shard_folder: Path, five_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the first waits for the third image here; all ends as it does without threads."""
+    assert main(words_of(tmp_path / "plain", shard_folder, five_images)) == 0
+    (plain,) = runs(tmp_path / "plain")
+    third, write_file, set_type = threading.Event(), TucModel.write, torch.set_default_dtype
+    touched = set()
+
+    def late(self: TucModel, *args: Any) -> bytes:
+        assert third.wait(60)
+        assert torch.get_num_threads() == 1
+        return write_file(self, *args)
+
+    def noted(dtype: torch.dtype) -> None:
+        touched.add(threading.current_thread())
+        set_type(dtype)
+
+    at_image(3, third.set, monkeypatch)
+    monkeypatch.setattr(TucModel, "write", late)
+    monkeypatch.setattr(torch, "set_default_dtype", noted)
+    monkeypatch.setattr(coding, "threads_beside", lambda _: 2)
+    assert main(words_of(tmp_path / "threads", shard_folder, five_images)) == 0
+    (folder,) = runs(tmp_path / "threads")
+    check(plain, folder)
+    rows = [f / "images" / "step-00000001.json" for f in (plain, folder)]
+    assert rows[0].read_bytes() == rows[1].read_bytes()
+    assert touched == {threading.main_thread()}  # it is of all threads
+    assert no_workers()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_in_a_thread_ends_the_run(
+    tmp_path: Path,
+    shard_folder: Path,
+    five_images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(self: TucModel, *args: Any) -> bytes:
+        raise ModelFileError("this file cannot be written")
+
+    monkeypatch.setattr(TucModel, "write", broken)
+    assert main(words_of(tmp_path / "run", shard_folder, five_images)) == 1
+    assert "tucodec: this file cannot be written\n" in capsys.readouterr().err
+    assert no_workers()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_stop_drops_the_files_that_wait(
+    tmp_path: Path, shard_folder: Path, five_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the fourth image: two files are begun, the third is dropped, and all are made anew."""
+    assert main(words_of(tmp_path / "straight", shard_folder, five_images)) == 0
+    words = words_of(tmp_path / "run", shard_folder, five_images)
+    begun, dropped, write_file, cancel = [], threading.Event(), TucModel.write, Future.cancel
+
+    def held(self: TucModel, *args: Any) -> bytes:
+        begun.append(args)
+        assert dropped.wait(60)
+        return write_file(self, *args)
+
+    def cancelled(self: Future[Any]) -> bool:
+        dropped.set()
+        return cancel(self)
+
+    with monkeypatch.context() as patch:
+        at_image(4, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        patch.setattr(TucModel, "write", held)
+        patch.setattr(Future, "cancel", cancelled)
+        assert main(words) == 75
+    assert len(begun) == 2
+    assert no_workers()
+    (folder,) = runs(tmp_path / "run")
+    assert "lines" in state(folder)["run"]  # the validation is still to be done
+    assert not list((folder / "images").glob("*.json"))
+    assert main(words) == 0
+    check(runs(tmp_path / "straight")[0], folder)
+
+
+@pytest.fixture
+def three_threads_of_pytorch() -> Iterator[None]:
+    own = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(own)
+
+
+@pytest.mark.usefixtures("three_threads_of_pytorch")
+def test_threads_finish_files_beside_a_gpu() -> None:
+    """As many as there are cores left; PyTorch has one core in each, and what it had everywhere else."""
+    assert threads_beside(torch.device("cpu")) == 0
+    assert threads_beside(torch.device("cuda")) == 2
+    workers, seen = FileWorkers(), []
+    workers.begin(2)
+    for _ in range(9):
+        workers.do(lambda: seen.append(torch.get_num_threads()))
+    later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    workers.finish()
+    assert sorted(seen) == [1] * 9 + [3]
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    assert threads_beside(torch.device("cuda")) == 0
+
+
+def test_few_files_wait() -> None:
+    """Two for each thread, with those that are begun."""
+    workers, free, done = FileWorkers(), threading.Event(), []
+    workers.begin(1)
+    for number in range(2):
+        workers.do(lambda number=number: (free.wait(60), done.append(number)))
+    third = threading.Thread(target=workers.do, args=(lambda: done.append(2),))
+    third.start()
+    third.join(0.2)
+    assert third.is_alive()
+    free.set()
+    third.join(60)
+    workers.finish()
+    assert done == [0, 1, 2]

@@ -77,9 +77,12 @@ class TucModel(Transforms):
         latents = self.analyse(pixels)
         return Coded(self.write(latents, width, height), latents)
 
-    @own_modes()
     def write(self, latents: Latents, width: int, height: int) -> bytes:
-        """The `.tuc` file of the latents of an H×W image; the same ones give the same bytes."""
+        """The `.tuc` file of the latents of an H×W image; the same ones give the same bytes.
+
+        No mode of PyTorch changes that, and none is set, so that it may run beside other code: these are
+        integers, in arrays of NumPy and in float64.
+        """
         bounds = strip_bounds(*latents.y.shape[:2])
 
         def strip(number: int) -> bytes:
