@@ -51,7 +51,7 @@ from lightning_tucodec.training.runs.preemption import (
 )
 from lightning_tucodec.training.runs.tracking import Counters, JsonlLogger
 from lightning_tucodec.training.runs.weights import load_checkpoint
-from lightning_tucodec.training.runs.writer import BackgroundWriter
+from lightning_tucodec.training.runs.writer import BackgroundWriter, CheckpointReader
 
 
 def _words(values: Mapping[str, Any]) -> str:
@@ -143,7 +143,10 @@ class TucodecCLI(ConfiguredCLI):
         """Loggers, callbacks and signals of a run."""
         self.cleanup.enter_context(arithmetic(self._get(self.config, "run")["arithmetic"]))
         if self.subcommand != "fit":
-            return self._build_trainer(logger=False, enable_checkpointing=False, **kwargs)
+            self.reader = CheckpointReader()
+            return self._build_trainer(
+                logger=False, enable_checkpointing=False, plugins=[self.reader], **kwargs
+            )
         config = self.plain_config()
         run = config["run"]
         if run["threads"]:
@@ -294,6 +297,7 @@ class TucodecCLI(ConfiguredCLI):
         except (RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"{path}: weights of another network ({reason})") from None
+        self.reader.hand_over(path, content)
         return path
 
 

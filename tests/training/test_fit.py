@@ -428,12 +428,15 @@ def test_validate_and_test_measure_the_run(
     assert main(["fit", "--config", path]) == 0
     row = read_metrics(runs(tmp_path)[0] / "metrics.jsonl")[-1]
     before = sorted(p.name for p in tmp_path.iterdir())
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **kw: read.append(path) or load(path, **kw))
     for command, prefix in [("validate", "val"), ("test", "test")]:
         capsys.readouterr()
         assert main([command, "--config", path, "--trainer.enable_progress_bar", "false"]) == 0
         printed = capsys.readouterr().out
         (line,) = [line for line in printed.splitlines() if f"{prefix}/psnr" in line]
         assert float(line.split("│")[2]) == pytest.approx(row["val/psnr"], rel=1e-6)
+    assert len(read) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     assert main(["validate", "--config", path, "--ckpt_path", "none.ckpt"]) == 1
     assert "none.ckpt: No such file" in capsys.readouterr().err

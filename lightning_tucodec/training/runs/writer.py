@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning_fabric.plugins import TorchCheckpointIO
 
 from lightning_tucodec.errors import TucodecError
 from lightning_tucodec.training.runs.folder import RunFolder
@@ -29,7 +29,27 @@ class SaveError(TucodecError):
     """A checkpoint could not be written; the earlier ones are intact."""
 
 
-class BackgroundWriter(CheckpointIO):
+class CheckpointReader(TorchCheckpointIO):
+    """Lightning's reader of checkpoints; see `hand_over`."""
+
+    def __init__(self) -> None:
+        self._read: tuple[Path, dict[str, Any]] | None = None
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """See `load_checkpoint`; what was handed over is not read again."""
+        handed, self._read = self._read, None
+        if handed is not None and handed[0] == Path(path):
+            return handed[1]
+        return load_checkpoint(path)
+
+    def hand_over(self, path: Path, content: dict[str, Any]) -> None:
+        """What the next `load_checkpoint` of this path returns: each rank reads a checkpoint once."""
+        self._read = path, content
+
+
+class BackgroundWriter(CheckpointReader):
     """Lightning's checkpoint writer of rank 0: copy now, write in a thread, rename on `publish`.
 
     Args:
@@ -37,12 +57,12 @@ class BackgroundWriter(CheckpointIO):
     """
 
     def __init__(self, folder: RunFolder) -> None:
+        super().__init__()
         self.folder = folder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._future: Future[None] | None = None
         self._complete = threading.Event()
         self._abandoned = False
-        self._read: tuple[Path, dict[str, Any]] | None = None
 
     @property
     def busy(self) -> bool:
@@ -114,19 +134,6 @@ class BackgroundWriter(CheckpointIO):
                 f"{path}: step {step} could not be saved ({_reason(error, path.parent)}); earlier "
                 "checkpoints are intact: make room and start the same command again"
             ) from None
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """See `load_checkpoint`; what was handed over is not read again."""
-        handed, self._read = self._read, None
-        if handed is not None and handed[0] == Path(path):
-            return handed[1]
-        return load_checkpoint(path)
-
-    def hand_over(self, path: Path, content: dict[str, Any]) -> None:
-        """What the next `load_checkpoint` of this path returns: each rank reads a checkpoint once."""
-        self._read = path, content
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint. Lightning does not call this here, because saves rename two generations."""
