@@ -36,14 +36,20 @@ def register(subparsers: Subparsers) -> None:
         command(subparsers, "decompress", run_decompress, "decompress .tuc files to PNG")
     )
     info = command(subparsers, "info", run_info, "show the headers of .tuc files")
-    info.add_argument("files", type=location, nargs="+", metavar="TUC")
+    _add_files(info)
     models = command(subparsers, "models", run_models, "list shipped and local models")
     add_json(info, models)
     add_trust(models)
 
 
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", type=location, nargs="+", metavar="TUC", help=".tuc files, or folders of them"
+    )
+
+
 def _add_decompress(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", type=location, nargs="+", metavar="TUC")
+    _add_files(parser)
     parser.add_argument(
         "-o", "--out", type=location, required=True, help="a .png file, or a folder"
     )
@@ -95,7 +101,7 @@ def run_decompress(arguments: argparse.Namespace) -> int:
     device = jobs.device(arguments.device)
     chosen = load_any(arguments.model, device) if arguments.model else None
 
-    files = jobs.targets([Path(name) for name in arguments.files], arguments.out, ".png")
+    files = jobs.targets(jobs.named(arguments.files, jobs.tuc_files), arguments.out, ".png")
     check = target_check((source for source, _ in files), arguments.force)
 
     def prepare(job: jobs.Job) -> _Symbols | _Picture:
@@ -178,9 +184,9 @@ def _coded_size(path: Path) -> int:
 def run_info(arguments: argparse.Namespace) -> int:
     """Say what stands in `.tuc` files without decoding them; a bad one is named, the others are shown."""
     status, gap = 0, ""
-    for name in arguments.files:
+    for path in jobs.named(arguments.files, jobs.tuc_files):
         try:
-            row = _header(Path(name))
+            row = _header(path)
         except TucodecError as error:
             status = 1
             print(f"tucodec: {error}", file=sys.stderr)

@@ -81,7 +81,9 @@ def outputs(
     images: Iterable[str], out: str, recon: str | None, force: bool
 ) -> tuple[list[Job], dict[Path, Path], Callable[[Job], None]]:
     """Jobs of `compress`, pictures by source, and what refuses a job whose outputs would replace a file."""
-    files = targets(_images(images), out, ".tuc")
+    from lightning_tucodec.io.images import image_files
+
+    files = targets(named(images, image_files), out, ".tuc")
     sources = [source for source, _ in files]
     recons = dict(targets(sources, recon, ".png") if recon else [])
     refuse = target_check(sources, force)
@@ -98,31 +100,41 @@ def outputs(
     return files, recons, check
 
 
-def _images(names: Iterable[str]) -> list[Path]:
-    """Files as named, folders replaced by the image files in them, in order of name.
+def named(names: Iterable[str], listed: Callable[[Path], list[Path]]) -> list[Path]:
+    """Files as named, folders replaced by the files in them that `listed` gives.
 
-    A folder without image files stays; coding it will say so.
+    A folder without such files stays; reading it will say so.
     """
-    from lightning_tucodec.io.images import image_files
-
     files: list[Path] = []
     for path in map(Path, names):
         inside: list[Path] = []
         # Not the method of Path, which raises for names that are too long.
         if os.path.isdir(path):
             with contextlib.suppress(OSError):
-                inside = image_files(path)
+                inside = listed(path)
         files += inside or [path]
     return files
+
+
+def tuc_files(folder: Path) -> list[Path]:
+    """The `.tuc` files directly in a folder, sorted; hidden ones do not count."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() == ".tuc" and not path.name.startswith(".") and not path.is_dir()
+    )
 
 
 def read(path: Path) -> bytes:
     """The bytes of a `.tuc` file; of another one, however long, only its beginning.
 
     Raises:
-        ImageInputError: it cannot be read.
+        ImageInputError: it cannot be read, or is a folder: one without `.tuc` files, see `named`.
     """
     try:
+        if os.path.isdir(path):
+            os.listdir(path)  # says when it must not be read
+            raise ImageInputError(f"{path}: no .tuc files in this folder")
         return read_bytes(path, MAGIC)
     except OSError as error:
         raise ImageInputError(f"{path}: {error.strerror}") from None

@@ -329,6 +329,24 @@ def test_a_folder_of_many_sizes_is_coded_as_one_by_one(
         np.testing.assert_array_equal(alone, read_image(tmp_path / "png" / f"{file.stem}.png"))
 
 
+def test_folders_of_files_are_decoded_and_shown(
+    stream: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "coded"
+    (folder / "deeper.tuc").mkdir(parents=True)
+    for name in ("b.tuc", "a.TUC", ".hidden.tuc", "readme.txt"):
+        (folder / name).write_bytes(stream)
+    assert main(["decompress", str(folder), "-o", str(tmp_path / "png")]) == 0
+    assert sorted(path.name for path in (tmp_path / "png").iterdir()) == ["a.png", "b.png"]
+    assert main(["info", str(folder), "--json"]) == 0
+    shown = [json.loads(line)["file"] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [Path(file).name for file in shown] == ["a.TUC", "b.tuc"]
+    empty = folder / "deeper.tuc"
+    for words in (["info", str(empty)], ["decompress", str(empty), "-o", str(tmp_path / "x.png")]):
+        assert main(words) == 1
+        assert f"{empty}: no .tuc files in this folder" in capsys.readouterr().err
+
+
 def test_salvage_hatches_what_is_lost_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
