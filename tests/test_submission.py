@@ -824,6 +824,84 @@ def test_several_budgets_are_one_submission_with_one_decoder(
     assert "above the 0.5 of an image" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def parts(submission: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A submission for two budgets."""
+    out = tmp_path_factory.mktemp("parts") / "out"
+    words = ["allocate", str(submission.parent / "photos"), "--candidate", *CANDIDATES]
+    assert cli.main([*words, "--maximise", "psnr", "--max-bpp", "0.9,10", "-o", str(out)]) == 0
+    return out
+
+
+def add_a_file(folder: Path) -> None:
+    (folder / "readme").write_text("mine")
+
+
+def write_a_budget_twice(folder: Path) -> None:
+    shutil.copytree(folder / "0.9", folder / "0.90")
+
+
+def link_a_part(folder: Path) -> None:
+    (folder / "10").rename(folder.with_name("elsewhere"))
+    (folder / "10").symlink_to(folder.with_name("elsewhere"))
+
+
+def take_the_script(folder: Path) -> None:
+    (folder / "decode").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (add_a_file, "readme: is no part of the submission"),
+        (write_a_budget_twice, "0.90: is no part of the submission"),
+        (link_a_part, "10: is no part of the submission"),
+        (take_the_script, "decode: No such file or directory"),
+        (change_the_script, "decode: is not the script that tucodec allocate writes"),
+        (take_the_right_to_run, "decode: cannot be executed"),
+    ],
+)
+def test_verify_looks_at_what_several_budgets_share(
+    parts: Path,
+    submission: Path,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = Path(shutil.copytree(parts, tmp_path / "copy"))
+    change(copy)
+    assert verify(copy, submission) == 1
+    captured = capsys.readouterr()
+    assert f"tucodec: {copy}: {message}" in captured.err
+    assert json.loads(captured.out.splitlines()[0])["budget"] == 0.9
+    if change is not take_the_right_to_run:
+        assert message in (foreign(copy) or "")
+
+
+def test_submissions_for_several_budgets_are_decoded_and_compared(
+    parts: Path, submission: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, photos = tmp_path / "png", str(submission.parent / "photos")
+    assert cli.main(["clic", "decode", str(parts), "-o", str(out), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["file"] for row in rows[:4]] == [f"0.9/streams/{i}.bin" for i in range(3)] + [
+        "10/streams/0.bin"
+    ]
+    pictures = sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
+    assert pictures == [f"{budget}/{i}.png" for budget in ("0.9", "10") for i in range(3)]
+    assert cli.main(["clic", "decode", str(parts), "-o", str(out)]) == 1
+    assert "exists" in capsys.readouterr().err
+    words = ["clic", "compare", str(parts), str(submission), "--originals", photos]
+    assert cli.main(words) == 0
+    table = capsys.readouterr().out
+    assert all(f"| {folder} | 3 |" in table for folder in (parts / "0.9", parts / "10", submission))
+    for folder, message in ((submission, "several budgets belong"), (parts, "no part for 0.5 bpp")):
+        words = ["clic", "compare", str(folder), "--originals", photos, "--max-bpp", "0.9,0.5"]
+        assert cli.main(words) == 1
+        assert message in capsys.readouterr().err
+
+
 def test_a_decoding_time_is_a_claim_of_where_it_was_measured(
     submission: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -286,22 +286,25 @@ def with_times(given: Candidates, path: str) -> Candidates:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`tucodec clic reach`: the table, or its rows as JSON."""
+    """`tucodec clic reach`: the table, or its rows as JSON; of several budgets one for each."""
     material = read_sources(arguments.sources)
     given = candidates(material)
     if arguments.times is not None:
         given = with_times(given, arguments.times)
-    required = Requirements.of(arguments).one()
+    required = Requirements.of(arguments)
     if not required.given():
         raise ConfigError("without a limit there is nothing to choose: --max-bpp, --min-psnr, …")
     minimise: Quantity = "bytes"
     if arguments.maximise:
         minimise = "sse" if arguments.maximise == "psnr" else "ms_ssim"
-    rows = reached(given, minimise, required)
+    found = {name: reached(given, minimise, part) for name, part in required.parts().items()}
     for note in material.notes:
         print(note, file=sys.stderr)
     if arguments.json:
-        print(json.dumps(finite(rows)))
-    else:
+        print(json.dumps(finite(found.get("", found))))
+        return 0
+    for name, rows in found.items():
+        if name:
+            print(f"{name} bpp")
         print(text(rows, given.table, minimise))
     return 0

@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from lightning_tucodec.sets.manifest import (
     contents,
     png_name,
     read_manifest,
+    wrong_beside,
     wrong_files,
 )
 from lightning_tucodec.sets.measure import Row, compare
@@ -99,8 +100,7 @@ def verify(
             raise ConfigError(f"the original {entry['image']} is missing")
     wrong = [f"{name}: has no stream" for name in sorted(set(paths) - _names(manifest))]
     wrong += wrong_files(folder, manifest)
-    if os.path.isfile(folder / DECODE) and not (folder / DECODE).stat().st_mode & stat.S_IXUSR:
-        wrong.append(f"{DECODE}: cannot be executed; chmod +x {DECODE}")
+    wrong += _cannot_run(folder)
     rows: list[Row] = []
     with temporary_folder() as out, closing(_decode_elsewhere(folder, out)) as results:
         decoded = zip(manifest["images"], results, strict=False)
@@ -199,6 +199,14 @@ def _calls_ffmpeg(name: str) -> bool:
     return not issubclass(CLASSES[kind], PillowCodec)
 
 
+def _cannot_run(folder: Path) -> list[str]:
+    """Whether `DECODE` in a folder lacks the right to be executed, as at most one line."""
+    script = folder / DECODE
+    if os.path.isfile(script) and not script.stat().st_mode & stat.S_IXUSR:
+        return [f"{DECODE}: cannot be executed; chmod +x {DECODE}"]
+    return []
+
+
 def _names(manifest: dict[str, Any]) -> set[str]:
     return {entry["image"] for entry in manifest["images"]}
 
@@ -292,13 +300,26 @@ def told(
     required: Requirements,
     as_json: bool,
     wrong: Sequence[str],
+    budget: str = "",
 ) -> None:
-    """Print what `verify` measured of a submission, and what its manifest claims."""
+    """Print what `verify` measured of a submission, and what its manifest claims.
+
+    Args:
+        folder: the submission, or its part for one budget.
+        totals: see `verify`.
+        required: see `verify`.
+        as_json: as one JSON object.
+        wrong: see `verify`.
+        budget: that of the part.
+    """
     manifest = read_manifest(folder)
     claimed = Limits(**manifest["limits"]).given()
     if as_json:
-        print(json.dumps(finite({**totals, "claimed": claimed, "wrong": wrong})))
+        part = {"budget": float(budget)} if budget else {}
+        print(json.dumps(finite({**part, **totals, "claimed": claimed, "wrong": wrong})))
         return
+    if budget:
+        print(f"{budget} bpp")
     if not totals:
         return
     print(", ".join(f"{key} {value:.6g}" for key, value in totals.items()))
@@ -318,46 +339,57 @@ def told(
         )
 
 
+def _parts(folder: Path, required: Requirements) -> dict[str, Requirements]:
+    """What the parts of a submission must meet, by their folders; "" for one without parts."""
+    return {name: required.only(float(name)) for name in budgets(folder)} or {"": required}
+
+
+def _wrong_in_common(folder: Path, parts: Collection[str], required: Requirements) -> list[str]:
+    """What is wrong with a submission for several budgets as a whole, a line each."""
+    asked = [f"{budget:.10g}" for budget in required.budgets]
+    wrong = [f"has no part for {name} bpp" for name in asked if name not in parts]
+    wrong += wrong_beside(folder, parts) + _cannot_run(folder)
+    size = decoder_bytes_of_all([folder / name for name in parts])
+    if size > MAX_DECODER_BYTES:
+        wrong.append(f"the decoder has {size} bytes, over {MAX_DECODER_BYTES}")
+    return wrong
+
+
 def run_verify(arguments: argparse.Namespace) -> int:
     """`tucodec clic verify`: status 1 when anything is wrong, a line each on stderr."""
-    required = Requirements.of(arguments)
-    folder = Path(arguments.submission)
-    parts = budgets(folder) if folder.is_dir() else []
-    if not parts:
-        totals, wrong = verify(folder, arguments.originals, required)
-        told(folder, totals, required, arguments.json, wrong)
-        return complain(arguments.submission, wrong)
-    status, names = 0, [f"{budget:.10g}" for budget in required.budgets]
-    for name in [name for name in names if name not in parts]:
-        status |= complain(arguments.submission, [f"has no part for {name} bpp"])
-    for name in parts:
-        if not arguments.json:
-            print(f"{name} bpp")
-        own = required.only(float(name))
-        totals, wrong = verify(folder / name, arguments.originals, own)
-        told(folder / name, totals, own, arguments.json, wrong)
-        status |= complain(str(folder / name), wrong)
-    size = decoder_bytes_of_all([folder / name for name in parts])
+    required, folder, status = Requirements.of(arguments), Path(arguments.submission), 0
+    parts = _parts(folder, required)
+    for part, own in parts.items():
+        totals, wrong = verify(folder / part, arguments.originals, own)
+        told(folder / part, totals, own, arguments.json, wrong, part)
+        status |= complain(str(folder / part), wrong)
+    if "" in parts:
+        return status
     if not arguments.json:
+        size = decoder_bytes_of_all([folder / part for part in parts])
         print(f"one decoder of {size} bytes for {len(parts)} budgets")
-    if size > MAX_DECODER_BYTES:
-        status |= complain(
-            arguments.submission, [f"the decoder has {size} bytes, over {MAX_DECODER_BYTES}"]
-        )
-    return status
+    return status | complain(str(folder), _wrong_in_common(folder, parts, required))
 
 
 def run_compare(arguments: argparse.Namespace) -> int:
-    """`tucodec clic compare`: the table, also of submissions that are wrong; then status 1."""
+    """`tucodec clic compare`: the table, also of submissions that are wrong; then status 1.
+
+    A submission for several budgets has a line for each.
+    """
     measured: dict[str, dict[str, Any]] = {}
     minimised: dict[str, Quantity] = {}
-    status = 0
-    for name in arguments.submission:
-        totals, wrong = verify(Path(name), arguments.originals, Requirements.of(arguments))
-        status |= complain(name, wrong)
-        if totals:
-            measured[name] = totals
-            minimised[name] = read_manifest(Path(name))["minimised"]
+    required, status = Requirements.of(arguments), 0
+    for folder in map(Path, arguments.submission):
+        parts = _parts(folder, required)
+        for part, own in parts.items():
+            name = str(folder / part)
+            totals, wrong = verify(folder / part, arguments.originals, own)
+            status |= complain(name, wrong)
+            if totals:
+                measured[name] = totals
+                minimised[name] = read_manifest(folder / part)["minimised"]
+        if "" not in parts:
+            status |= complain(str(folder), _wrong_in_common(folder, parts, required))
     print(json.dumps(finite(measured)) if arguments.json else comparison(measured, minimised))
     return status
 

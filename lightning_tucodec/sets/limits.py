@@ -45,6 +45,12 @@ class Requirements:
         limits = Limits(arguments.max_bytes, arguments.min_psnr, arguments.min_ms_ssim, seconds)
         return cls(limits, arguments.max_bpp or (), pace, arguments.max_image_bpp)
 
+    def parts(self) -> "dict[str, Requirements]":
+        """Those of each budget by the name of its folder; a single one has the name ""."""
+        if len(self.budgets) < 2:
+            return {"": self}
+        return {f"{budget:.10g}": self.only(budget) for budget in self.budgets}
+
     def only(self, budget: float) -> "Requirements":
         """The same with this budget alone."""
         return replace(self, budgets=(budget,))

@@ -21,7 +21,7 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -360,11 +360,7 @@ def wrong_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
             told_file(folder, file, told)
         except ConfigError as error:
             wrong.append(f"{file}: {error}")
-    try:
-        if read_file(folder, DECODE) != DECODE_TEXT.encode():
-            wrong.append(f"{DECODE}: is not the script that tucodec allocate writes")
-    except ConfigError as error:
-        wrong.append(f"{DECODE}: {error}")
+    wrong += _wrong_script(folder, DECODE_TEXT)
     listed = {entry["file"] for entry in manifest["images"]} | set(manifest["models"])
     listed |= {MANIFEST, DECODE}
     more = sorted(
@@ -378,6 +374,16 @@ def wrong_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     return wrong + [f"{name}: not in the manifest" for name in shown]
 
 
+def _wrong_script(folder: Path, text: str) -> list[str]:
+    """Whether `DECODE` in a folder is this text, as at most one line of what is wrong."""
+    try:
+        if read_file(folder, DECODE) == text.encode():
+            return []
+    except ConfigError as error:
+        return [f"{DECODE}: {error}"]
+    return [f"{DECODE}: is not the script that tucodec allocate writes"]
+
+
 def write_script(path: Path, text: str) -> None:
     """Write an executable script."""
     path.write_text(text, encoding="utf-8")
@@ -385,14 +391,24 @@ def write_script(path: Path, text: str) -> None:
 
 
 def budgets(folder: Path) -> list[str]:
-    """Names of the folders of a submission for several budgets; none if it is another folder."""
-    names = sorted(path.name for path in folder.iterdir() if path.name not in {DECODE, *LITTER})
-    if len(names) < 2 or not all(_BUDGET(name) and (folder / name).is_dir() for name in names):
+    """Names of the folders of a submission for several budgets, by budget; none of another folder.
+
+    What else is wrong with it, `wrong_beside` says.
+    """
+    if not folder.is_dir() or os.path.lexists(folder / MANIFEST):
         return []
-    try:
-        return names if read_file(folder, DECODE) == DECODE_ALL_TEXT.encode() else []
-    except ConfigError:
-        return []
+    names = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    found = [name for name in names if _BUDGET(name) and f"{float(name):.10g}" == name]
+    return sorted((name for name in found if (folder / name / MANIFEST).is_file()), key=float)
+
+
+def wrong_beside(folder: Path, parts: Collection[str]) -> list[str]:
+    """What is wrong with a submission for several budgets beside its parts, a line each."""
+    listed = {DECODE, *LITTER, *parts}
+    more = sorted(path.name for path in folder.iterdir() if path.name not in listed)
+    shown = [name if name.isprintable() else repr(name) for name in more]
+    wrong = _wrong_script(folder, DECODE_ALL_TEXT)
+    return wrong + [f"{name}: is no part of the submission" for name in shown]
 
 
 def foreign(folder: Path) -> str | None:
@@ -406,7 +422,8 @@ def foreign(folder: Path) -> str | None:
     if all(path.name in LITTER for path in folder.iterdir()):
         return None
     if parts := budgets(folder):
-        return next((f"{name}: {why}" for name in parts if (why := foreign(folder / name))), None)
+        reasons = (f"{name}: {why}" for name in parts if (why := foreign(folder / name)))
+        return next(iter(wrong_beside(folder, parts)), None) or next(reasons, None)
     try:
         manifest = read_manifest(folder)
     except ConfigError as error:

@@ -36,6 +36,7 @@ from lightning_tucodec.sets.manifest import (
     DECODE_TEXT,
     FORMAT,
     MANIFEST,
+    budgets,
     foreign,
     is_image_name,
     png_name,
@@ -127,8 +128,7 @@ def build(
     table = allocation_table(rows)
     if required.max_image_bpp is not None:
         table = table.capped(required.max_image_bpp)
-    several = len(required.budgets) > 1
-    parts = {f"{b:.10g}": required.only(b) for b in required.budgets} if several else {"": required}
+    parts = required.parts()
     out.parent.mkdir(parents=True, exist_ok=True)
     found = {}
     # A unique name, which cannot collide with anything beside it.
@@ -140,7 +140,7 @@ def build(
             chosen = [rows[i * len(table.candidates) + int(j)] for i, j in enumerate(best.choice)]
             about = {"minimised": minimise, "limits": limits, "totals": finite(summary(best))}
             _write(new / name, candidates, chosen, about)
-        if several:
+        if len(parts) > 1:
             write_script(new / DECODE, DECODE_ALL_TEXT)
         if reason := foreign(new):
             raise ConfigError(f"{candidates.folder}: is damaged, remove it ({reason})")
@@ -385,17 +385,27 @@ def _sbatch(options: list[str], words: list[str], dry: bool) -> str:
 
 
 def run_decode(arguments: argparse.Namespace) -> int:
-    """`tucodec clic decode`: status 1 when a stream could not be decoded, a line each on stderr."""
+    """`tucodec clic decode`: status 1 when a stream could not be decoded, a line each on stderr.
+
+    Pictures of a submission for several budgets go to a folder for each, as its `decode` makes them.
+    """
     folder, out, status = Path(arguments.submission), Path(arguments.out), 0
-    entries = read_manifest(folder)["images"]
+    parts = budgets(folder) or [""]
+    entries = [(part, entry) for part in parts for entry in read_manifest(folder / part)["images"]]
     if out.resolve().is_relative_to(folder.resolve()):
         raise OutputError(
             f"-o {out}: lies in the submission, which holds only its own files; name another"
         )
     if out.exists() and not out.is_dir():
         raise OutputError(f"-o {out}: is a file; name a folder")
-    check_targets([out / png_name(entry) for entry in entries], force=arguments.force)
-    for row in tqdm(decode(folder, out), "decode", len(entries), disable=None):
+    targets = [out / part / png_name(entry) for part, entry in entries]
+    check_targets(targets, force=arguments.force)
+    rows = (
+        {**row, "file": str(Path(part, row["file"]))}
+        for part in parts
+        for row in decode(folder / part, out / part)
+    )
+    for row in tqdm(rows, "decode", len(entries), disable=None):
         if arguments.json:
             print(json.dumps(row), flush=True)
         if "error" in row:

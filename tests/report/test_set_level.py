@@ -139,10 +139,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     timed = by_name(json.loads(capsys.readouterr().out))["fine + quick"]
     assert timed["shares"].keys() == {"fine:q=1", "quick:q=2"}
     assert timed["seconds_per_megapixel"] == pytest.approx(0.85)
+    words = ["clic", "reach", str(path), "--max-bpp", "0.05,0.12", "--maximise", "psnr"]
+    assert cli.main([*words, "--json"]) == 0
+    several = json.loads(capsys.readouterr().out)
+    assert list(several) == ["0.05", "0.12"]
+    assert by_name(several["0.12"])["fine + quick"]["bytes"] == 30000
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.startswith("0.05 bpp\n| candidates |")
     for words, message in (
         (["--times", str(path), "--max-bpp", "1"], "not of bench parts"),
         ([], "without a limit"),
-        (["--max-bpp", "0.1,0.2"], "several budgets"),
         (["--max-bpp", "0.1,0.1"], "given twice"),
     ):
         assert cli.main(["clic", "reach", str(path), *words]) == 1
