@@ -55,8 +55,14 @@ class GANNetwork(AdversarialModule, NetworkModule):
     rate the controller holds, is drawn anew.
 
     Raises:
-        ConfigError: a variable-rate network, whose rate there is no one target for.
+        ConfigError: a variable-rate network, whose rate there is no one target for; or `compile`, as the game
+            looks into the network between its layers.
     """
+
+    def __init__(self, *args: Any, compile: bool = False, **kwargs: Any) -> None:
+        if compile:
+            raise ConfigError("model.compile: not for the game of such a network; leave it out")
+        super().__init__(*args, **kwargs)
 
     def coded(self, x: Tensor, index: Tensor) -> Coded:
         """See `AdversarialModule.coded`."""

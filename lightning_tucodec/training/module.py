@@ -44,7 +44,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.errors import ConfigError, TucodecError, first_sentence
 from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.training.optimizers import FusedAdam
 from lightning_tucodec.training.schedules import warmup_cosine
@@ -237,7 +237,8 @@ class ScheduledModule(TrainingModule):
         """A function of the training step as one compiled graph, for one size of crops; or as it is.
 
         Raises:
-            ConfigError: a CPU's graphs need a C++ compiler, and there is none.
+            ConfigError: a CPU's graphs need a C++ compiler, and there is none. The returned function raises
+                it at its first call where it is no graph.
         """
         if not compiles:
             return function
@@ -246,7 +247,15 @@ class ScheduledModule(TrainingModule):
             raise ConfigError(
                 f"model.compile: needs a C++ compiler, and there is no {compiler} here"
             )
-        return torch.compile(function, fullgraph=True, dynamic=False)
+        compiled = torch.compile(function, fullgraph=True, dynamic=False)
+
+        def call(*arguments: Any) -> Any:
+            try:
+                return compiled(*arguments)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                raise ConfigError(f"model.compile: {_no_graph(error)}; leave it out") from error
+
+        return call
 
     def learning_rate(self, step: int, max_steps: int) -> float:
         """Learning rate of the optimiser step that follows `step` steps."""
@@ -354,3 +363,11 @@ class ScheduledModule(TrainingModule):
             rows: one an image, each image once whatever the number of ranks, in order.
         """
         raise NotImplementedError
+
+
+def _no_graph(error: Exception) -> str:
+    """Why a function is no compiled graph, with the place in its code where PyTorch knows it."""
+    reason = first_sentence(getattr(error, "inner_exception", error))
+    stack = getattr(error, "real_stack", None)
+    where = f" ({os.path.basename(stack[-1].filename)}:{stack[-1].lineno})" if stack else ""
+    return f"this training step is no graph: {reason}{where}"

@@ -24,7 +24,7 @@ from lightning_tucodec.codecs.network.codec import NetworkModel, freeze_network
 from lightning_tucodec.errors import ConfigError, CorruptStreamError, ModelFileError, TucodecError
 from lightning_tucodec.io.hashing import derive, hash_positions
 from lightning_tucodec.nn.blocks import pad_to_multiple
-from lightning_tucodec.nn.losses import make_loss
+from lightning_tucodec.nn.losses import RateDistortion, make_loss
 from lightning_tucodec.training.coding import BeginFile, CodingModule
 from lightning_tucodec.training.optimizers import FusedAdam
 from lightning_tucodec.training.runs.weights import (
@@ -83,6 +83,7 @@ class NetworkModule(CodingModule):
         real_files: number of validation images, from the first, that are coded to real files; None: all.
         quality: level of a variable-rate network that validation measures; None: the middle one.
         channels_last: layout of weights and images; whether it is faster depends on the network.
+        compile: see `training.vae.CodecModule`; for networks of one rate.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class NetworkModule(CodingModule):
         real_files: int | None = None,
         quality: float | None = None,
         channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
         # An argument on the command line comes beside them: --model.init_args.network.init_args.N 32.
         more = {k: v for k, v in network.items() if k not in ("class_path", "init_args")}
@@ -114,6 +116,10 @@ class NetworkModule(CodingModule):
         if rates is not None and lmbda is not None:
             raise ConfigError(
                 "model.lmbda: this network has its own λ for each level; leave it out"
+            )
+        if rates is not None and compile:
+            raise ConfigError(
+                "model.compile: a variable-rate network has a graph for each level; leave it out"
             )
         first = rates.lmbdas[-1] if rates is not None else float(lmbda or 0)
         super().__init__(
@@ -142,6 +148,7 @@ class NetworkModule(CodingModule):
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.network.to(memory_format=self.layout)
         self.used_channels: Tensor | None = None
+        self.terms = self.whole(self._terms, compile)
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in sorted(self.network.named_parameters()) if p.requires_grad]
@@ -211,21 +218,18 @@ class NetworkModule(CodingModule):
         """One step of both optimisers on a batch of crops.
 
         Raises:
+            ConfigError: the network fails, or is no compiled graph where one is asked for.
             NonFiniteLossError: before the step.
         """
         x = batch["image"]
-        options, loss = {}, self.loss
-        if self.rates is not None:
-            level = self.level(self.opt_step)
-            options, loss = {"s": level}, self.level_losses[level]
+        level = None if self.rates is None else self.level(self.opt_step)
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         for optimizer in optimizers:
             optimizer.zero_grad()
         with self.without_reduction():
-            terms = loss(self(x, **options), x)
+            terms, auxiliary = self.terms(x, level)
             # In one backward pass: no parameter has a gradient of both.
-            auxiliary = self.auxiliary_loss()
             self.manual_backward(terms.loss if auxiliary is None else terms.loss + auxiliary)
         self.average_gradients([*self.main, *self.auxiliary])
         self.clip_and_log(*self.trainer.optimizers)
@@ -234,6 +238,12 @@ class NetworkModule(CodingModule):
         self.images_seen += len(x) * self.trainer.world_size
         self.log_terms(terms)
         self.count_step()
+
+    def _terms(self, x: Tensor, level: int | None) -> tuple[RateDistortion, Tensor | None]:
+        options, loss = {}, self.loss
+        if level is not None:
+            options, loss = {"s": level}, self.level_losses[level]
+        return loss(self(x, **options), x), self.auxiliary_loss()
 
     def auxiliary_loss(self) -> Tensor | None:
         """The auxiliary loss of the quantiles; None where the network has no quantiles or no such loss.

@@ -1,6 +1,7 @@
 """Network and loss are one graph, in training and evaluation, for all presets and quantisers."""
 
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.noise import Noise
 from lightning_tucodec.nn.postfilter import SIZES
+from lightning_tucodec.training.network import NetworkModule
 from lightning_tucodec.training.postfilter import PostFilterModule, _picture
 from lightning_tucodec.training.vae import VAE
+from tests.codecs import zoo
 from tests.support import MICRO
 from tests.training.test_traffic import precoded
 
@@ -76,6 +79,29 @@ def test_codec_and_loss(preset: str, kind: str, backend: str) -> None:
             close(gradients(module), expected)
 
 
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        ("MeanScaleHyperprior", "aot_eager"), ("JointAutoregressiveHierarchicalPriors", "eager"),
+        ("Cheng2020AnchorCheckerboard", "eager"), ("Elic2022Official", "eager"),
+    ],
+)  # fmt: skip
+def test_network_of_compressai_and_loss(
+    family: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Auxiliary loss included; these backends draw the noise that the eager step draws."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.manual_seed(0)
+    module = NetworkModule(zoo.described(family), lmbda=0.01, compile=True)
+    x, found = torch.rand(2, 3, 48, 80), []
+    for step in (module._terms, module.terms):
+        torch.manual_seed(1)
+        terms, auxiliary = step(x, None)
+        (terms.loss + auxiliary).backward()
+        found.append([*terms, auxiliary, *gradients(module)])
+    close(found[1], found[0])
+
+
 def test_ms_ssim_is_part_of_the_graph() -> None:
     torch.manual_seed(0)
     module = VAE(codec=MICRO, recipe="ssim", lmbda=0.4)
@@ -114,6 +140,18 @@ def test_the_option_compiles_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
         assert any(gradient is not None for gradient in gradients(module))
         assert all("_orig_mod" not in name for name in module.state_dict())
         assert calls == [{"fullgraph": True, "dynamic": False}] * compiled
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(*_: Any) -> Any:
+        raise OSError("g++ ends with 1\nand says much")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    module = PostFilterModule(network={"channels": 8, "blocks": 1}, compile=True)
+    module._trainer = SimpleNamespace(log_every_n_steps=0, world_size=1)  # type: ignore[assignment]
+    told = r"^model\.compile: this training step is no graph: g\+\+ ends with 1; leave it out$"
+    with pytest.raises(ConfigError, match=told):
+        module.training_step(next(precoded()), 0)
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,3 +126,5 @@ def test_any_network_plays_and_what_cannot_is_told(tmp_path: Path, shard_folder:
     }
     with pytest.raises(ConfigError, match="needs a network of one rate"):
         module("pair", variable, lmbda=None)
+    with pytest.raises(ConfigError, match=r"model\.compile: not for the game of such a network"):
+        module(compile=True)

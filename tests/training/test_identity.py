@@ -18,7 +18,8 @@ from lightning_tucodec.training.runs.identity import arguments, identity, run_id
 from tests.support import MICRO
 from tests.training.test_fit import RECIPES, config, runs, state, write
 
-RECIPES = [*RECIPES, RECIPES[0].parent / "tucodecpsnr_postfilter.yaml"]
+EXPERIMENTS = RECIPES[0].parent
+RECIPES = [*RECIPES, EXPERIMENTS / "tucodecpsnr_postfilter.yaml", *EXPERIMENTS.glob("zoo/*.yaml")]
 
 NAMES = {
     "tiny_ablation": "cf73ba37d156",
@@ -36,6 +37,20 @@ NAMES = {
     "tucodecpsnr_postfilter": "71bd48d419d4",
     "tucodecssim": "74f7f5dfd2d0",
     "tucodecssim_gan": "23357587a580",
+    "cheng2020_anchor": "97aaa610e614",
+    "cheng2020_attention": "ca48d90f335a",
+    "cheng2020_checkerboard": "6607b91ddf38",
+    "elic2022_chandelier": "fe7d99d55726",
+    "elic2022_official": "9a5e831ebae8",
+    "factorized_prior": "f200057cba94",
+    "joint_autoregressive": "bc8ec10271b1",
+    "joint_autoregressive_vbr": "944b674e4907",
+    "mean_scale_hyperprior": "9d07ed9eb8bf",
+    "mean_scale_hyperprior_gan": "6575cae7e6d0",
+    "mean_scale_hyperprior_small": "a02730a6ec8d",
+    "mean_scale_hyperprior_vbr": "521297b4ed1a",
+    "scale_hyperprior": "8ab8c4b76b54",
+    "scale_hyperprior_vbr": "b4f0cb5e09b4",
 }
 """Ids on shards whose index is `{}`. A new option belongs into `identity._LATER`, so that these stay."""
 

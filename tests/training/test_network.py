@@ -208,6 +208,11 @@ class Fails(MeanScaleHyperprior):
         raise OSError("no table")
 
 
+class Branches(MeanScaleHyperprior):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
 class Auxiliary(MeanScaleHyperprior):
     def aux_loss(self):
         return None
@@ -269,6 +274,16 @@ def bad_networks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             {"class_path": "bad_networks.Auxiliary", "init_args": {"N": 8, "M": 8}},
             {},
             "Auxiliary.aux_loss returns no scalar",
+        ),
+        (
+            {"class_path": "bad_networks.Branches", "init_args": {"N": 8, "M": 8}},
+            {"compile": True},
+            "model.compile: this training step is no graph: Data-dependent branching (bad_networks.py:",
+        ),
+        (
+            {"class_path": "compressai.models.ScaleHyperpriorVbr", "init_args": {"N": 8, "M": 8}},
+            {"compile": True, "lmbda": None},
+            "model.compile: a variable-rate network has a graph for each level; leave it out",
         ),
         (
             {"class_path": "compressai.models.MeanScaleHyperprior", "init_args": {"N": 8, "M": 8}},
