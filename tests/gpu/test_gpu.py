@@ -20,6 +20,7 @@ from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.library import load, untrained
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.nn.noise import QUANTIZER, RATE, Noise
+from lightning_tucodec.training import coding
 from lightning_tucodec.training.gan import GANCodec
 from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.runs.staging import stage
@@ -245,6 +246,22 @@ def test_no_step_waits_for_the_gpu(kind: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(seen) == BATCHES
+
+
+def test_threads_finish_the_same_real_files(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a validation on the device, with its files finished in the step and by threads."""
+    pixels = torch.rand(6, 1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    images = [{"image": x, "index": torch.tensor([n])} for n, x in enumerate(pixels)]
+    rows = []
+    for threads in (0, 2):
+        monkeypatch.setattr(coding, "threads_beside", lambda _, threads=threads: threads)
+        module = vae()
+        data: DataLoader[Any] = DataLoader(images, batch_size=None)  # type: ignore[arg-type]
+        trainer(device, 1, limit_val_batches=None).validate(module, data, verbose=False)
+        rows.append([row["real_bpp"] for row in module.validation_rows])
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == len(images)
+    assert min(rows[0]) > 0
 
 
 def test_a_save_is_of_its_own_step_and_waits_for_nothing(device: str) -> None:
