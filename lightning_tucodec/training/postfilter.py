@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_tucodec.codecs.base import MODEL_SUFFIX
+from lightning_tucodec.codecs.h266.postfilter import FilterModel
 from lightning_tucodec.codecs.library import load_filter
 from lightning_tucodec.errors import ConfigError, TucodecError
 from lightning_tucodec.nn.postfilter import (
@@ -99,8 +100,9 @@ class PostFilterModule(ScheduledModule):
         self.size, self.decay = size, ema
         if not 0 <= teacher_share <= 1:
             raise ConfigError(f"teacher_share {teacher_share}: must lie between 0 and 1")
-        # A FilterModel is no module, so the teacher is in no checkpoint.
-        self.teacher = None if teacher is None else load_filter(teacher)
+        # A FilterModel is no module, so the teacher is in no checkpoint. It goes to the training's device;
+        # the library's own object codes, and stays on the CPU.
+        self.teacher = None if teacher is None else FilterModel(load_filter(teacher).file)
         self.teacher_share = teacher_share
         self.ratios = self.whole(self._ratios, compile)
 

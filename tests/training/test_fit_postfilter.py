@@ -147,6 +147,14 @@ def test_another_network_is_no_start(tmp_path: Path) -> None:
             PostFilterModule(network={"channels": 8, "blocks": 1}).warm_start(str(tmp_path / name))
 
 
+def test_a_teacher_leaves_the_library_where_it_is() -> None:
+    """On a GPU the network would go there, and the next picture of H.266 would not be decoded."""
+    module = PostFilterModule(network={"channels": 8, "blocks": 1}, teacher="vvc-postfilter")
+    assert module.teacher is not None
+    module.teacher.network.to("meta")
+    assert next(load_filter("vvc-postfilter").network.parameters()).device.type == "cpu"
+
+
 def test_a_teacher_is_learned_from(shards: Path, tmp_path: Path) -> None:
     # Who is the teacher has nothing to learn from it, and of what lies between it and the original as much
     # as the squared distance is.
