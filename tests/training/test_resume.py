@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from lightning_tucodec.cli import main
+from lightning_tucodec.training.module import ScheduledModule
 from lightning_tucodec.training.runs.tracking import read_metrics
 from lightning_tucodec.training.vae import VAE
+from tests.codecs import zoo
+from tests.support import MICRO, MUON
 from tests.training.test_fit import config, runs, same, state, without_time, write
 
 STEPS = 8
@@ -29,8 +33,6 @@ def settings(folder: Path, shards: Path, val: Path, micro: dict[str, Any]) -> li
 def straight(
     tmp_path_factory: pytest.TempPathFactory, shard_folder: Path, val_folder: Path
 ) -> Path:
-    from tests.support import MICRO
-
     folder = tmp_path_factory.mktemp("straight") / "run"
     assert main(settings(folder, shard_folder, val_folder, MICRO)) == 0
     return runs(folder)[0]
@@ -55,16 +57,67 @@ def test_stopped_after_any_step(
 
 
 def stop_after(stop: int, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = VAE.on_before_optimizer_step
+    original = ScheduledModule.clip
 
-    def interrupt(self: VAE, optimizer: torch.optim.Optimizer) -> None:
-        original(self, optimizer)
+    def interrupt(self: ScheduledModule, *optimizers: torch.optim.Optimizer) -> torch.Tensor:
         if self.opt_step == stop - 1:
             signal.raise_signal(signal.SIGTERM)
+        return original(self, *optimizers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(VAE, "on_before_optimizer_step", interrupt)
+        patch.setattr(ScheduledModule, "clip", interrupt)
         assert main(words) == 75
+
+
+HYPERPRIOR = {"network": zoo.described("MeanScaleHyperprior"), "lmbda": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("model", "trainer", "backend"),
+    [
+        ({"codec": MICRO}, {"precision": "bf16-mixed"}, None),
+        ({"codec": {**MICRO, **MUON}, "optimizer": "muon"}, {"precision": "bf16-mixed"}, None),
+        (HYPERPRIOR, {"precision": "bf16-mixed"}, None),
+        ({"codec": {**MICRO, "quantizer": "noise"}, "compile": True}, {}, "eager"),
+        (
+            {"network": zoo.described("FactorizedPrior"), "lmbda": 0.01, "compile": True},
+            {},
+            "eager",
+        ),
+    ],
+    ids=["bf16 adam", "bf16 muon", "bf16 network", "compiled", "compiled network"],
+)
+def test_stopped_in_other_arithmetic(
+    model: dict[str, Any],
+    trainer: dict[str, Any],
+    backend: str | None,
+    tmp_path: Path,
+    shard_folder: Path,
+    val_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Validations included; before the second one the stop comes, in a pass over the data."""
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compile(f, backend=backend, **options)
+    )
+    folders = []
+    for stop in (0, 5):
+        folder = tmp_path / str(stop)
+        words = settings(folder, shard_folder, val_folder, {})
+        values = yaml.safe_load((folder / "config.yaml").read_text())
+        values["trainer"].update(trainer)
+        path = "lightning_tucodec.training.network.NetworkModule"
+        own = {"class_path": path, "init_args": model} if "network" in model else model
+        values["model"] = own
+        write(folder, values)
+        if stop:
+            torch.compiler.reset()
+            stop_after(stop, words, monkeypatch)
+            torch.compiler.reset()
+        assert main(words) == 0
+        folders += runs(folder)
+    check(*folders)
 
 
 def test_the_last_stage_stopped_moves_no_transform(
