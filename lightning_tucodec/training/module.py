@@ -34,6 +34,7 @@ State outside of optimisers, parameters and buffers goes through Lightning's `on
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -51,14 +52,14 @@ from lightning_tucodec.training.schedules import warmup_cosine
 
 
 class NonFiniteLossError(TucodecError):
-    """Loss or gradient became NaN or infinite; the run has saved its state and stopped.
+    """Loss, gradient or a validation became NaN or infinite; the run has saved its state and stopped.
 
     Attributes:
-        step: optimiser steps before the one that was not done.
+        step: optimiser steps before the one that was not done, or before the validation.
     """
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"loss or gradient is not finite at optimiser step {step}")
+    def __init__(self, step: int, what: str = "loss or gradient") -> None:
+        super().__init__(f"{what} is not finite at optimiser step {step}")
         self.step = step
 
 
@@ -342,7 +343,11 @@ class ScheduledModule(TrainingModule):
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means."""
+        """Log the means.
+
+        Raises:
+            NonFiniteLossError: a number is not finite; on all ranks, and nothing is logged.
+        """
         self._log_means("val")
 
     def on_test_epoch_end(self) -> None:
@@ -351,6 +356,16 @@ class ScheduledModule(TrainingModule):
 
     def _log_means(self, stage: str) -> None:
         rows = self.rows_of_all_ranks(self.validation_rows)
+        for row in rows:
+            # The PSNR of equal pictures is infinite.
+            broken = [
+                k
+                for k, v in row.items()
+                if not (math.isfinite(v) or (v == math.inf and k == "psnr"))
+            ]
+            if broken:
+                what = f"{', '.join(broken)} of validation image {row['index']:.0f}"
+                raise NonFiniteLossError(self.opt_step, what)
         if self.trainer.is_global_zero and self.trainer.loggers:
             self.keep_rows(rows)
         means = self.means(rows)

@@ -286,11 +286,14 @@ def freeze(
         weight_dtype: of the convolution weights of g_a, g_s and h_a.
 
     Raises:
-        ModelFileError: a layer's sums would not be exact, or the centres cannot be held.
+        ModelFileError: a weight is not finite, a layer's sums would not be exact, or the centres cannot be
+            held.
     """
     network = copy.deepcopy(network).cpu()
     tensors: dict[str, Tensor] = {}
     for key, value in network.state_dict().items():
+        if not bool(value.isfinite().all()):
+            raise ModelFileError(f"model {name}: network.{key} holds a value that is not finite")
         if not key.startswith(_INTEGER_PARTS):
             halved = value.ndim == 4 and key.startswith(("g_a.", "g_s.", "h_a."))
             tensors[f"network.{key}"] = value.detach().to(

@@ -268,6 +268,8 @@ class Checkpointing(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save the state of a run whose loss was not finite, so that the cause can be found."""
         if isinstance(exception, NonFiniteLossError):
+            if trainer.validating:
+                self.writer.drop()  # it would claim that the validation is done
             path = self.writer.folder.checkpoints / f"nonfinite-{exception.step}.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
             self.writer.settle()
