@@ -5,6 +5,7 @@
 
 import os
 import re
+import unicodedata
 
 _SECRET = re.compile(
     r"(?<=://)[^/\s'\"]+(?=@)"  # user and password of a URL
@@ -42,6 +43,11 @@ def reason(error: Exception) -> str:
 def printable(text: str) -> str:
     """A text on one line: what a terminal would not print, as in a file's name, is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_one_line(text: str) -> bool:
+    """Whether a text, such as a file's name, has no control characters and no ends of lines."""
+    return not any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in text)
 
 
 class TucodecError(Exception):

@@ -1,5 +1,8 @@
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import bjontegaard
 import numpy as np
@@ -207,6 +210,36 @@ def test_results_become_one_curve_a_family(tmp_path: Path) -> None:
         read_results(path)
     path.write_text(json.dumps({"rows": [{**row, "pixels": ["a"]} for row in rows]}))
     with pytest.raises(ConfigError, match="pixels of a row is not a line of text"):
+        read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bpp": 0.3}, "bpp is 0.3, where 100 bytes for 40×50 pixels are 0.4"),
+        ({"bytes": 50}, "bpp is 0.4, where 50 bytes"),
+        ({"psnr": 3.0}, "psnr is 3, where the squared error gives 30"),
+        ({"ms_ssim": 1.5}, "ms_ssim cannot be 1.5"),
+        ({"decode_seconds": math.inf}, "decode_seconds cannot be inf"),
+        ({"decode_seconds": math.nan}, "decode_seconds cannot be nan"),
+        ({"encode_seconds": -1.0}, "encode_seconds cannot be -1.0"),
+        ({"image": "new\nline.png"}, "image of entry 1 is not a line of text"),
+    ],
+)
+def test_rows_that_contradict_themselves_are_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    row = {
+        **{"codec": "jpeg:q=1", "image": "emoji \u200d and narrow space \u202f.png"},
+        **{"width": 40, "height": 50, "bytes": 100, "bpp": 0.4, "sse": 390150, "psnr": 30.0},
+        **{"ms_ssim": 0.9, "encode_seconds": 1.0, "decode_seconds": 0.0},
+    }
+    path = tmp_path / "r.json"
+    for whole in (row, {**row, "psnr": None, "ms_ssim": None}, {**row, "sse": None}):
+        path.write_text(json.dumps({"rows": [whole]}))
+        assert read_results(path)[0].images == [row["image"]]
+    path.write_text(json.dumps({"rows": [{**row, **change}]}))
+    with pytest.raises(ConfigError, match=re.escape(message)):
         read_results(path)
 
 

@@ -165,6 +165,18 @@ def test_a_journal_leaves_the_half_line_of_another_process_to_it(folder: Path) -
     assert others.read_text() == half
 
 
+def test_rows_that_contradict_themselves_are_measured_again(folder: Path) -> None:
+    image, coder = [folder / "images" / "a.png"], Counting(codec("jpeg:q=20"))
+    journal = folder / "rows.jsonl"
+    (first,) = evaluate(image, [coder], journal)
+    for key, value in (("bytes", 7), ("psnr", 99.0), ("sse", 3), ("decode_seconds", math.inf)):
+        journal.write_text(json.dumps(json.loads(journal.read_text()) | {key: value}) + "\n")
+        (again,) = evaluate(image, [coder], journal)
+        assert without_seconds([again]) == without_seconds([first])
+        journal.write_text(journal.read_text().splitlines(keepends=True)[-1])
+    assert coder.codings == 5
+
+
 def test_peak_memory_of_a_coder_and_of_the_program_it_calls(folder: Path) -> None:
     out, image = folder / "r.json", folder / "images" / "b.png"
     specifications = ["jpeg:q=20", "vvc:qp=40,preset=faster"]
@@ -229,11 +241,14 @@ def test_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = folder / "bad.png"
     bad.write_bytes(b"nothing")
+    lines = folder / "two\nlines.png"
+    lines.write_bytes((folder / "images" / "a.png").read_bytes())
     for words, message in (
         ([str(folder / "none"), "--codec", "jpeg:q=1", "-o", "r.json"], "no such file"),
         ([str(folder), "--codec", "jpeg:q=1", "-o", "r.txt"], "must end in .json"),
         ([str(bad), "--codec", "jpeg:q=1", "-o", str(folder / "r.json")], "bad.png"),
         ([str(bad), "--codec", "jpg:q=1", "-o", "r.json"], "jpg"),
+        ([str(lines), "--codec", "jpeg:q=1", "-o", "r.json"], "a name with control characters"),
     ):
         assert cli.main(["evaluate", *words]) == 1
         error = capsys.readouterr().err

@@ -1,19 +1,26 @@
 """Rate-distortion curves out of files: published ones, and results of `tucodec evaluate`."""
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_tucodec.errors import ConfigError, one_line
+from lightning_tucodec.errors import ConfigError, is_one_line, one_line
 from lightning_tucodec.io.files import cut_path, expanded, read_bytes
 from lightning_tucodec.quality.curves import Curve, ImageCurves, decibels
+from lightning_tucodec.quality.decibels import psnr_from_sse
 
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 """What reading a damaged or hostile JSON file can raise."""
+
+_ROUNDED = 1e-4
+"""Values that were rounded or computed elsewhere may differ by this share."""
+
+_LONGEST = 1e9  # seconds
 
 
 def is_line(value: object, longest: int = 500) -> bool:
@@ -30,6 +37,41 @@ def is_number(value: object) -> bool:
         or isinstance(value, float)
         or (isinstance(value, int) and abs(value) < 1 << 63)
     )
+
+
+def is_image_label(value: object) -> bool:
+    """Whether a value from a file can name an image: a file's name or path, without control characters."""
+    return isinstance(value, str) and 0 < len(value) <= 4096 and is_one_line(value)
+
+
+def contradiction(row: Mapping[str, Any]) -> str | None:
+    """What in a measurement cannot be, or does not follow from its counts; None if nothing.
+
+    Keys that it lacks, or that hold no number, are not judged.
+    """
+
+    def number(key: str) -> Any:
+        value = row.get(key)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    for key in ("encode_seconds", "decode_seconds"):
+        if (seconds := number(key)) is not None and not 0 <= seconds < _LONGEST:
+            return f"{key} cannot be {seconds}"
+    if (similarity := number("ms_ssim")) is not None and similarity > 1 + _ROUNDED:
+        return f"ms_ssim cannot be {similarity}"
+    width, height, size, error, bpp, psnr = map(
+        number, ("width", "height", "bytes", "sse", "bpp", "psnr")
+    )
+    if width is None or height is None:
+        return None
+    pixels = width * height
+    if None not in (size, bpp) and not math.isclose(bpp, 8 * size / pixels, rel_tol=_ROUNDED):
+        return f"bpp is {bpp:.6g}, where {size} bytes for {width}×{height} pixels are {8 * size / pixels:.6g}"
+    if None not in (error, psnr) and math.isfinite(psnr) and error >= 0:
+        told = psnr_from_sse(error, 3 * pixels)
+        if not math.isclose(psnr, told, rel_tol=_ROUNDED):
+            return f"psnr is {psnr:.6g}, where the squared error gives {told:.6g}"
+    return None
 
 
 def check_entries(entries: object, lines: Sequence[str], numbers: Sequence[str]) -> None:
@@ -97,12 +139,17 @@ def read_results(path: str | Path) -> list[ImageCurves]:
     try:
         content: dict[str, Any] = json.loads(read_bytes(path))
         rows = content["rows"]
-        check_entries(rows, ("image", "codec"), ("bpp", "psnr", "ms_ssim"))
+        check_entries(rows, ["codec"], ("bpp", "psnr", "ms_ssim"))
         if not rows:
             raise ValueError("no rows")
         for key in ("bpp", "bytes", "width", "height"):
             if any(isinstance(row.get(key), int | float) and row[key] <= 0 for row in rows):
                 raise ValueError(f"{key} of a row is not above 0")
+        for number, row in enumerate(rows, 1):
+            if not is_image_label(row.get("image")):
+                raise ValueError(f"image of entry {number} is not a line of text")
+            if reason := contradiction(row):
+                raise ValueError(f"{row['codec']}, {row['image']}: {reason}")
         codecs = list(dict.fromkeys(row["codec"] for row in rows))
         images = list(dict.fromkeys(row["image"] for row in rows))
         values: dict[tuple[str, str], dict[str, Any]] = {}

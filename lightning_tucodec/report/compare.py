@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.errors import ConfigError, printable
 from lightning_tucodec.io.files import check_targets
 from lightning_tucodec.quality.curves import QUALITIES
 from lightning_tucodec.report.figures import rd_figure, style
@@ -145,7 +145,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
             written += rd_figure(curves, path, quality, bpp_range=bpp, styles=styles)
     anchor = choose_anchor(material.entries, arguments.anchor)
     for note in material.notes:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     print(json.dumps(rows) if arguments.json else bd_text(rows, anchor))
     if anchor and not arguments.json and (further := measure_rows(material.entries, anchor)):
         print(f"\n{measure_text(further, anchor)}")

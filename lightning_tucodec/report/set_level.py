@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_tucodec.errors import ConfigError, one_line
+from lightning_tucodec.errors import ConfigError, one_line, printable
 from lightning_tucodec.io.files import read_bytes
 from lightning_tucodec.io.images import MAX_PIXELS
 from lightning_tucodec.quality.curve_files import UNREADABLE, family, is_number
@@ -299,7 +299,7 @@ def run(arguments: argparse.Namespace) -> int:
         minimise = "sse" if arguments.maximise == "psnr" else "ms_ssim"
     found = {name: reached(given, minimise, part) for name, part in required.parts().items()}
     for note in material.notes:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
     if arguments.json:
         print(json.dumps(finite(found.get("", found))))
         return 0

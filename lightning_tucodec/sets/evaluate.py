@@ -20,7 +20,7 @@ from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.codecs.classical.video import VideoCodec
 from lightning_tucodec.codecs.colour import conversion_ceiling
 from lightning_tucodec.coding.compiling import clock
-from lightning_tucodec.errors import ConfigError, TucodecError
+from lightning_tucodec.errors import ConfigError, TucodecError, is_one_line
 from lightning_tucodec.io.files import check_targets
 from lightning_tucodec.io.images import image_files, image_pixels, read_image
 from lightning_tucodec.io.once import once
@@ -43,7 +43,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """Image files: those named, and those directly in the folders named, sorted within each; each once.
 
     Raises:
-        ConfigError: a path does not exist, or there is no image.
+        ConfigError: a path does not exist or has control characters, or there is no image.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -53,6 +53,9 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
             found.append(path)
         else:
             raise ConfigError(f"{path}: no such file or folder")
+    for path in found:
+        if not is_one_line(str(path)):
+            raise ConfigError(f"{path}: a name with control characters; rename it")
     if not found:
         raise ConfigError("no image was found; name image files or folders that hold some")
     return list({os.path.abspath(path): path for path in reversed(found)}.values())[::-1]

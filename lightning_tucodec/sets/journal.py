@@ -14,6 +14,7 @@ from pathlib import Path
 from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.errors import OutputError
 from lightning_tucodec.io.files import begins_with
+from lightning_tucodec.quality.curve_files import contradiction
 from lightning_tucodec.sets.measure import Row
 
 _BEGINNING = '{"key": "'
@@ -89,11 +90,11 @@ def codec_digest(codec: ImageCodec) -> str:
 
 
 def _whole(row: Row) -> bool:
-    """Whether a row that was read holds all of a measurement, of the right kinds."""
+    """Whether a row that was read holds all of a measurement, of the right kinds and in agreement."""
     if isinstance(row.get("peak_memory"), int):
         return True
     numbers = all(type(row.get(key)) in (int, float) for key in _NUMBERS)
     similarity = all(row.get(key, "") is None or type(row.get(key)) is float for key in _SIMILARITY)
     digest = row.get("sha256")
     kept = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
-    return numbers and similarity and kept
+    return numbers and similarity and kept and contradiction(row) is None

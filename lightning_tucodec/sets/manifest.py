@@ -19,7 +19,6 @@ import math
 import os
 import re
 import stat
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tucodec.codecs.registry import needs_model
-from lightning_tucodec.errors import ConfigError
+from lightning_tucodec.errors import ConfigError, is_one_line
 
 FORMAT = "tucodec-submission-2"
 MANIFEST = "manifest.json"
@@ -116,8 +115,7 @@ def is_image_name(name: str) -> bool:
         os.fsencode(name)
     except UnicodeEncodeError:
         return False
-    plain = not any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in name)
-    return plain and "/" not in name and name not in ("", ".", "..")
+    return is_one_line(name) and "/" not in name and name not in ("", ".", "..")
 
 
 def png_name(entry: Mapping[str, Any]) -> str:

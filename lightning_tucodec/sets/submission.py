@@ -38,7 +38,6 @@ from lightning_tucodec.sets.manifest import (
     MANIFEST,
     budgets,
     foreign,
-    is_image_name,
     png_name,
     read_manifest,
     told_file,
@@ -78,12 +77,12 @@ class Candidates:
             if path.resolve().is_relative_to(out.resolve()):
                 raise OutputError(f"{path}: lies in {out}, which is to be replaced")
         _check_replaceable(out, out)
+        named: dict[str, Path] = {}
         for path in paths:
-            if not is_image_name(path.name):
-                raise ConfigError(f"{str(path)!r}: a name with control characters; rename it")
-        twice = [stem for stem, n in Counter(path.stem for path in paths).items() if n > 1]
-        if twice:
-            raise ConfigError(f"two images are called {twice[0]}; rename one")
+            if (other := named.setdefault(path.stem, path)) is not path:
+                raise ConfigError(
+                    f"{other} and {path}: both would be decoded to {path.stem}.png; rename one"
+                )
         coders = codecs(expand(specifications))
         return cls(paths, coders, out.with_name(out.name + "-candidates"))
 
