@@ -258,6 +258,16 @@ def test_mistakes_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str])
         evaluate([bad], [codec("jpeg:q=1")], folder / "rows.jsonl")
 
 
+def test_what_is_not_coded_of_an_image_is_said_once(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "de":
+        Image.new("RGBA", (20, 20), (9, 8, 7, 6)).save(folder / "images" / f"{name}.png")
+    evaluate(find_images([folder / "images"]), [codec("jpeg:q=20")], folder / "rows", workers=1)
+    remark = "transparency is shown on white; 8-bit RGB is coded and compared (said once)"
+    assert capsys.readouterr().err.count(remark) == 1
+
+
 def test_a_damaged_image_is_told_before_anything_is_coded(folder: Path) -> None:
     """Not after the hours that the images before it take."""
     last = folder / "images" / "c.png"

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lightning_tucodec.codecs.registry import codec
-from lightning_tucodec.io.images import image_pixels
+from lightning_tucodec.io.images import image_size
 from lightning_tucodec.io.processes import cores
 from lightning_tucodec.sets import forecast
 from lightning_tucodec.sets.evaluate import evaluate
@@ -48,7 +48,7 @@ def test_the_minutes_are_told_once_when_every_setting_has_been_timed() -> None:
     assert both.finished("a", 10**6, 10.0) is None
     line = both.finished("b", 10**6, 50.0)
     assert line is not None
-    assert "about 4 minutes for the 18 codings that are left, 2 at a time" in line  # 9·60 s / 2
+    assert "about 4 min for the 18 codings that are left, 2 at a time" in line  # 9·60 s / 2
     assert both.finished("a", 10**6, 10.0) is None
 
 
@@ -65,13 +65,13 @@ def test_evaluate_says_it_and_counts_what_the_journal_holds(
         pixels = np.full((16, 16 + index, 3), 40 * index, np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
     images = sorted(tmp_path.glob("*.png"))
-    assert [image_pixels(path) for path in images] == [256, 272, 288]
-    assert image_pixels(tmp_path / "none.png") is None
+    assert [image_size(path) for path in images] == [(16, 16), (17, 16), (18, 16)]
+    assert image_size(tmp_path / "none.png") is None
     codecs = [codec("jpeg:q=10"), codec("jpeg:q=90")]
     evaluate(images[:1], codecs[:1], tmp_path / "rows.jsonl", workers=1)
     capsys.readouterr()
     evaluate(images, codecs, tmp_path / "rows.jsonl", workers=1)
-    (line,) = (text for text in capsys.readouterr().err.splitlines() if "minutes" in text)
+    (line,) = (text for text in capsys.readouterr().err.splitlines() if " min for " in text)
     assert "for the 4 codings that are left, 1 at a time" in line
     evaluate(images, codecs, tmp_path / "rows.jsonl", workers=1)
-    assert "minutes" not in capsys.readouterr().err  # nothing is left to code
+    assert " min for " not in capsys.readouterr().err  # nothing is left to code

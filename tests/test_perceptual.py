@@ -1,6 +1,7 @@
 """Perceptual measures: their direction, their scale, and that an evaluation holds them."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image, ImageFilter
 from lightning_tucodec import cli
 from lightning_tucodec.errors import ConfigError, ExternalToolError
 from lightning_tucodec.io import ffmpeg
-from lightning_tucodec.quality.perceptual import MEASURES, check_names
+from lightning_tucodec.quality.perceptual import MEASURES, SMALLEST_SIDE, check_names, measured
 from tests.support import photo
 
 
@@ -74,6 +75,42 @@ def test_psnr_hvs_and_vif_follow_their_definitions() -> None:
 def test_a_picture_that_is_too_small_is_one_line(portrait: NDArray[np.uint8]) -> None:
     with pytest.raises(ConfigError, match="information_weighted_ssim of piq"):
         MEASURES["iw_ssim"](portrait[:64, :64], portrait[:64, :64])
+
+
+@pytest.mark.parametrize("name", sorted(set(MEASURES) - {"lpips", "dists"}))
+def test_a_measure_has_a_value_from_its_smallest_side_on(
+    name: str, portrait: NDArray[np.uint8]
+) -> None:
+    side = SMALLEST_SIDE.get(name, 1)
+    shown = blurred(portrait, 2)
+    for height, width in ((side, 180), (180, side), (side, side)):
+        value = measured(name, portrait[:height, :width], shown[:height, :width])
+        assert value is not None
+        assert math.isfinite(value)
+    if side > 1:
+        assert measured(name, portrait[: side - 1], shown[: side - 1]) is None
+
+
+def test_a_small_image_has_no_value_and_stops_nothing(
+    tmp_path: Path, portrait: NDArray[np.uint8], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index, side in enumerate((180, 16)):
+        Image.fromarray(portrait[:side, :side]).save(tmp_path / f"{index}.png")
+    out = str(tmp_path / "r.json")
+    codecs = [f"{name}:q={q}" for name in ("jpeg", "webp") for q in (5, 20, 40, 80)]
+    words = ["evaluate", str(tmp_path), "--codec", *codecs, "--metrics", "jpeg-ai", "flip"]
+    assert cli.main([*words, "-o", out]) == 0
+    heads, cells = (line.split()[-6:] for line in capsys.readouterr().out.splitlines()[:2])
+    lacking = {name for name, cell in zip(heads, cells, strict=True) if cell == "–"}
+    assert lacking == {"vmaf", "vif", "psnr_hvs", "iw_ssim"}
+    content = json.loads(Path(out).read_text())
+    assert content["rows"][0]["vmaf"] is not None
+    assert [row["vmaf"] for row in content["rows"] if row["image"] == "1.png"] == [None] * 8
+    assert cli.main(["compare", out, "-o", str(tmp_path / "r.html")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    heads, cells = (line.split() for line in said[-2:])
+    shown = dict(zip(heads, cells[1:], strict=True))
+    assert shown["vmaf"] == shown["mean"] == "–" != shown["flip"]
 
 
 def test_a_filter_that_is_missing_is_named(portrait: NDArray[np.uint8]) -> None:

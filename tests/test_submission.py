@@ -24,15 +24,9 @@ from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io import ffmpeg
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.sets import clic, clic2019
+from lightning_tucodec.sets.contents import DECODE_TEXT, foreign
 from lightning_tucodec.sets.evaluate import evaluate
-from lightning_tucodec.sets.manifest import (
-    DECODE_TEXT,
-    FORMAT,
-    Limits,
-    byte_budget,
-    foreign,
-    read_manifest,
-)
+from lightning_tucodec.sets.manifest import FORMAT, Limits, byte_budget, read_manifest
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO
 
@@ -503,6 +497,22 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert cli.main([*words, *options]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_images_that_cannot_be_in_a_submission_are_told_before_anything_is_coded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, width in (("a.png", 20), ("a.jpg", 20), ("b.png", 10)):
+        Image.new("RGB", (width, 300)).save(tmp_path / name)
+    a, b = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    words = ["--candidate", "jpeg:q=20", "--max-bpp", "9", "-o", str(tmp_path / "out")]
+    for images, message in (
+        ([a, b], f"{b}: too small for MS-SSIM, which needs 11 pixels a side"),
+        ([a, str(tmp_path / "a.jpg")], "a.jpg: both would be decoded to a.png; rename one"),
+    ):
+        assert cli.main(["allocate", *images, *words]) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out-candidates").exists()
 
 
 def web_app(folder: Path) -> None:

@@ -18,6 +18,7 @@ from lightning_tucodec.cli.arguments import (
 )
 from lightning_tucodec.codecs.base import DEFAULT_MODEL, H266_MODELS
 from lightning_tucodec.coding.compiling import clock
+from lightning_tucodec.io.remarks import remarks
 from lightning_tucodec.io.temporary import atomic_write
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.images, arguments.out, arguments.recon, arguments.force
     )
 
-    remark = jobs.remarks()
+    remark = remarks()
 
     def prepare(job: jobs.Job) -> "NDArray[np.uint8]":
         check(job)

@@ -140,20 +140,6 @@ def read(path: Path) -> bytes:
         raise ImageInputError(f"{path}: {error.strerror}") from None
 
 
-def remarks() -> Callable[[str, Path, str], None]:
-    """What takes the kind of a remark, a file and the remark; of each kind one is printed, to stderr."""
-    said: dict[str, str] = {}
-
-    def remark(kind: str, source: Path, text: str) -> None:
-        from tqdm import tqdm
-
-        line = f"{printable(str(source))}: {text} (said once)"
-        if said.setdefault(kind, line) is line:  # one step, whatever the threads
-            tqdm.write(line, file=sys.stderr)
-
-    return remark
-
-
 def drop_output() -> None:
     """Discard what is still to be printed, so that the interpreter does not fail at its end."""
     with contextlib.suppress(io.UnsupportedOperation):

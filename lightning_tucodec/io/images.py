@@ -126,11 +126,11 @@ def read_image(
         raise ImageInputError(f"{name}: damaged or truncated image ({reason})") from error
 
 
-def image_pixels(path: Path | str) -> int | None:
-    """Pixels of an image by its header, without decoding; None where `read_image` will say what is wrong."""
+def image_size(path: Path | str) -> tuple[int, int] | None:
+    """Width and height by an image's header; None where `read_image` will say what is wrong."""
     try:
         with without_warnings(), Image.open(path) as image:
-            return image.width * image.height
+            return image.width, image.height
     except Exception:
         return None
 

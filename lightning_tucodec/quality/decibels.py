@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+MS_SSIM_WINDOW = 11
+"""Pixels a side: smaller images have no MS-SSIM."""
+
 
 def psnr_from_sse(total: int | float, values: int, peak: float = 255.0) -> float:
     """PSNR in dB of a summed squared error over `values` values; infinite for no error.

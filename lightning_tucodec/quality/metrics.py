@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_tucodec.quality.decibels import psnr_from_sse
+from lightning_tucodec.quality.decibels import MS_SSIM_WINDOW, psnr_from_sse
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponents of the five scales, finest first (Wang, Simoncelli and Bovik, 2003)."""
 
-_WINDOW = 11
 _SIGMA = 1.5
 _K1, _K2 = 0.01, 0.03
 _BAND = 1 << 18  # pixels; its maps take 200 bytes each
@@ -67,7 +66,7 @@ def ms_ssim_scales(height: int, width: int) -> int:
     161 pixels on the shorter side give five, 81 four, 41 three, 21 two and 11 one; none below.
     """
     side, scales = min(height, width), 0
-    while side >= _WINDOW and scales < len(MS_SSIM_WEIGHTS):
+    while side >= MS_SSIM_WINDOW and scales < len(MS_SSIM_WEIGHTS):
         side, scales = (side + 1) // 2, scales + 1
     return scales
 
@@ -98,7 +97,9 @@ def ms_ssim(x: Tensor, y: Tensor, weights: Sequence[float] = MS_SSIM_WEIGHTS) ->
         x, y = _pair(x, y)
         scales = min(ms_ssim_scales(*x.shape[-2:]), len(weights))
         if scales == 0:
-            raise ValueError(f"MS-SSIM needs sides of {_WINDOW} pixels, not {tuple(x.shape[-2:])}")
+            raise ValueError(
+                f"MS-SSIM needs sides of {MS_SSIM_WINDOW} pixels, not {tuple(x.shape[-2:])}"
+            )
         # The published exponents sum to 1.0001; fewer scales keep whatever the sum is.
         share = math.fsum(weights) / math.fsum(weights[:scales])
 
@@ -173,12 +174,14 @@ def _scale(
         step: rows of a band, even; only one band's maps exist at a time.
         last: whether luminance counts.
     """
-    valid = height - _WINDOW + 1
+    valid = height - MS_SSIM_WINDOW + 1
     term: Tensor | float = 0.0
     smaller: Tensor | None = None
     for top in range(0, height, step):
         # Depthwise convolution on the CPU is several times faster channels-last.
-        band = rows(top, top + step + _WINDOW - 1).contiguous(memory_format=torch.channels_last)
+        band = rows(top, top + step + MS_SSIM_WINDOW - 1).contiguous(
+            memory_format=torch.channels_last
+        )
         if top < valid:
             luminance, contrast = _ssim_terms(band)
             mean = (luminance * contrast if last else contrast).mean((2, 3))
@@ -217,12 +220,16 @@ def _ssim_terms(pair: Tensor) -> tuple[Tensor, Tensor]:
 
 def _blur(maps: Tensor) -> Tensor:
     """Separable Gaussian window on every channel, no padding."""
-    offsets = torch.arange(_WINDOW, dtype=maps.dtype, device=maps.device) - _WINDOW // 2
+    offsets = (
+        torch.arange(MS_SSIM_WINDOW, dtype=maps.dtype, device=maps.device) - MS_SSIM_WINDOW // 2
+    )
     window = torch.exp(-offsets.square() / (2 * _SIGMA**2))
     window = window / window.sum()
     channels = maps.shape[1]
-    maps = F.conv2d(maps, window.expand(channels, 1, 1, _WINDOW), groups=channels)
-    return F.conv2d(maps, window.view(-1, 1).expand(channels, 1, _WINDOW, 1), groups=channels)
+    maps = F.conv2d(maps, window.expand(channels, 1, 1, MS_SSIM_WINDOW), groups=channels)
+    return F.conv2d(
+        maps, window.view(-1, 1).expand(channels, 1, MS_SSIM_WINDOW, 1), groups=channels
+    )
 
 
 def _halve(maps: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ _INSTALL = "pip install 'lightning-tucodec[perceptual]'"
 
 
 def vmaf(original: Image, decoded: Image) -> float:
-    """VMAF v0.6.1 of a picture: 0 … 100, higher is better; on BT.709 luma, at least 16 pixels a side."""
+    """VMAF v0.6.1 of a picture: 0 … 100, higher is better; on BT.709 luma."""
     return _filtered(
         "libvmaf=model=version=vmaf_v0.6.1", r"VMAF score: ([-\d.]+)", original, decoded
     )
@@ -90,7 +90,7 @@ def iw_ssim(original: Image, decoded: Image) -> float:
 
 
 def lpips(original: Image, decoded: Image) -> float:
-    """LPIPS with AlexNet, lower is better (Zhang et al., CVPR 2018); at least 31 pixels a side."""
+    """LPIPS with AlexNet, lower is better (Zhang et al., CVPR 2018)."""
     from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
 
     _need_weights("LPIPS", "AlexNet_Weights")
@@ -168,6 +168,17 @@ MEASURES: dict[str, Callable[[Image, Image], float]] = {
     "iw_ssim": iw_ssim,
 }
 
+SMALLEST_SIDE = {
+    "vmaf": 17,
+    "psnr_hvs": 17,
+    "ssimulacra2": 8,
+    "fsim": 2,
+    "vif": 41,
+    "iw_ssim": 161,
+    "lpips": 31,
+}
+"""Pixels. On smaller images the libraries fail (libvmaf by a crash), or give NaN or the best value."""
+
 JPEG_AI = ("vmaf", "fsim", "vif", "psnr_hvs", "iw_ssim")
 """What `jpeg-ai` stands for among the names of measures."""
 
@@ -185,6 +196,14 @@ DEFINITIONS = {
     "psnr_hvs": "PSNR-HVS of BT.709 luma by libvmaf, dB; mean over images; higher is better",
     "iw_ssim": "IW-SSIM of BT.709 luma, by piq; mean over images; higher is better",
 }
+
+
+def measured(name: str, original: Image, decoded: Image) -> float | None:
+    """A measure of `MEASURES`; None where it is not defined, as on images below `SMALLEST_SIDE`."""
+    if min(original.shape[:2]) < SMALLEST_SIDE.get(name, 1):
+        return None
+    value = MEASURES[name](original, decoded)
+    return None if math.isnan(value) else value
 
 
 def check_names(names: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from lightning_tucodec.report.numbers import (
     choose_anchor,
     few_images,
     kept_samples,
-    other_images,
+    no_interval,
 )
 from lightning_tucodec.report.page import Page, write_page
 from lightning_tucodec.report.sources import Material, read_sources
@@ -87,7 +87,7 @@ def bd_text(rows: Sequence[Row], anchor: str | None) -> str:
         interval = ""
         if row["low"] is not None:
             interval = f"  [{row['low']:+.1f}, {row['high']:+.1f}]{kept_samples(row)}"
-        elif others := other_images(row):
+        elif others := no_interval(row):
             interval = f"  ({others})"
         lines.append(f"{head}{row['percent']:+7.1f} %{interval}")
     if remark := few_images(rows):

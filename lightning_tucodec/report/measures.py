@@ -43,7 +43,7 @@ def measure_rows(entries: Iterable[Entry], anchor: str) -> list[Row]:
             continue
         images = _images(points) & _images(families[anchor])
         sides = [_means(each, images) for each in (families[anchor], points)]
-        measures = [m for m in MEASURES if all(m in side[0] for side in sides if side)]
+        measures = [m for m in MEASURES if _all_have(points, m) and _all_have(families[anchor], m)]
         if not images or not measures:
             continue
         percent: dict[str, float | str] = {}
@@ -59,6 +59,11 @@ def measure_rows(entries: Iterable[Entry], anchor: str) -> list[Row]:
         mean = math.fsum(known) / len(known) if len(known) == len(wanted) else None
         rows.append({"codec": name, "images": len(images), "percent": percent, "mean": mean})
     return rows
+
+
+def _all_have(points: _Points, measure: str) -> bool:
+    """Whether all rows hold a measure, be it without a value for a small image."""
+    return all(measure in row for rows in points.values() for row in rows.values())
 
 
 def _images(points: _Points) -> set[str]:

@@ -28,7 +28,7 @@ def bd_rows(
     Returns:
         One row per curve and quality: `codec`, `quality`, `at` (per rate: bpp, and the difference in dB, or
         None where a curve does not reach it), then `percent` (BD-rate), `low` and `high` (95 %
-        interval; None without rows of images), `samples` and `kept` (of the bootstrap), `decibels`
+        interval; None without rows of two images), `samples` and `kept` (of the bootstrap), `decibels`
         (BD-quality, or None), `range`, `overlap`, `method`, `images` (that both have, or None), `counts` (of
         the anchor's and this mean's images, None where unknown), or `refused`, why there is none.
     """
@@ -75,7 +75,9 @@ def _bd(anchor: Entry, test: Entry, quality: Quality, samples: int) -> Row:
     if anchor.images is not None and test.images is not None:
         interval = bd_rate_interval(anchor.images, test.images, quality, samples=samples)
         estimate = interval.estimate
-        row |= {key: getattr(interval, key) for key in ("low", "high", "images", "samples", "kept")}
+        row["images"] = interval.images
+        if interval.images > 1:  # one image says nothing of others
+            row |= {key: getattr(interval, key) for key in ("low", "high", "samples", "kept")}
     else:
         estimate = bd_rate(anchor.curve, test.curve, quality)
     row |= {"counts": [anchor.count, test.count]}
@@ -179,15 +181,17 @@ FEW_IMAGES = 5
 
 def few_images(rows: Sequence[Row]) -> str:
     """A note on intervals over very few images; empty if there are none."""
-    few = sorted({n for row in rows if (n := row.get("images")) and n < FEW_IMAGES})
+    few = sorted({n for row in rows if (n := row.get("images")) and 1 < n < FEW_IMAGES})
     if not few:
         return ""
     number = " or ".join(map(str, few))
-    return f"intervals over {number} image{'s' * (few != [1])} are rough: use {FEW_IMAGES} at least"
+    return f"intervals over {number} images are rough: use {FEW_IMAGES} at least"
 
 
-def other_images(row: Row) -> str:
-    """A note on a BD-rate between means over sets of images that cannot be the same."""
+def no_interval(row: Row) -> str:
+    """A note on a BD-rate without an interval: of one image, or between means over other images."""
+    if row["images"] == 1:
+        return "of one image"
     anchor, test = row["counts"]
     is_apart = row["images"] is None and None not in (anchor, test) and anchor != test
     return f"means over {test} and {anchor} images" if is_apart else ""

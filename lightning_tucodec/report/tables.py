@@ -19,7 +19,7 @@ from lightning_tucodec.report.numbers import (
     kept_samples,
     model_arguments,
     model_complexity,
-    other_images,
+    no_interval,
 )
 from lightning_tucodec.report.page import Chart, Range, Table, Trace
 from lightning_tucodec.report.sources import Entry, Evaluation, Material, Run
@@ -125,7 +125,7 @@ def bd_table(rows: Sequence[Row], anchor: str) -> Table:
         if "refused" in row:
             cells.append([*head, (None, "–"), "–", row["refused"], None, None, None])
             continue
-        interval, verdict = "–", f"{other_images(row) or 'one curve each'}; no interval"
+        interval, verdict = "–", f"{no_interval(row) or 'one curve each'}; no interval"
         if row["low"] is not None:
             interval = f"{_signed(row['low'])} … {_signed(row['high'])} %{kept_samples(row)}"
             apart = row["low"] > 0 or row["high"] < 0
@@ -146,7 +146,7 @@ def bd_table(rows: Sequence[Row], anchor: str) -> Table:
             ]
         )
     method = next((row["method"] for row in rows if "method" in row), "akima")
-    images = sorted({row["images"] for row in rows if row.get("images")})
+    images = sorted({row["images"] for row in rows if row.get("low") is not None})
     note = f"Rate at equal quality against {anchor}; negative: fewer bits. Interpolation: {method}, by the "
     note += "bjontegaard package; refused below 30 % of shared range. "
     if images:

@@ -32,21 +32,11 @@ from lightning_tucodec.io.temporary import temporary_folder
 from lightning_tucodec.quality.decibels import psnr_from_sse
 from lightning_tucodec.sets.allocation import Quantity, Table, relative_gap
 from lightning_tucodec.sets.clic2019 import comparison
+from lightning_tucodec.sets.contents import DECODE, budgets, contents, wrong_beside, wrong_files
 from lightning_tucodec.sets.evaluate import find_images
 from lightning_tucodec.sets.knapsack import METHODS
 from lightning_tucodec.sets.limits import Requirements
-from lightning_tucodec.sets.manifest import (
-    DECODE,
-    MANIFEST,
-    Limits,
-    budgets,
-    byte_budget,
-    contents,
-    png_name,
-    read_manifest,
-    wrong_beside,
-    wrong_files,
-)
+from lightning_tucodec.sets.manifest import MANIFEST, Limits, byte_budget, png_name, read_manifest
 from lightning_tucodec.sets.measure import Row, compare
 from lightning_tucodec.sets.results import allocation_table, finite
 

@@ -5,9 +5,10 @@ was stopped continues, an additional codec does not repeat the others, and a new
 measured again.
 """
 
+import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from lightning_tucodec.codecs.colour import conversion_ceiling
 from lightning_tucodec.coding.compiling import clock
 from lightning_tucodec.errors import ConfigError, TucodecError, is_one_line
 from lightning_tucodec.io.files import check_targets
-from lightning_tucodec.io.images import image_files, image_pixels, read_image
+from lightning_tucodec.io.images import image_files, image_size, read_image
 from lightning_tucodec.io.once import once
 from lightning_tucodec.io.processes import worker_threads
+from lightning_tucodec.io.remarks import remarks
 from lightning_tucodec.quality.perceptual import check_names
 from lightning_tucodec.sets.forecast import Forecast, affordable_workers
 from lightning_tucodec.sets.journal import Journal, codec_digest
@@ -129,11 +131,18 @@ def evaluate(
         if part is None or part.holds(j * len(images) + i)
     ]
     # Threads suffice: coders are other processes or release the interpreter's lock.
-    sizes = {path: image_pixels(path) or 0 for path in images}
+    sizes = {path: math.prod(image_size(path) or [0]) for path in images}
     workers = affordable_workers(max(sizes.values())) if workers is None else workers
     if workers < 1:
         raise ConfigError(f"workers: {workers} is not at least 1")
-    load = once(_load, workers + 1)
+    remark = remarks()
+
+    def read(path: Path) -> tuple[NDArray[np.uint8], str]:
+        return _load(
+            path, lambda loss: remark(loss, path, f"{loss}; 8-bit RGB is coded and compared")
+        )
+
+    load = once(read, workers + 1)
     forecast = Forecast([(job.described, sizes[job.image]) for job in jobs], workers)
     names = [path.name for path in images]
     unique = len(set(names)) == len(names)
@@ -228,7 +237,9 @@ def _known_peak_memory(text: str, codec: ImageCodec, image: Path, rows_file: Pat
     return int(known["peak_memory"])
 
 
-def _load(path: Path) -> tuple[NDArray[np.uint8], str]:
-    """An image and its `content_id`."""
-    image = read_image(path)
+def _load(
+    path: Path, lost: Callable[[str], None] = lambda kind: None
+) -> tuple[NDArray[np.uint8], str]:
+    """An image and its `content_id`; `lost` as for `read_image`."""
+    image = read_image(path, lost)
     return image, content_id(image)

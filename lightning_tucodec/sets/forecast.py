@@ -101,7 +101,7 @@ class Forecast:
         if minutes < _TOLD_FROM:
             return None
         return (
-            f"evaluate: about {minutes:.0f} minutes for the {self._codings} codings that are left, "
+            f"evaluate: about {minutes:.0f} min for the {self._codings} codings that are left, "
             f"{self._workers} at a time, judged by one of each setting"
         )
 

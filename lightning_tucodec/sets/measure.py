@@ -19,7 +19,7 @@ from lightning_tucodec.io.images import read_image
 from lightning_tucodec.io.processes import INTERRUPTS, end_on_interrupt, interrupt_children
 from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.quality.decibels import ms_ssim_db, psnr_from_sse
-from lightning_tucodec.quality.perceptual import MEASURES
+from lightning_tucodec.quality.perceptual import measured
 
 Row = dict[str, Any]
 
@@ -61,8 +61,8 @@ def measure_back(
 
     Returns:
         `width, height, bytes, bpp, sse, psnr, psnr_y, ms_ssim, ms_ssim_db, ms_ssim_scales,
-        decode_seconds, sha256` (of the coded file), and the perceptual `metrics`; MS-SSIM is None for
-        images with a side below 11 pixels.
+        decode_seconds, sha256` (of the coded file), and the perceptual `metrics`. What an image is too
+        small for is None, such as MS-SSIM below 11 pixels a side.
 
     Raises:
         TucodecError: the codec cannot decode the file, or to another size.
@@ -72,7 +72,7 @@ def measure_back(
     seconds = clock() - started
     return {
         **compare(image, back, len(data)),
-        **{name: MEASURES[name](image, back) for name in metrics},
+        **{name: measured(name, image, back) for name in metrics},
         "decode_seconds": seconds,
         "sha256": hashlib.sha256(data).hexdigest(),
     }

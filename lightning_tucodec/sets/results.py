@@ -74,7 +74,7 @@ def summarise(rows: Sequence[Row], codecs: Sequence[ImageCodec]) -> list[Row]:
             "encode_seconds": math.fsum(row["encode_seconds"] for row in own),
             "decode_seconds": math.fsum(row["decode_seconds"] for row in own),
         }
-        entry |= {m: _mean(own, m) for m in MEASURES if all(m in row for row in own)}
+        entry |= {m: _known_mean(own, m) for m in MEASURES if all(m in row for row in own)}
         if "ceiling_psnr" in own[0]:
             squared = [
                 3 * n * 10 ** (-row["ceiling_psnr"] / 10) for n, row in zip(area, own, strict=True)
@@ -187,7 +187,7 @@ def table_text(sets: Sequence[Row]) -> str:
         lines.append(
             f"{entry['codec']:{width}} {entry['bytes']:10d} {entry['bpp']:7.4f} "
             f"{entry['psnr']:7.3f} {entry['psnr_y']:7.3f}  {similarity}     {entry['psnr_mean']:7.3f}"
-            + "".join(f"  {entry[name]:11.4f}" for name in further)
+            + "".join(f"  {_shown(entry[name]):>11}" for name in further)
         )
     lines.append(
         "bytes, bpp, PSNR, PSNR-Y: of the set as a whole, all pixels together; MS-SSIM: mean weighted by "
@@ -198,6 +198,15 @@ def table_text(sets: Sequence[Row]) -> str:
 
 def _mean(rows: Sequence[Row], key: str) -> float:
     return math.fsum(row[key] for row in rows) / len(rows)
+
+
+def _known_mean(rows: Sequence[Row], key: str) -> float | None:
+    """The mean; None where a row has no value."""
+    return None if any(row[key] is None for row in rows) else _mean(rows, key)
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def finite(value: Any) -> Any:

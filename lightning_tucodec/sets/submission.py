@@ -26,23 +26,20 @@ from lightning_tucodec.codecs.registry import codec, codecs, expand, files, mode
 from lightning_tucodec.coding.compiling import clock
 from lightning_tucodec.errors import ConfigError, ExternalToolError, OutputError, TucodecError
 from lightning_tucodec.io.files import check_targets, launchers
-from lightning_tucodec.io.images import write_png
+from lightning_tucodec.io.images import image_size, write_png
 from lightning_tucodec.io.temporary import FORMER, atomic_write, temporary_folder
-from lightning_tucodec.sets.evaluate import Part, evaluate, find_images
-from lightning_tucodec.sets.limits import Requirements
-from lightning_tucodec.sets.manifest import (
+from lightning_tucodec.quality.decibels import MS_SSIM_WINDOW
+from lightning_tucodec.sets.contents import (
     DECODE,
     DECODE_ALL_TEXT,
     DECODE_TEXT,
-    FORMAT,
-    MANIFEST,
     budgets,
     foreign,
-    png_name,
-    read_manifest,
-    told_file,
     write_script,
 )
+from lightning_tucodec.sets.evaluate import Part, evaluate, find_images
+from lightning_tucodec.sets.limits import Requirements
+from lightning_tucodec.sets.manifest import FORMAT, MANIFEST, png_name, read_manifest, told_file
 from lightning_tucodec.sets.measure import Row
 from lightning_tucodec.sets.results import allocation_table, finite
 
@@ -69,7 +66,8 @@ class Candidates:
         """Find the images and build the codecs for a submission in the folder `out`.
 
         Raises:
-            ConfigError: there is no image, two would be decoded to one name, or a codec is unknown.
+            ConfigError: there is no image, one is too small for MS-SSIM, two would be decoded to one name,
+                or a codec is unknown.
             OutputError: `out` holds something that must not be replaced.
         """
         paths = find_images(images)
@@ -82,6 +80,11 @@ class Candidates:
             if (other := named.setdefault(path.stem, path)) is not path:
                 raise ConfigError(
                     f"{other} and {path}: both would be decoded to {path.stem}.png; rename one"
+                )
+            size = image_size(path)
+            if size is not None and min(size) < MS_SSIM_WINDOW:
+                raise ConfigError(
+                    f"{path}: too small for MS-SSIM, which needs {MS_SSIM_WINDOW} pixels a side"
                 )
         coders = codecs(expand(specifications))
         return cls(paths, coders, out.with_name(out.name + "-candidates"))

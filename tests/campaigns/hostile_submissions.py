@@ -28,8 +28,9 @@ from PIL import Image
 
 from lightning_tucodec.errors import TucodecError
 from lightning_tucodec.sets import clic
+from lightning_tucodec.sets.contents import DECODE_TEXT, LITTER, contents
 from lightning_tucodec.sets.limits import Requirements
-from lightning_tucodec.sets.manifest import DECODE_TEXT, LITTER, Limits, contents, read_manifest
+from lightning_tucodec.sets.manifest import Limits, read_manifest
 from lightning_tucodec.sets.submission import Candidates, build, decode
 from tests.campaigns.hostile import LIMIT_BYTES, LIMIT_SECONDS
 from tests.campaigns.streams import (

@@ -77,6 +77,25 @@ def test_one_curve_or_what_there_is() -> None:
         read_sources(["published:x"])
     with pytest.raises(ConfigError, match="published:kodak has no curve VTM; there are HiFiC, "):
         read_sources(["published:kodak#VTM"])
+    for short, name in (
+        ("VTM-9.1", "VTM-9.1 (41 images)"),
+        ("HPCM-Large", "HPCM-Large (41 images)"),
+        ("HPCM-Large (MS-SSIM)", "HPCM-Large (MS-SSIM, 41 images)"),
+    ):
+        (entry,) = read_sources([f"published:{PROFESSIONAL}#{short}"]).entries
+        assert entry.curve.name == name
+
+
+def test_one_image_gives_no_interval(tmp_path: Path) -> None:
+    path = measured(tmp_path / "r.json", {"kodim03.webp": (768, 512)}, 0.8, True)
+    material = read_sources(["published:kodak#Cool-chic 5.0", str(path)])
+    page, rows = build_page(material, "x", "t", samples=5)
+    assert (rows[0]["images"], rows[0]["low"]) == (1, None)
+    assert rows[0]["percent"] == pytest.approx(25)
+    assert bd_text(rows, "x").splitlines()[1].endswith("+25.0 %  (of one image)")
+    (table, *_) = page.tables["bd"]
+    assert table.rows[0][3:5] == ["–", "of one image; no interval"]
+    assert "Interval:" not in table.note
 
 
 def test_decibels_of_another_kind_are_named() -> None:

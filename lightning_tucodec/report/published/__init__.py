@@ -60,7 +60,8 @@ def read_published(specification: str) -> list[Published]:
     """The curves of a set.
 
     Args:
-        specification: NAME of the set, or NAME#CURVE for one of its curves.
+        specification: NAME of the set, or NAME#CURVE for one of its curves; the number of images that is
+            part of some names can be left out.
 
     Raises:
         ConfigError: there is no such set or curve.
@@ -72,11 +73,17 @@ def read_published(specification: str) -> list[Published]:
     curves = [_curve(content["title"], entry) for entry in content["curves"]]
     if not only:
         return curves
-    chosen = [each for each in curves if each.curve.name == only]
+    chosen = [each for each in curves if only in (each.curve.name, _without_count(each))]
     if not chosen:
         known = ", ".join(each.curve.name for each in curves)
         raise ConfigError(f"published:{name} has no curve {only}; there are {known}")
     return chosen
+
+
+def _without_count(each: Published) -> str:
+    """The name of a curve without its number of images."""
+    count = f"{each.count} images"
+    return each.curve.name.replace(f" ({count})", "").replace(f", {count})", ")")
 
 
 def _curve(title: str, entry: Mapping[str, Any]) -> Published:
