@@ -37,7 +37,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from torch import Tensor
 
 from lightning_tucodec.errors import ConfigError, TucodecError, first_sentence
 from lightning_tucodec.io.temporary import atomic_write
+from lightning_tucodec.training.beside.companions import SIGNALS
 from lightning_tucodec.training.optimizers import FusedAdam
 from lightning_tucodec.training.schedules import warmup_cosine
 
@@ -251,10 +253,8 @@ class ScheduledModule(TrainingModule):
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
         def call(*arguments: Any) -> Any:
-            try:
+            with _compiling():
                 return compiled(*arguments)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                raise ConfigError(f"model.compile: {_no_graph(error)}; leave it out") from error
 
         return call
 
@@ -280,9 +280,10 @@ class ScheduledModule(TrainingModule):
 
         Of themselves they may be finite: a NaN that no weight has a part in has no gradient.
         """
-        super().backward(
-            loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan), *args, **kwargs
-        )
+        with _compiling():  # the first backward pass of a graph compiles it
+            super().backward(
+                loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan), *args, **kwargs
+            )
 
     def clip(self, optimizer: torch.optim.Optimizer, *others: torch.optim.Optimizer) -> Tensor:
         """Clip the gradients of an optimiser's parameters, and return the norm they had.
@@ -380,9 +381,33 @@ class ScheduledModule(TrainingModule):
         raise NotImplementedError
 
 
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """In this block a function may become a compiled graph.
+
+    Its compilers are child processes, and those who stop a training send the signal to all processes of a job
+    or a terminal. Children keep the mask that they start with, so the signal is blocked here: the compiler
+    ends its work, and the training stops after the batch.
+
+    Raises:
+        ConfigError: the function is no graph, or the compiler fails.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise ConfigError(f"model.compile: {_no_graph(error)}; leave it out") from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _no_graph(error: Exception) -> str:
     """Why a function is no compiled graph, with the place in its code where PyTorch knows it."""
+    failed = isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
+    what = (
+        "the compiler of this training step fails" if failed else "this training step is no graph"
+    )
     reason = first_sentence(getattr(error, "inner_exception", error))
     stack = getattr(error, "real_stack", None)
     where = f" ({os.path.basename(stack[-1].filename)}:{stack[-1].lineno})" if stack else ""
-    return f"this training step is no graph: {reason}{where}"
+    return f"{what}: {reason}{where}"

@@ -1,5 +1,9 @@
 """Network and loss are one graph, in training and evaluation, for all presets and quantisers."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -7,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.exc import InductorError
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.nn.noise import Noise
 from lightning_tucodec.nn.postfilter import SIZES
+from lightning_tucodec.training.beside.companions import SIGNALS
 from lightning_tucodec.training.network import NetworkModule
 from lightning_tucodec.training.postfilter import PostFilterModule, _picture
 from lightning_tucodec.training.vae import VAE
@@ -142,6 +150,11 @@ def test_the_option_compiles_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
         assert calls == [{"fullgraph": True, "dynamic": False}] * compiled
 
 
+FAILS = (
+    r"^model\.compile: the compiler of this training step fails: g\+\+ ends with 1; leave it out$"
+)
+
+
 def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def backend(*_: Any) -> Any:
         raise OSError("g++ ends with 1\nand says much")
@@ -149,9 +162,50 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     module = PostFilterModule(network={"channels": 8, "blocks": 1}, compile=True)
     module._trainer = SimpleNamespace(log_every_n_steps=0, world_size=1)  # type: ignore[assignment]
-    told = r"^model\.compile: this training step is no graph: g\+\+ ends with 1; leave it out$"
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=FAILS):
         module.training_step(next(precoded()), 0)
+
+
+def test_a_compiler_that_fails_in_the_backward_pass_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Inductor compiles the backward graph when it first runs."""
+
+    def fails(*_: Any) -> Any:
+        raise InductorError(OSError("g++ ends with 1"), None)
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=fails)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    module = PostFilterModule(network={"channels": 8, "blocks": 1}, compile=True)
+    module._trainer = SimpleNamespace(log_every_n_steps=0, world_size=1)  # type: ignore[assignment]
+    loss = module.training_step(next(precoded()), 0)
+    with pytest.raises(ConfigError, match=FAILS):
+        module.backward(loss)
+
+
+def test_a_stop_does_not_end_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm, `timeout` and terminals signal the compiler's processes as well."""
+    sent: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sent.append(number))
+
+    def compiler(graph: Any, _: Any) -> Any:
+        child = (
+            "import os, signal; [os.kill(os.getpid(), s) for s in (signal.SIGUSR1, signal.SIGTERM)]"
+        )
+        subprocess.run([sys.executable, "-c", child], check=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make_boxed_func(graph)
+
+    try:
+        backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        module = PostFilterModule(network={"channels": 8, "blocks": 1}, compile=True)
+        module._trainer = SimpleNamespace(log_every_n_steps=0, world_size=1)  # type: ignore[assignment]
+        module.backward(module.training_step(next(precoded()), 0))
+        assert sent
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(SIGNALS)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
