@@ -241,11 +241,13 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if (folder / "last.ckpt").exists():
         raise ConfigError(f"{folder}: has begun with another plan; choose another --out")
+    folder.mkdir(
+        parents=True, exist_ok=True
+    )  # what cannot be written is known before the measurement
     minutes = arguments.minutes or PLANS[arguments.preset]["minutes"]
     plan = make_plan(
         arguments.preset, minutes, arguments.crops, device, arguments.lmbda, arguments.batch, arguments.crop
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "plan.json", "w") as stream:
         json.dump(plan, stream, indent=1)
     for key, value in plan.items():

@@ -186,6 +186,18 @@ def test_what_is_no_plan_and_no_file(
     assert "no plan ('preset')" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_is_told_before_the_measurement(
+    hour: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hour, "make_plan", None)
+    (tmp_path / "hour").touch()
+    assert hour.main(["plan", "tiny", "--device", "cpu", "--out", str(tmp_path / "hour")]) == 1
+    assert "hour: is no folder" in capsys.readouterr().err
+
+
 def test_commands(
     hour: ModuleType, packed: Path, tmp_path: Path, shard_folder: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
