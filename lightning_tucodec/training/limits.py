@@ -8,8 +8,9 @@ from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.training.runs.identity import DEFAULT_DATA, DEFAULT_MODEL, arguments
 
 _ABOVE_0 = 5e-324
-_RUN = {"checkpoint_minutes": (0, inf), "threads": (1, inf)}
-_DATA = {"batch_size": (1, inf), "crop": (1, inf), "num_workers": (0, inf), "cache_gb": (0, inf)}
+# PyTorch ends with a segmentation fault where it cannot start its threads.
+_RUN = {"checkpoint_minutes": (0, inf), "threads": (1, 1024)}
+_DATA = {"batch_size": (1, inf), "crop": (1, inf), "num_workers": (0, 1024), "cache_gb": (0, inf)}
 _MODEL = {
     "lmbda": (0, inf), "lr": (0, inf), "final_lr": (0, inf), "warmup_steps": (0, inf), "decay_start": (0, 1),
     "aux_lr": (0, inf), "clip_norm": (0, inf), "ema": (0, 1), "discriminator_lr": (0, inf),

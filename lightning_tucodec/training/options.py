@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.processes import cores
-from lightning_tucodec.training.runs.identity import arguments, trainer_default
+from lightning_tucodec.training.runs.identity import DEFAULT_MODEL, arguments, trainer_default
 
 REFUSED = {
     "optimizer": "the model has its own: model.lr and the like",
@@ -35,6 +35,9 @@ _CHOSEN = {"ckpt_path": "a run goes on from its newest checkpoint; run.init_from
 _CLIPPING = ("gradient_clip_val", "gradient_clip_algorithm")
 """For models of the user's own."""
 
+_PRECISIONS = ("None", "32", "32-true", "bf16", "bf16-mixed")
+"""Of models of this package: their batches, rate terms and averages are float32."""
+
 
 def check_options(config: dict[str, Any], command: str = "fit") -> None:
     """Refuse what would have no effect.
@@ -62,6 +65,12 @@ def check_options(config: dict[str, Any], command: str = "fit") -> None:
         raise ConfigError(
             f"trainer.precision {trainer['precision']}: gradients would be clipped while they are "
             "scaled, and Muon never undoes the scale; use bf16-mixed"
+        )
+    ours = config["model"].get("class_path", DEFAULT_MODEL).startswith("lightning_tucodec.")
+    if ours and str(trainer.get("precision")) not in _PRECISIONS:
+        raise ConfigError(
+            f"trainer.precision {trainer['precision']}: the weights of this model are float32; "
+            "use 32-true or bf16-mixed"
         )
     devices = trainer.get("devices")
     if trainer.get("accelerator") == "cpu" and isinstance(devices, int) and devices > 8 * cores():

@@ -691,6 +691,8 @@ def test_an_empty_mirror_on_the_command_line_is_none(
         ({"trainer": {"accelerator": "abacus"}}, 1, "abacus"),
         ({"trainer": {"precision": "16-mixed"}}, 1, "clipped while they are scaled"),
         ({"trainer": {"precision": 16}}, 1, "clipped while they are scaled"),
+        ({"trainer": {"precision": "bf16-true"}}, 1, "weights of this model are float32"),
+        ({"trainer": {"precision": 64}}, 1, "weights of this model are float32"),
         ({"trainer": {"max_steps": -1, "max_epochs": 2}}, 1, "max_steps: must be 1 or more"),
         ({"model": {"learning_rate": 3}}, 2, "learning_rate"),
         ({"trainer": {"max_steps": "many"}}, 2, "max_steps"),
