@@ -26,6 +26,7 @@ from lightning_tucodec.codecs.network.zoo import of_zoo
 from lightning_tucodec.coding import rans, wavefront
 from lightning_tucodec.coding.categorical import build_cdf
 from lightning_tucodec.coding.laplace import SCALE_COUNT, decode_laplace, encode_laplace
+from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io.once import once_property
 from lightning_tucodec.nn.transforms import STRIDE
 from lightning_tucodec.quality.metrics import as_tensor
@@ -118,7 +119,7 @@ def sampled(preset: str, bpp: float, pixels: NDArray[np.uint8], device: str = "c
     """An untrained preset whose P has the rate `bpp`, with symbols drawn from P.
 
     Raises:
-        ValueError: no shift of the scales gives this rate.
+        ConfigError: no shift of the scales gives this rate.
     """
     height, width = (math.ceil(side / STRIDE) for side in pixels.shape[:2])
     file = untrained(preset).file
@@ -156,7 +157,7 @@ def sampled(preset: str, bpp: float, pixels: NDArray[np.uint8], device: str = "c
         low, high = (middle, high) if draw(middle)[2] < bpp else (low, middle)
     model, latents, rate = draw(high)
     if abs(rate / bpp - 1) > 0.1:
-        raise ValueError(f"{preset} cannot be brought to {bpp} bpp")
+        raise ConfigError(f"--bpp {bpp:g}: {preset} reaches {rate:.3g} bpp with this picture")
     return Subject(f"{preset} {bpp} bpp", model, pixels, latents)
 
 

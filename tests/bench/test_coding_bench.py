@@ -8,6 +8,7 @@ import torch
 
 from lightning_tucodec.bench import codec, entropy, subjects
 from lightning_tucodec.coding.container import unpack
+from lightning_tucodec.errors import ConfigError
 
 ROW = {"name", "median_s", "min_s", "max_s", "ratio_to"}
 
@@ -20,6 +21,11 @@ def test_untrained_presets_code_information(bpp: float) -> None:
     y, damaged = subject.model.read(unpack(subject.data))
     assert not damaged
     np.testing.assert_array_equal(y, subject.latents.y)
+
+
+def test_a_rate_that_cannot_be_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"--bpp 1e\+09: tiny reaches \d"):
+        subjects.sampled("tiny", 1e9, subjects.picture(8, 8))
 
 
 def test_codec_rows(monkeypatch: pytest.MonkeyPatch) -> None:
