@@ -52,6 +52,14 @@ def test_the_minutes_are_told_once_when_every_setting_has_been_timed() -> None:
     assert both.finished("a", 10**6, 10.0) is None
 
 
+def test_a_tiny_image_does_not_judge_large_ones() -> None:
+    work = Forecast([("a", 1)] + [("a", 10**6)] * 100, workers=1)
+    assert work.finished("a", 1, 0.5) is None
+    line = work.finished("a", 10**6, 2.0)
+    assert line is not None
+    assert "about 4 min for the 99 codings" in line
+
+
 def test_what_takes_no_minute_says_nothing() -> None:
     short = Forecast([("a", 10**6)] * 10, workers=1)
     assert [short.finished("a", 10**6, 1.0) for _ in range(10)] == [None] * 10

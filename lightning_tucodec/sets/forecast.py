@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,11 @@ class Forecast:
 
     def __init__(self, jobs: Sequence[tuple[str, int]], workers: int) -> None:
         self._left: dict[str, int] = {}
+        counts = Counter(setting for setting, _ in jobs)
         for setting, pixels in jobs:
             self._left[setting] = self._left.get(setting, 0) + pixels
+        # A much smaller image says nothing of the others: its time is that of starting.
+        self._enough = {setting: self._left[setting] / n / 2 for setting, n in counts.items()}
         self._pace: dict[str, tuple[float, int]] = {}
         self._workers = workers
         self._codings = len(jobs)
@@ -83,12 +87,14 @@ class Forecast:
         """Record a coding.
 
         Returns:
-            A line for the user, once: when every setting has been timed and more than a minute is left.
+            A line for the user, once: when every setting has been timed on half the pixels of a mean image
+            and more than a minute is left.
         """
         with self._lock:
             self._note(setting, pixels, seconds)
             if self._told or any(
-                left > 0 and s not in self._pace for s, left in self._left.items()
+                left > 0 and self._pace.get(s, (0.0, 0))[1] < self._enough.get(s, 0)
+                for s, left in self._left.items()
             ):
                 return None
             self._told = True
