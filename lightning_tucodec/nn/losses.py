@@ -53,13 +53,23 @@ class Reconstruction(Protocol):
 
 
 class RateDistortionLoss(ABC):
-    """What a recipe minimises; `convention` is printed in every report."""
+    """What a recipe minimises: a weighted sum of a distortion D and the rate, one of whose weights is λ.
+
+    Attributes:
+        convention: the sum in words, printed in every report.
+        min_crop: side of the smallest crop that D can be measured on.
+        weighs_rate: λ is the weight of the rate, and not of D.
+        lmbda: λ.
+        weights: of D and of bpp.
+    """
 
     convention: ClassVar[str]
     min_crop: ClassVar[int]
+    weighs_rate: ClassVar[bool] = False
 
     def __init__(self, lmbda: float) -> None:
         self.lmbda = lmbda
+        self.weights = (1.0, lmbda) if self.weighs_rate else (lmbda, 1.0)
 
     def __call__(self, output: Reconstruction, x: Tensor) -> RateDistortion:
         """Loss of a batch; `x` is N×3×H×W in [0, 1]. Computed in float32 under any autocast."""
@@ -72,7 +82,7 @@ class RateDistortionLoss(ABC):
 
     def scaled(self, factor: float) -> "RateDistortionLoss":
         """The loss whose distortion weighs `factor` times as much against the rate."""
-        return type(self)(self.lmbda * factor)
+        return type(self)(self.lmbda / factor if self.weighs_rate else self.lmbda * factor)
 
     def at_levels(self, output: Reconstruction, x: Tensor, factor: Tensor) -> RateDistortion:
         """The same with a balance of its own for each of N images.
@@ -88,26 +98,20 @@ class RateDistortionLoss(ABC):
         with torch.autocast(x.device.type, enabled=False):
             pixels = x.shape[-1] * x.shape[-2]
             bpp_y, bpp_z = (bits / pixels for bits in output.bits())
-            distortion = torch.stack(
-                [
-                    self.distortion(x_hat[None], one[None])
-                    for x_hat, one in zip(output.x_hat, x, strict=True)
-                ]
-            )
-            own = factor * self.total(distortion, 0 * bpp_y) + self.total(
-                0 * distortion, bpp_y + bpp_z
-            )
+            distortion = self.distortion(output.x_hat, x, each=True)
+            own = self.total(factor * distortion, bpp_y + bpp_z)
             loss = (own * factor**-0.6).mean()
             mse = _mse(output.x_hat, x)
         return RateDistortion(loss, distortion.mean(), mse, bpp_y.mean(), bpp_z.mean())
 
-    @abstractmethod
-    def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """D of a batch, a scalar; both N×3×H×W in [0, 1]."""
-
-    @abstractmethod
     def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
         """The weighted sum that is minimised."""
+        of_distortion, of_rate = self.weights
+        return of_distortion * distortion + of_rate * bpp
+
+    @abstractmethod
+    def distortion(self, x_hat: Tensor, x: Tensor, each: bool = False) -> Tensor:
+        """D of N images, both N×3×H×W in [0, 1]: a scalar, or with `each` of every image, (N,)."""
 
 
 def _rate(output: Reconstruction, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,8 +120,15 @@ def _rate(output: Reconstruction, x: Tensor) -> tuple[Tensor, Tensor]:
     return bits_y.mean() / pixels, bits_z.mean() / pixels
 
 
-def _mse(x_hat: Tensor, x: Tensor) -> Tensor:
-    return (x_hat.float() - x.float()).square().mean()
+def _mse(x_hat: Tensor, x: Tensor, each: bool = False) -> Tensor:
+    squares = (x_hat.float() - x.float()).square()
+    return squares.mean((1, 2, 3)) if each else squares.mean()
+
+
+def _dissimilarity(x_hat: Tensor, x: Tensor, each: bool = False) -> Tensor:
+    """1 − MS-SSIM, sides ≥ 11 (the recipes' crops: ≥ 192)."""
+    similarity = ms_ssim(x_hat.float(), x.float())
+    return 1 - (similarity if each else similarity.mean())
 
 
 class MSERateLoss(RateDistortionLoss):
@@ -126,13 +137,9 @@ class MSERateLoss(RateDistortionLoss):
     convention = "lambda * MSE + bpp, MSE on [0, 1]"
     min_crop = 16
 
-    def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """Mean squared error."""
-        return _mse(x_hat, x)
-
-    def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
-        """λ·D + bpp."""
-        return self.lmbda * distortion + bpp
+    def distortion(self, x_hat: Tensor, x: Tensor, each: bool = False) -> Tensor:
+        """Mean squared error; see `RateDistortionLoss`."""
+        return _mse(x_hat, x, each)
 
 
 class MSSSIMRateLoss(RateDistortionLoss):
@@ -140,29 +147,22 @@ class MSSSIMRateLoss(RateDistortionLoss):
 
     convention = "0.2 * MSE + 0.8 * (1 - MS-SSIM) + lambda * bpp, on [0, 1]"
     min_crop = MIN_MS_SSIM_SIDE
+    weighs_rate = True
 
-    def scaled(self, factor: float) -> "MSSSIMRateLoss":
-        """See `RateDistortionLoss`."""
-        return MSSSIMRateLoss(self.lmbda / factor)
-
-    def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """0.2·MSE + 0.8·(1 − MS-SSIM), sides ≥ 11 (the recipe's crops: ≥ 192)."""
-        similarity = ms_ssim(x_hat.float(), x.float()).mean()
-        return 0.2 * _mse(x_hat, x) + 0.8 * (1 - similarity)
-
-    def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
-        """D + λ·bpp."""
-        return distortion + self.lmbda * bpp
+    def distortion(self, x_hat: Tensor, x: Tensor, each: bool = False) -> Tensor:
+        """0.2·MSE + 0.8·(1 − MS-SSIM); see `RateDistortionLoss`."""
+        return 0.2 * _mse(x_hat, x, each) + 0.8 * _dissimilarity(x_hat, x, each)
 
 
-class CompressAIMSELoss(MSERateLoss):
+class CompressAIMSELoss(RateDistortionLoss):
     """λ·255²·MSE + bpp."""
 
     convention = "lambda * 255^2 * MSE + bpp, MSE on [0, 1]"
+    min_crop = MSERateLoss.min_crop
 
-    def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
-        """λ·255²·D + bpp."""
-        return self.lmbda * (255**2 * distortion) + bpp
+    def distortion(self, x_hat: Tensor, x: Tensor, each: bool = False) -> Tensor:
+        """255²·MSE; see `RateDistortionLoss`."""
+        return 255**2 * _mse(x_hat, x, each)
 
 
 class CompressAIMSSSIMLoss(RateDistortionLoss):
@@ -171,13 +171,9 @@ class CompressAIMSSSIMLoss(RateDistortionLoss):
     convention = "lambda * (1 - MS-SSIM) + bpp"
     min_crop = MIN_MS_SSIM_SIDE
 
-    def distortion(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """1 − MS-SSIM, sides ≥ 11 (the recipe's crops: ≥ 192)."""
-        return 1 - ms_ssim(x_hat.float(), x.float()).mean()
-
-    def total(self, distortion: Tensor, bpp: Tensor) -> Tensor:
-        """λ·D + bpp."""
-        return self.lmbda * distortion + bpp
+    def distortion(self, x_hat: Tensor, x: Tensor, each: bool = False) -> Tensor:
+        """1 − MS-SSIM; see `RateDistortionLoss`."""
+        return _dissimilarity(x_hat, x, each)
 
 
 def make_loss(recipe: str, lmbda: float) -> RateDistortionLoss:

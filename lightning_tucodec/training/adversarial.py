@@ -248,9 +248,10 @@ class AdversarialModule(CodingModule):
             verdict = self.discriminator(x, x_hat, latent, self.swapped(index))
         own = self.adversary.discriminator(verdict)
         adversarial = self.adversary.codec(verdict)
-        pull = push = none = torch.zeros((), device=x.device)
+        pull = push = torch.zeros((), device=x.device)
         if turn.codec:
-            (pull,) = grad(self.loss.total(terms.distortion, none), x_hat)
+            of_distortion, of_rate = self.loss.weights
+            (pull,) = grad(of_distortion * terms.distortion, x_hat)
             (push,) = grad(adversarial, x_hat, retain_graph=turn.discriminator)
             # Not the colours' means: MS-SSIM hardly defends them, so they would go where the adversary likes.
             push = push - push.mean((2, 3), keepdim=True)
@@ -259,7 +260,7 @@ class AdversarialModule(CodingModule):
                 push = push * (self.share * pull.norm() / push.norm().clamp_min(1e-20))
             else:
                 push = push * weight
-            rate = self.loss.total(none, self.rate.factor * bpp)
+            rate = of_rate * (self.rate.factor * bpp)
             # Its gradient at x̂ is pull + push, also under a precision that scales losses.
             total = rate + (output.x_hat.float() * (pull + push)).sum()
             if (auxiliary := self.auxiliary_loss()) is not None:

@@ -16,6 +16,7 @@ from lightning_tucodec.nn.codec import (
 )
 from lightning_tucodec.nn.levels import RateLevels
 from lightning_tucodec.nn.losses import (
+    CompressAIMSELoss,
     MSERateLoss,
     MSSSIMRateLoss,
     make_loss,
@@ -165,7 +166,21 @@ def test_unknown_fields_are_refused(name: str) -> None:
         resolve_codec("huge")
 
 
-@pytest.mark.parametrize("loss", [MSERateLoss(100.0), MSSSIMRateLoss(0.3)])
+@pytest.mark.parametrize("recipe", ["mse", "ssim", "compressai-mse", "compressai-ms-ssim"])
+def test_the_images_of_a_batch_have_the_distortions_that_each_has_alone(recipe: str) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(3, 3, 192, 200)
+    x_hat = (x + torch.tensor([0.01, 0.1, 0.3])[:, None, None, None] * torch.randn_like(x)).clamp(
+        0, 1
+    )
+    loss = make_loss(recipe, 0.3)
+    together = loss.distortion(x_hat, x, each=True)
+    alone = [loss.distortion(a[None], b[None]) for a, b in zip(x_hat, x, strict=True)]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(together.mean(), loss.distortion(x_hat, x), rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", [MSERateLoss(100.0), MSSSIMRateLoss(0.3), CompressAIMSELoss(0.01)])
 def test_each_image_has_the_balance_of_its_level(loss: OurLoss) -> None:
     """The batch's loss is the mean of the images', each by the loss of its level and its weight."""
     torch.manual_seed(0)

@@ -251,7 +251,7 @@ class _Strip:
         return _choose(point.z, options)
 
     def _gain(self, bits: Tensor, slope: Tensor, delta: Tensor, curvature: Tensor) -> Tensor:
-        rate = self.loss.total(torch.zeros(()), bits / self.pixels)
+        rate = self.loss.weights[1] * (bits / self.pixels)
         return -(rate + slope * delta + curvature * delta * delta)
 
     def _bits_of_y(self, y: Tensor, parameters: LaplaceParameters) -> Tensor:
@@ -269,7 +269,7 @@ class _Strip:
         z_hat.requires_grad_()
         parameters = self.network.parameters_of(z_hat, y_hat, self.level)
         bits = self._bits_of_y(y, parameters).sum() + self._bits_of_z(z).sum()
-        rate = self.loss.total(torch.zeros(()), bits / self.pixels)
+        rate = self.loss.weights[1] * (bits / self.pixels)
         rate.backward()
         total = float(rate.detach())
         for band in self.bands:
@@ -303,7 +303,7 @@ class _Strip:
         shown = shown[:, :, STRIDE * (first - low) : bottom - STRIDE * low, :width].clamp(0, 1)
         distortion = self.loss.distortion(shown, self.x[:, :, STRIDE * first : bottom])
         share = (bottom - STRIDE * first) * width / self.pixels
-        return self.loss.total(distortion * share, torch.zeros(()))
+        return self.loss.weights[0] * (distortion * share)
 
 
 def _bands(top: int, bottom: int, height: int, width: int) -> list[tuple[int, int]]:
