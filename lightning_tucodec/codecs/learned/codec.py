@@ -288,7 +288,8 @@ class RefinedModel:
         height, width = pixels.shape[:2]
         size = len(self.model.write(latents, width, height))
         shown = self.model.synthesise(latents.y, width, height)
-        distortion = self._loss.distortion(*(as_tensor(p).float() / 255 for p in (shown, pixels)))
+        x_hat, x = (as_tensor(image).float() / 255 for image in (shown, pixels))
+        distortion = self._loss.distortion(x_hat, x)
         return float(
             self._loss.total(distortion, torch.tensor(bits_per_pixel(size, height * width)))
         )
