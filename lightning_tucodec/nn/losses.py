@@ -110,7 +110,7 @@ class RateDistortionLoss(ABC):
         return of_distortion * distortion + of_rate * bpp
 
     @abstractmethod
-    def distortion(self, x_hat: Tensor, x: Tensor, each: bool = False) -> Tensor:
+    def distortion(self, x_hat: Tensor, x: Tensor, *, each: bool = False) -> Tensor:
         """D of N images, both N×3×H×W in [0, 1]: a scalar, or with `each` of every image, (N,)."""
 
 
@@ -137,7 +137,7 @@ class MSERateLoss(RateDistortionLoss):
     convention = "lambda * MSE + bpp, MSE on [0, 1]"
     min_crop = 16
 
-    def distortion(self, x_hat: Tensor, x: Tensor, each: bool = False) -> Tensor:
+    def distortion(self, x_hat: Tensor, x: Tensor, *, each: bool = False) -> Tensor:
         """Mean squared error; see `RateDistortionLoss`."""
         return _mse(x_hat, x, each)
 
@@ -149,7 +149,7 @@ class MSSSIMRateLoss(RateDistortionLoss):
     min_crop = MIN_MS_SSIM_SIDE
     weighs_rate = True
 
-    def distortion(self, x_hat: Tensor, x: Tensor, each: bool = False) -> Tensor:
+    def distortion(self, x_hat: Tensor, x: Tensor, *, each: bool = False) -> Tensor:
         """0.2·MSE + 0.8·(1 − MS-SSIM); see `RateDistortionLoss`."""
         return 0.2 * _mse(x_hat, x, each) + 0.8 * _dissimilarity(x_hat, x, each)
 
@@ -160,7 +160,7 @@ class CompressAIMSELoss(RateDistortionLoss):
     convention = "lambda * 255^2 * MSE + bpp, MSE on [0, 1]"
     min_crop = MSERateLoss.min_crop
 
-    def distortion(self, x_hat: Tensor, x: Tensor, each: bool = False) -> Tensor:
+    def distortion(self, x_hat: Tensor, x: Tensor, *, each: bool = False) -> Tensor:
         """255²·MSE; see `RateDistortionLoss`."""
         return 255**2 * _mse(x_hat, x, each)
 
@@ -171,7 +171,7 @@ class CompressAIMSSSIMLoss(RateDistortionLoss):
     convention = "lambda * (1 - MS-SSIM) + bpp"
     min_crop = MIN_MS_SSIM_SIDE
 
-    def distortion(self, x_hat: Tensor, x: Tensor, each: bool = False) -> Tensor:
+    def distortion(self, x_hat: Tensor, x: Tensor, *, each: bool = False) -> Tensor:
         """1 − MS-SSIM; see `RateDistortionLoss`."""
         return _dissimilarity(x_hat, x, each)
 
