@@ -25,8 +25,17 @@ FOLDER = Path(__file__).parent.parent / "experiments" / "clic2019"
         ),
         (
             "tucodecssim.sh",
-            {"LMBDAS": "0.2 0.3", "CANDIDATES": "webp:q=5"},
+            {"MODELS": "tiny-ssim", "LMBDAS": "0.2 0.3", "CANDIDATES": "webp:q=5"},
             ["webp:q=5", "tiny-ssim:effort=3,lmbda=0.2", "tiny-ssim:effort=3,lmbda=0.3"],
+            ["--maximise", "ms-ssim", "--max-bpp", "0.15"],
+        ),
+        (
+            "tucodecssim.sh",
+            {"EFFORT": "2"},
+            [
+                f"tiny-vbr-ssim:quality={quality},effort=2"
+                for quality in (0, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6)
+            ],
             ["--maximise", "ms-ssim", "--max-bpp", "0.15"],
         ),
         (

@@ -2,6 +2,14 @@
 # Sourced by the three entries: fills `candidates` from their variables.
 read -ra candidates <<<"${CANDIDATES:-}"
 
+# A codec as it is followed by an option.
+before_option() {
+    case $1 in
+    *:*) echo "$1," ;;
+    *) echo "$1:" ;;
+    esac
+}
+
 # Learned models MODELS, plain, with EFFORT, or also at each of LMBDAS.
 add_learned() {
     local models lmbdas model
@@ -9,9 +17,9 @@ add_learned() {
     read -ra lmbdas <<<"${LMBDAS:-}"
     for model in "${models[@]}"; do
         if [[ ${#lmbdas[@]} -gt 0 ]]; then
-            candidates+=("${lmbdas[@]/#/$model:effort=${EFFORT:-3},lmbda=}")
+            candidates+=("${lmbdas[@]/#/$(before_option "$model")effort=${EFFORT:-3},lmbda=}")
         elif [[ ${EFFORT:-0} -gt 0 ]]; then
-            candidates+=("$model:effort=$EFFORT")
+            candidates+=("$(before_option "$model")effort=$EFFORT")
         else
             candidates+=("$model")
         fi
@@ -24,10 +32,7 @@ add_swept() {
     read -ra codecs <<<"${CODECS:-$1}"
     read -ra qps <<<"${QPS:-$2}"
     for codec in "${codecs[@]}"; do
-        case $codec in
-        *:*) candidates+=("${qps[@]/#/$codec,qp=}") ;;
-        *) candidates+=("${qps[@]/#/$codec:qp=}") ;;
-        esac
+        candidates+=("${qps[@]/#/$(before_option "$codec")qp=}")
     done
 }
 

@@ -29,7 +29,7 @@ from lightning_tucodec.nn.transforms import STRIDE
 FAMILIES: dict[Quantity, tuple[str, ...]] = {
     "bpp": ("tiny-vbr", "tiny-mse-5", "tiny-transparent"),
     "psnr": ("tiny-vbr", "tiny-mse-5", "tiny-transparent"),
-    "ms_ssim": ("tiny-ssim", "tiny-transparent"),
+    "ms_ssim": ("tiny-vbr-ssim", "tiny-transparent"),
 }
 """Among which models each target chooses by default: names of families, or of variable-rate models."""
 
