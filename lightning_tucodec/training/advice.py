@@ -15,6 +15,7 @@ _ADVICE = (
     ".*The `srun` command is available on your system but is not used.*",
     # It counts steps over all passes, whatever one pass holds.
     ".*number of training batches .* is smaller than the logging interval.*",
+    ".*input value tensor is non-contiguous.*",  # compiled: Inductor has dropped our `contiguous`
 )
 
 TALKATIVE = ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed")
