@@ -438,6 +438,33 @@ if "fit" in sys.orig_argv:
 """
 
 
+BOTH_AT_ONCE = """
+import os, signal
+from lightning_tucodec.io import processes
+
+def ended(number, frame):
+    raise RuntimeError("a worker of PyTorch has ended")
+
+signal.signal(signal.SIGCHLD, ended)
+try:
+    with processes.interruptible():
+        signals = {signal.SIGINT, signal.SIGCHLD}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        for number in signals:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+except processes.Interrupted:
+    print("interrupted", signal.getsignal(signal.SIGCHLD) is ended)
+"""
+
+
+def test_the_end_of_a_child_beside_an_interrupt_is_not_told() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BOTH_AT_ONCE], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("interrupted True\n", "")
+
+
 def test_a_task_whose_python_only_starts_hears_term(tmp_path: Path) -> None:
     """To Ctrl-C it would answer with a traceback; shown by a Python that takes long to start."""
     Image.fromarray(photo("coffee.png", 96, 64)).save(tmp_path / "photo.png")

@@ -61,7 +61,7 @@ class _Watch:
         self.number: int | None = None
         """What it was told to end by."""
         self.children: Any = None
-        """The handler of SIGCHLD that there was then."""
+        """The function that handled SIGCHLD then, if one did."""
         self.announced = False
         self.ended = threading.Event()
         self.held = False
@@ -78,9 +78,10 @@ class _Watch:
             return
         self.told = True
         self.number = number
-        if self.children is None:
-            # PyTorch's would raise, wherever this thread is, as each of its workers ends.
-            self.children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if self.children is None and callable(signal.getsignal(signal.SIGCHLD)):
+            # PyTorch's would raise, wherever this thread is, as each of its workers ends. Its place takes a
+            # function: a signal that is here already would make Python print that it is ignored.
+            self.children = signal.signal(signal.SIGCHLD, lambda number, frame: None)
         raise Interrupted(number)
 
     def lost(self, number: int) -> None:
