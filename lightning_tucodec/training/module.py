@@ -232,6 +232,7 @@ class ScheduledModule(TrainingModule):
         self.lr, self.final_lr = lr, final_lr
         self.warmup_steps, self.decay_start = warmup_steps, decay_start
         self.clip_norm = clip_norm
+        self._compiles = False
         self._broken_at: Tensor | None = None
         self.found_inf: Tensor | None = None
         self.validation_rows: list[dict[str, float]] = []
@@ -250,6 +251,7 @@ class ScheduledModule(TrainingModule):
             raise ConfigError(
                 f"model.compile: needs a C++ compiler, and there is no {compiler} here"
             )
+        self._compiles = True
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
         def call(*arguments: Any) -> Any:
@@ -280,7 +282,8 @@ class ScheduledModule(TrainingModule):
 
         Of themselves they may be finite: a NaN that no weight has a part in has no gradient.
         """
-        with _compiling():  # the first backward pass of a graph compiles it
+        # The first backward pass of a graph compiles it.
+        with _compiling() if self._compiles else contextlib.nullcontext():
             super().backward(
                 loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan), *args, **kwargs
             )
