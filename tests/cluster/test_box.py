@@ -312,15 +312,17 @@ def test_hit_by_every_kind_a_run_ends_as_the_straight_one(
     straight.finish()
     other = Box(tmp_path / "other")
     kinds = list(HITS)
+
+    def hit(half: int, cluster: Box, disk: Path | None) -> Subject:
+        """Watched from the moment it is submitted: on a fast machine the run takes seconds."""
+        subject = Subject(cluster, "hit", box_recipe, disk)
+        endure(subject, kinds[half::2], random.Random(f"slice {half}"))
+        return subject
+
     try:
         with small_disk(tmp_path / "disk") as disk, ThreadPoolExecutor(2) as threads:
-            subjects = [Subject(box, "hit", box_recipe), Subject(other, "hit", box_recipe, disk)]
-            ends = [
-                threads.submit(endure, subject, kinds[half::2], random.Random(f"slice {half}"))
-                for half, subject in enumerate(subjects)
-            ]
-            for end in ends:
-                end.result()
+            ends = [threads.submit(hit, 0, box, None), threads.submit(hit, 1, other, disk)]
+            subjects = [end.result() for end in ends]
             assert [difference(straight.run, subject.run) for subject in subjects] == ["", ""]
     finally:
         other.stop()
