@@ -9,7 +9,7 @@
 set -euo pipefail
 # shellcheck source=/dev/null
 . "$(dirname "$0")/candidates.sh"
-add_learned "$(echo tiny-vbr-ssim:quality={0,1,1.5,2,2.5,3,3.5,4,5,6})"
+add_shipped_ssim
 if [[ -n ${CODECS:-} ]]; then
     add_swept "" "30 34 37 40 44"
 fi

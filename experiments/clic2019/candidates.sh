@@ -26,6 +26,11 @@ add_learned() {
     done
 }
 
+# The shipped network for MS-SSIM, one for all rates, or MODELS.
+add_shipped_ssim() {
+    add_learned "$(echo tiny-vbr-ssim:quality={0,1,1.5,2,2.5,3,3.5,4,5,6})"
+}
+
 # Codecs CODECS at each of QPS; options of a codec follow a colon: "vvc:preset=slow".
 add_swept() {
     local codecs qps codec

@@ -11,5 +11,5 @@
 set -euo pipefail
 # shellcheck source=/dev/null
 . "$(dirname "$0")/candidates.sh"
-add_learned "$(echo tiny-vbr-ssim:quality={0,1,1.5,2,2.5,3,3.5,4,5,6})"
+add_shipped_ssim
 allocate --max-bpp 0.15 --maximise ms-ssim
