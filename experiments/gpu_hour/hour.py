@@ -241,9 +241,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     if (folder / "last.ckpt").exists():
         raise ConfigError(f"{folder}: has begun with another plan; choose another --out")
-    folder.mkdir(
-        parents=True, exist_ok=True
-    )  # what cannot be written is known before the measurement
+    # What cannot be written is told before the measurement.
+    folder.mkdir(parents=True, exist_ok=True)
     minutes = arguments.minutes or PLANS[arguments.preset]["minutes"]
     plan = make_plan(
         arguments.preset, minutes, arguments.crops, device, arguments.lmbda, arguments.batch, arguments.crop
