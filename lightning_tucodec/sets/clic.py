@@ -36,7 +36,14 @@ from lightning_tucodec.sets.contents import DECODE, budgets, contents, wrong_bes
 from lightning_tucodec.sets.evaluate import find_images
 from lightning_tucodec.sets.knapsack import METHODS
 from lightning_tucodec.sets.limits import Requirements
-from lightning_tucodec.sets.manifest import MANIFEST, Limits, byte_budget, png_name, read_manifest
+from lightning_tucodec.sets.manifest import (
+    MANIFEST,
+    Limits,
+    budget_name,
+    byte_budget,
+    png_name,
+    read_manifest,
+)
 from lightning_tucodec.sets.measure import Row, compare
 from lightning_tucodec.sets.results import allocation_table, finite
 
@@ -336,7 +343,7 @@ def _parts(folder: Path, required: Requirements) -> dict[str, Requirements]:
 
 def _wrong_in_common(folder: Path, parts: Collection[str], required: Requirements) -> list[str]:
     """What is wrong with a submission for several budgets as a whole, a line each."""
-    asked = [f"{budget:.10g}" for budget in required.budgets]
+    asked = [budget_name(budget) for budget in required.budgets]
     wrong = [f"has no part for {name} bpp" for name in asked if name not in parts]
     wrong += wrong_beside(folder, parts) + _cannot_run(folder)
     size = decoder_bytes_of_all([folder / name for name in parts])

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.sets.manifest import MANIFEST, read_file, read_manifest, told_file
+from lightning_tucodec.sets.manifest import (
+    MANIFEST,
+    budget_name,
+    read_file,
+    read_manifest,
+    told_file,
+)
 
 DECODE = "decode"
 
@@ -100,7 +106,7 @@ def budgets(folder: Path) -> list[str]:
     if not folder.is_dir() or os.path.lexists(folder / MANIFEST):
         return []
     names = [path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
-    found = [name for name in names if _BUDGET.fullmatch(name) and f"{float(name):.10g}" == name]
+    found = [name for name in names if _BUDGET.fullmatch(name) and budget_name(float(name)) == name]
     return sorted((name for name in found if (folder / name / MANIFEST).is_file()), key=float)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_tucodec.errors import ConfigError
-from lightning_tucodec.sets.manifest import Limits, byte_budget
+from lightning_tucodec.sets.manifest import Limits, budget_name, byte_budget
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Requirements:
         """Those of each budget by the name of its folder; a single one has the name ""."""
         if len(self.budgets) < 2:
             return {"": self}
-        return {f"{budget:.10g}": self.only(budget) for budget in self.budgets}
+        return {budget_name(budget): self.only(budget) for budget in self.budgets}
 
     def only(self, budget: float) -> "Requirements":
         """The same with this budget alone."""

@@ -76,6 +76,11 @@ def byte_budget(bpp: float, pixels: int) -> int:
     return math.floor(Fraction(str(bpp)) * pixels / 8)
 
 
+def budget_name(budget: float) -> str:
+    """Name of a budget's folder in a submission for several, in bits per pixel."""
+    return f"{budget:.10g}"
+
+
 def is_image_name(name: str) -> bool:
     """Whether a manifest may use this image name: a file name without control characters."""
     try:
