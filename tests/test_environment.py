@@ -1,6 +1,7 @@
 """Environments that lack something: a home folder, open streams, an encoding, a reader of the output."""
 
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -163,6 +164,30 @@ def test_processors_are_counted_where_there_is_no_affinity(monkeypatch: pytest.M
         if "os.sched_getaffinity(" in path.read_text() and path != Path(__file__)
     ]
     assert users == ["lightning_tucodec/io/processes.py"]
+
+
+@pytest.mark.parametrize(("variable", "kept"), [("TUCODEC", True), ("MALLOC_TOP_PAD_", False)])
+def test_freed_memory_is_used_again(variable: str, kept: bool) -> None:
+    """The console script has glibc keep it, unless the user has an opinion of his own."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("mallopt is glibc's")
+    script = """
+import contextlib, resource, sys
+from lightning_tucodec.cli import main
+with contextlib.suppress(SystemExit):
+    main()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    before = faults()
+    blocks = [bytearray(b"x") * (24 << 20) for _ in range(2)]
+    del blocks
+print(faults() - before)
+"""
+    command = [sys.executable, "-c", script, "--help"]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, variable: "131072"}
+    )
+    assert (int(done.stdout.split()[-1]) < 8) == kept
 
 
 def test_no_folder_named_tilde(

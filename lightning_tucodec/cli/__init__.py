@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         _usable_streams()
         words = list(sys.argv[1:] if argv is None else argv)
+        if argv is None and words[:1] != ["fit"]:  # which runs for days
+            import_module("lightning_tucodec.io.memory").keep_memory()
         status = _interruptible(words, argv is None)
         if argv is None and words[:1] and words[0] in _BRIEF:
             # What PyTorch and numba do at the interpreter's end takes longer than to decode an image.

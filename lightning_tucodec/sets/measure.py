@@ -16,6 +16,7 @@ from lightning_tucodec.codecs.base import ImageCodec
 from lightning_tucodec.coding.compiling import clock
 from lightning_tucodec.errors import ConfigError, ExternalToolError
 from lightning_tucodec.io.images import read_image
+from lightning_tucodec.io.memory import keep_memory
 from lightning_tucodec.io.processes import INTERRUPTS, end_on_interrupt, interrupt_children
 from lightning_tucodec.io.temporary import atomic_write
 from lightning_tucodec.quality.decibels import ms_ssim_db, psnr_from_sse
@@ -147,6 +148,7 @@ def _own_peak_memory(specification: str, image: Path) -> int:
     """`peak_memory`, inside the fresh process."""
     from lightning_tucodec.codecs.registry import codec
 
+    keep_memory()
     coder = codec(specification)
     coder.decode(coder.encode(read_image(image)))
     # Not getrusage of this process, which counts the parent's memory from before the exec.
