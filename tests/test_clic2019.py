@@ -70,3 +70,23 @@ def test_entries(
     asked = [str(tmp_path), "--candidate", *candidates, "-o", str(tmp_path / "out")]
     assert array[-len(asked) - 2 :] == ["--share", "3", *asked]
     assert last[-len(asked) - len(limits) :] == [*asked, *limits]
+
+
+def test_an_entry_that_cannot_be_met_stops_no_other(tmp_path: Path) -> None:
+    Image.fromarray(photo("coffee.png", 192, 176)).save(tmp_path / "photo.png")
+    words = [str(FOLDER / "all.sh"), str(tmp_path / "out"), str(tmp_path / "photo.png")]
+    variables = {
+        "ANY_SET": "1",
+        "PSNR_CODECS": "vvc:preset=faster",  # QP 36 … 38 takes more than 0.15 bpp here
+        "SSIM_MODELS": "tiny-ssim-1",
+        "TRANSPARENT_MODELS": "jxl:distance=0.3",
+    }
+    done = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables, "PYTHON": sys.executable},
+    )
+    made = sorted(path.name for path in (tmp_path / "out").iterdir() if (path / "decode").is_file())
+    assert (done.returncode, made) == (1, ["tucodecpsnr40db", "tucodecssim"]), done.stderr
+    assert all(str(tmp_path / "out" / name) in done.stdout for name in made)

@@ -24,9 +24,15 @@ from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.io import ffmpeg
 from lightning_tucodec.nn.codec import TucodecVAE
 from lightning_tucodec.sets import clic, clic2019
-from lightning_tucodec.sets.contents import DECODE_TEXT, foreign
+from lightning_tucodec.sets.contents import DECODE_TEXT, budgets, foreign
 from lightning_tucodec.sets.evaluate import evaluate
-from lightning_tucodec.sets.manifest import FORMAT, Limits, byte_budget, read_manifest
+from lightning_tucodec.sets.manifest import (
+    FORMAT,
+    Limits,
+    budget_name,
+    byte_budget,
+    read_manifest,
+)
 from lightning_tucodec.training.vae import resolve_codec
 from tests.support import MICRO
 
@@ -939,3 +945,21 @@ def test_check_names_what_is_known_of_the_102_images() -> None:
     assert professional.endswith("of another size: zugr-108")
     assert "the names of the 61 are not known" in mobile
     assert mobile.endswith("1 other images are here")
+
+
+def test_a_folder_without_a_manifest_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["clic", "decode", str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+    told = f"tucodec: {tmp_path}: not a submission of tucodec allocate, it has no manifest.json\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("budget", "name"), [(0.15, "0.15"), (3, "3"), (1e-5, "0.00001"), (1 / 3, "0.333333333")]
+)
+def test_a_budgets_folder_is_found_by_its_name(budget: float, name: str, tmp_path: Path) -> None:
+    assert budget_name(budget) == name
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "manifest.json").touch()
+    assert budgets(tmp_path) == [name]

@@ -14,8 +14,24 @@ tucodec=("${PYTHON:-python3}" -m lightning_tucodec.cli)
     echo "set ANY_SET=1 to go on with other images" >&2
     exit 1
 }
-CODECS=${PSNR_CODECS:-} "$here/tucodecpsnr.sh" "$@" -o "$out/tucodecpsnr"
-MODELS=${SSIM_MODELS:-} CODECS='' "$here/tucodecssim.sh" "$@" -o "$out/tucodecssim"
-MODELS=${TRANSPARENT_MODELS:-} CODECS=${TRANSPARENT_CODECS:-} QPS='' LMBDAS='' \
-    "$here/tucodecpsnr40db.sh" "$@" -o "$out/tucodecpsnr40db"
-"${tucodec[@]}" clic compare "$out"/tucodec{ssim,psnr,psnr40db} --originals "$@"
+entries=()
+failed=0
+
+# Makes one entry; one whose limits cannot be met does not stop the others.
+entry() {
+    local status=0
+    "$here/$1.sh" "${@:2}" -o "$out/$1" || status=$?
+    case $status in
+    0) entries+=("$out/$1") ;;
+    1) failed=1 ;;
+    *) exit "$status" ;;
+    esac
+}
+
+CODECS=${PSNR_CODECS:-} entry tucodecpsnr "$@"
+MODELS=${SSIM_MODELS:-} CODECS='' entry tucodecssim "$@"
+MODELS=${TRANSPARENT_MODELS:-} CODECS=${TRANSPARENT_CODECS:-} QPS='' LMBDAS='' entry tucodecpsnr40db "$@"
+if [[ ${#entries[@]} -gt 0 ]]; then
+    "${tucodec[@]}" clic compare "${entries[@]}" --originals "$@"
+fi
+exit "$failed"

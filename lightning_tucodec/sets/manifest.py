@@ -78,7 +78,7 @@ def byte_budget(bpp: float, pixels: int) -> int:
 
 def budget_name(budget: float) -> str:
     """Name of a budget's folder in a submission for several, in bits per pixel."""
-    return f"{budget:.10g}"
+    return f"{budget:.9f}".rstrip("0").rstrip(".")
 
 
 def is_image_name(name: str) -> bool:
@@ -188,6 +188,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ConfigError: there is none, or it is not one; says what is wrong first.
     """
     path = folder / MANIFEST
+    if folder.is_dir() and not os.path.lexists(path):
+        raise ConfigError(f"{folder}: not a submission of tucodec allocate, it has no {MANIFEST}")
     try:
         content = json.loads(read_file(folder, MANIFEST), object_pairs_hook=_object)
         _check_manifest(content)
