@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from lightning_tucodec.training.postfilter import PostFilterModule
 from lightning_tucodec.training.runs.identity import run_id
 from lightning_tucodec.training.runs.tracking import read_metrics
 from lightning_tucodec.training.runs.weights import network_weights
+from tests.training.test_nonfinite import spoilt
 from tests.training.test_validation import assert_measured_once, fit_on
 
 RECIPE = Path(__file__).parents[2] / "experiments" / "tucodecpsnr_postfilter.yaml"
@@ -92,6 +94,33 @@ def test_it_learns_and_exports(
     for name, value in model.network.state_dict().items():
         exported = average.network.state_dict()[name]
         assert np.allclose(exported, 1.75 * value, rtol=2e-3, atol=2e-6), name
+
+
+def test_weights_that_a_validation_finds_broken(
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The average that a validation measures; no training step reads it. The validation stays owed."""
+    command = words(tmp_path / "run", shards, 20)
+    measure = PostFilterModule.validation_step
+
+    def spoil(self: PostFilterModule, batch: dict[str, Any], number: int) -> None:
+        with spoilt(self.averaged, "tail."):
+            measure(self, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PostFilterModule, "validation_step", spoil)
+        assert main(command) == 1
+    (folder,) = (tmp_path / "run" / "runs").iterdir()
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert "of validation image 0 is not finite at optimiser step 20" in told.splitlines()[-1]
+    assert not metrics(tmp_path / "run", "val/gain")
+    assert (folder / "checkpoints" / "nonfinite-20.ckpt").is_file()
+    assert main(command) == 0
+    assert len(metrics(tmp_path / "run", "val/gain")) == 1
 
 
 @pytest.mark.parametrize(
