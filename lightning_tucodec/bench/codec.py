@@ -20,6 +20,7 @@ from PIL import Image
 from lightning_tucodec.bench.subjects import PEERS, Peer, Subject, picture, sampled, trained
 from lightning_tucodec.bench.timing import check_device, in_turns, machine, rows_of, synchronise
 from lightning_tucodec.codecs.library import find
+from lightning_tucodec.codecs.registry import own_model, split
 from lightning_tucodec.coding.container import unpack
 from lightning_tucodec.io import processes
 from lightning_tucodec.io.images import read_image, write_png
@@ -226,13 +227,15 @@ def import_seconds(repeats: int = 3) -> float:
 
 def large(model: str, size: tuple[int, int] = (4000, 6000)) -> dict[str, Any]:
     """Peak memory and seconds of `compress` and `decompress` of a large JPEG, each in a new process."""
+    level = own_model(model).level
+    # The model's file, since the command runs in another folder.
+    coder = ["--model", str(find(split(model)[0]).resolve())]
+    quality = [] if level is None else ["--quality", str(level)]
     result: dict[str, Any] = {}
     with temporary_folder() as folder:
         Image.fromarray(picture(*size)).save(folder / "large.jpg", quality=92)
-        for words in (["compress", "large.jpg"], ["decompress", "large.tuc"]):
-            command = [sys.executable, "-m", "lightning_tucodec.cli", *words, "-o", "."]
-            # Its file, since the command runs in another folder.
-            command += ["--model", str(find(model).resolve())] if words[0] == "compress" else []
+        for words in (["compress", "large.jpg", *quality], ["decompress", "large.tuc"]):
+            command = [sys.executable, "-m", "lightning_tucodec.cli", *words, *coder, "-o", "."]
             # In a separate child process, so that no other command counts in its peak.
             code = (
                 "import os, resource, subprocess, sys, time\n"

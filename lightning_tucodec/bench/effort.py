@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_tucodec.codecs.learned.codec import RefinedModel, TucModel
 from lightning_tucodec.codecs.learned.refine import Refinement
-from lightning_tucodec.codecs.library import load
+from lightning_tucodec.codecs.registry import own_model
 from lightning_tucodec.errors import ConfigError
 from lightning_tucodec.quality.curves import Curve, Quality
 from lightning_tucodec.quality.deltas import bd_rate
@@ -37,7 +37,8 @@ def run(
 
     Args:
         images: files and folders.
-        names: models, all of one recipe; four or more give a BD-rate.
+        names: models, all of one recipe, `tiny-vbr:quality=3` where there are several rates; four or
+            more give a BD-rate.
         efforts: settings by effort; 0 is measured in any case.
         seconds: settings by time an image.
         rows_file: see `evaluate`.
@@ -47,7 +48,7 @@ def run(
         `seconds` an image; `loss_percent`, the change of the loss in percent of its rate term (a small
         one equals the change of rate at equal quality, MSE recipe); `bd_rate_percent`.
     """
-    models = [load(name) for name in names]
+    models = [own_model(name) for name in names]
     recipes = {str(model.card.get("recipe")) for model in models}
     if len(recipes) > 1:
         raise ConfigError(f"models of different recipes ({recipes}) are no curve")

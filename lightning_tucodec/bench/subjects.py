@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from lightning_tucodec.codecs.learned.codec import TucModel
 from lightning_tucodec.codecs.learned.latents import Latents, strip_bounds
 from lightning_tucodec.codecs.learned.model_file import ModelFile
-from lightning_tucodec.codecs.library import load, untrained
+from lightning_tucodec.codecs.library import untrained
 from lightning_tucodec.codecs.network.engine import ContextEngine
 from lightning_tucodec.codecs.network.zoo import of_zoo
+from lightning_tucodec.codecs.registry import own_model
 from lightning_tucodec.coding import rans, wavefront
 from lightning_tucodec.coding.categorical import build_cdf
 from lightning_tucodec.coding.laplace import SCALE_COUNT, decode_laplace, encode_laplace
@@ -110,8 +111,8 @@ class Subject:
 
 
 def trained(name: str, pixels: NDArray[np.uint8], device: str = "cpu") -> Subject:
-    """A shipped or exported model with the latents of the picture."""
-    model = load(name, device)
+    """A shipped or exported model (`tiny-vbr:quality=3`) with the latents of the picture."""
+    model = own_model(name, device)
     return Subject(model.name, model, pixels, model.analyse(pixels))
 
 

@@ -63,7 +63,8 @@ def _add_effort(commands: Subparsers) -> None:
         type=location,
         nargs="+",
         required=True,
-        help="models of one recipe; four or more give a BD-rate",
+        help="models of one recipe, as tiny-vbr:quality=3 where one has several rates; four or more "
+        "give a BD-rate",
     )
     add("--effort", nargs="*", type=whole(0, 9), default=[3, 5, 7], metavar="0-9")
     add("--seconds", nargs="*", type=positive, default=[10, 60], metavar="S",
@@ -169,8 +170,8 @@ def _add_coding(commands: Subparsers) -> None:
         parser = command(commands, name, run_coding, summary)
         add = parser.add_argument
         add("--models", type=location, nargs="+", default=["paper", "fast", "tiny-mse-2"], metavar="NAME",
-            help="presets (untrained; symbols drawn from their own P) or trained models "
-            "(%(default)s)")  # fmt: skip
+            help="presets (untrained; symbols drawn from their own P) or trained models, "
+            "as tiny-vbr:quality=3 (%(default)s)")  # fmt: skip
         add("--bpp", nargs="+", type=positive, default=[0.15, 0.5], metavar="RATE")
         add("--peers", nargs="*", default=_PEERS, choices=_ALL_PEERS, metavar="NAME",
             help="CompressAI's models, each also by our exact engine: " + ", ".join(_ALL_PEERS) +

@@ -124,16 +124,29 @@ def codec(specification: str) -> ImageCodec:
     return RefinedModel(model, Refinement.parse(options)) if options else model
 
 
-def _at_quality(
-    specification: str, model: "NetworkModel", options: dict[str, str]
-) -> "NetworkModel":
+def own_model(specification: str, device: str = "cpu") -> "TucModel":
+    """One of this package's own models, at the `quality` of its specification where it has several rates.
+
+    Raises:
+        ConfigError: another option, or no such quality.
+        UnknownModelError, ModelFileError: see `library.load`.
+    """
+    from lightning_tucodec.codecs import library
+
+    name, rest = split(specification)
+    options = options_of(specification, rest)
+    model = library.load(name, device)
+    return _at_quality(specification, model, options) if options else model
+
+
+def _at_quality(specification: str, model: Variable, options: dict[str, str]) -> Variable:
     """The model at `quality`, the only option that it takes.
 
     Raises:
         ConfigError: another option, or no such quality.
     """
     if other := sorted(set(options) - {"quality"}):
-        raise ConfigError(f"{specification}: {model.name} takes quality=…, and no {other[0]}")
+        raise ConfigError(f"{specification}: {model.name} takes quality=… here, and no {other[0]}")
     return _at(specification, model, options["quality"])
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_tucodec.bench import codec, effort
+from lightning_tucodec.bench.codec import subjects_of
 from lightning_tucodec.bench.effort import _loss_percent
 from lightning_tucodec.cli import main
 from lightning_tucodec.codecs import library, registry
@@ -215,6 +217,22 @@ def test_compress_takes_a_quality_or_a_target(
 def test_options_are_no_part_of_a_name() -> None:
     with pytest.raises(UnknownModelError, match="quality and effort are given apart"):
         library.load("tiny-vbr:quality=2")
+
+
+def test_benches_take_a_quality(saved: Path, tmp_path: Path) -> None:
+    image = tmp_path / "photo.png"
+    write_png(image, PIXELS)
+    names = [f"{saved}:quality=0", f"{saved}:quality=2"]
+    result = effort.run([str(image)], names, [1], [], tmp_path / "rows.jsonl")
+    assert result["models"] == ["micro:quality=0", "micro:quality=2"]
+    low, high = result["rows"][0]["bpp"]
+    assert low < high
+    assert [subject.model.level for subject in subjects_of(names, [], PIXELS)] == [0, 2]
+    for wrong, said in (("quality=3", "not within 0 … 2"), ("effort=1", "and no effort")):
+        with pytest.raises(ConfigError, match=said):
+            effort.run([str(image)], [f"{saved}:{wrong}"], [1], [], tmp_path / "rows.jsonl")
+    coded = codec.large(names[0], (40, 60))["large"]
+    assert coded["compress"]["seconds"] > 0 < coded["decompress"]["seconds"]
 
 
 def test_bench_effort_weighs_as_the_level_does(file: ModelFile) -> None:

@@ -467,7 +467,7 @@ def test_options_that_are_not_for_networks(
     assert "micro has one rate" in fails(f"{compress} --quality 1", capsys)
     own = "compress cat.png -o cat.tuc --model tiny-mse-2"
     assert "tiny-mse-2 has one rate, and takes no quality" in fails(f"{own} --quality 1", capsys)
-    assert "takes quality=…, and no effort" in fails(
+    assert "takes quality=… here, and no effort" in fails(
         "evaluate cat.png --codec micro.safetensors:effort=1 -o r.json", capsys
     )
     assert not (folder / "cat.tuc").exists()

@@ -39,12 +39,12 @@ from lightning_tucodec.codecs.network.strings import OwnStrings
 from lightning_tucodec.coding.container import (
     QUALITY,
     QUALITY_BYTES,
-    QUALITY_STEPS,
     CodecKind,
     Container,
     check_size,
     pack,
     quality_bytes,
+    quality_of,
     read_varint,
     unpack,
     varint,
@@ -243,7 +243,7 @@ class NetworkModel:
             )
         if len(container.strips) != 1 or container.strips[0] is None:
             raise CorruptStreamError("the file's one strip is missing")
-        segments, quality = self._segments(container.strips[0], container.flags)
+        segments, quality = self._segments(container, container.strips[0])
         try:
             x_hat = self._decoded(segments, quality, container)
             if bool(x_hat.isnan().any()):
@@ -259,17 +259,15 @@ class NetworkModel:
         """The image: there is one strip, which is damaged or not; see `decode_pixels`."""
         return Decoded(self.decode_pixels(container), [])
 
-    def _segments(self, strip: bytes, flags: int) -> tuple[list[bytes], float | None]:
-        position, quality = 0, None
-        if bool(flags & QUALITY) != (self.rates is not None):
+    def _segments(self, container: Container, strip: bytes) -> tuple[list[bytes], float | None]:
+        if bool(container.flags & QUALITY) != (self.rates is not None):
             raise CorruptStreamError(
                 "the file has a quality and its model none, or the other way round"
             )
-        if self.rates is not None:
-            quality = int.from_bytes(strip[:QUALITY_BYTES], "little") / QUALITY_STEPS
-            position = QUALITY_BYTES
-            if quality > self.rates.levels - 1:
-                raise CorruptStreamError(f"the file claims quality {quality:g}")
+        position = 0 if self.rates is None else QUALITY_BYTES
+        quality = quality_of(container)
+        if self.rates is not None and quality is not None and quality > self.rates.levels - 1:
+            raise CorruptStreamError(f"the file claims quality {quality:g}")
         if len(strip) <= position or strip[position] == 0:
             raise CorruptStreamError("the file has no segments")
         count, position = strip[position], position + 1
