@@ -197,6 +197,8 @@ def run_info(arguments: argparse.Namespace) -> int:
         row["bpp"] = f"{row['bpp']:.4f}"
         if not any(bytes.fromhex(row["model_id"])):  # H.266 alone
             row["model_id"] = None
+        elif row["model"] is None:
+            row["model"] = "not known here (its file is needed: decompress --model FILE)"
         lines = [printable(f"{key:13} {value}") for key, value in row.items() if value is not None]
         print(gap + "\n".join(lines))
         gap = "\n"

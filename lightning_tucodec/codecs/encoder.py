@@ -132,6 +132,12 @@ def _ladders(request: Request) -> list[Ladder]:
     """What `targets.best` chooses from; a single setting without a target."""
     name, target, device = request.model, request.target, request.device
     if name in H266_MODELS:
+        if request.quality is not None:
+            raise ConfigError(
+                f"--model {name} takes --qp; --quality is for models of several rates"
+            )
+        if request.effort:
+            raise ConfigError(f"--effort is for this package's own networks; {name} is none")
         if request.qp is None and target is None:
             raise ConfigError(f"--model {name} needs --qp or a --target-…")
         options: dict[str, Any] = {"preset": request.preset or "medium"}

@@ -18,6 +18,9 @@ from lightning_tucodec.sweeps.queue import Job, outstanding, queued, submit
 from lightning_tucodec.sweeps.spec import Task
 from lightning_tucodec.sweeps.status import status, table_text
 
+HERE = "here"
+"""The job of an attempt that `sweep run` made, where no queue has had a part in it."""
+
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """`tucodec sweep plan`."""
@@ -105,7 +108,7 @@ def _fit(config: Path) -> tuple[int, int]:
 
 def _note(plan: Plan, task: Task, event: str, status: int | None) -> None:
     """A line in attempts/, as slurm/train.sh writes them."""
-    row = {"event": event, "job": "here", "restart": 0, "time": int(time.time()), "status": status}
+    row = {"event": event, "job": HERE, "restart": 0, "time": int(time.time()), "status": status}
     with plan.file("attempts", task, ".jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row) + "\n")
 
@@ -144,7 +147,11 @@ def _queued_or_unknown(plan: Plan) -> dict[str, Job] | None:
     try:
         return queued(plan)
     except ExternalToolError as error:
-        print(f"tucodec: the queue is not known, {error}", file=sys.stderr)
+        rows = [row for task in plan.tasks.values() for row in plan.attempts(task)]
+        if not rows or any(
+            row.get("job") != HERE for row in rows
+        ):  # else no queue has had a part in it
+            print(f"tucodec: the queue is not known, {error}", file=sys.stderr)
         return None
 
 

@@ -13,7 +13,7 @@ from lightning_tucodec.sweeps.plan import Plan
 from lightning_tucodec.sweeps.queue import Job
 from lightning_tucodec.sweeps.spec import Task, entry
 from lightning_tucodec.training.runs.folder import RunFolder, read_metrics
-from lightning_tucodec.training.runs.manifest import ECHO, Manifest
+from lightning_tucodec.training.runs.manifest import ECHO, PREEMPTED, Manifest
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Row:
     Attributes:
         task: its name.
         label: values of the grid.
-        state: planned, waiting, pending, running, complete, failed, lost (its job is gone without an
-            end), started (the same, but the queue is not known).
+        state: planned, waiting, pending, running, complete, stopped (it saved itself after a signal),
+            failed, lost (its job is gone without an end), started (the same, but the queue is not known).
         step: optimiser steps done.
         steps: optimiser steps in all.
         bpp: of the last validation, else of the last training line.
@@ -65,6 +65,8 @@ def _row(plan: Plan, task: Task, job: Job | None, known: bool) -> Row:
             waits = job.reason in ("Dependency", "DependencyNeverSatisfied")
             state = "waiting" if waits else "pending"
             note = f"for {task.after}" if waits else _reason(task, job)
+    elif ended == PREEMPTED and not attempts[-1].get("reason"):  # else Slurm says why it stays down
+        state, note = "stopped", "saved; `tucodec sweep run` goes on"
     elif ended is not None:
         state, note = "failed", _last_error(plan, task, attempts) or f"exit status {ended}"
     elif attempts:
@@ -80,6 +82,9 @@ def _row(plan: Plan, task: Task, job: Job | None, known: bool) -> Row:
     )
     steps = entry(read_yaml(config), "trainer.max_steps") if config else None
     step = max((row["opt_step"] for row in metrics), default=0)
+    if state == "stopped" and folder is not None:  # the save need not be at a step that is logged
+        saved = (Manifest(RunFolder(folder)).read().get("attempts") or [{}])[-1].get("step")
+        step = max(step, saved) if isinstance(saved, int) else step
     if state == "complete" and steps is not None:
         step = steps  # the last step need not be one that is logged
     run = str(folder) if folder else None

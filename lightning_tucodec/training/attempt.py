@@ -18,8 +18,8 @@ from lightning_tucodec.training.module import TrainingModule
 from lightning_tucodec.training.runs.folder import RunFolder
 from lightning_tucodec.training.runs.identity import identity
 from lightning_tucodec.training.runs.launcher import attempt_key
-from lightning_tucodec.training.runs.manifest import ECHO, Manifest
-from lightning_tucodec.training.runs.preemption import PREEMPTED, Preemption, several_processes
+from lightning_tucodec.training.runs.manifest import ECHO, PREEMPTED, Manifest
+from lightning_tucodec.training.runs.preemption import Preemption, several_processes
 
 _MIRROR_SECONDS = {"finished": 900.0, "preempted": 60.0, "failed": 60.0}
 """How long the last copy to the mirror may take; before a requeue there is little time."""

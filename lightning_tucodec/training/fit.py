@@ -41,8 +41,8 @@ from lightning_tucodec.training.runs.identity import (
     run_id,
 )
 from lightning_tucodec.training.runs.launcher import started_by_srun
+from lightning_tucodec.training.runs.manifest import PREEMPTED
 from lightning_tucodec.training.runs.preemption import (
-    PREEMPTED,
     Preemption,
     SetupStopped,
     ValidationStopped,

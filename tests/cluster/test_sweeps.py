@@ -435,6 +435,35 @@ def test_the_status_of_every_kind(recipe: Path) -> None:
     assert (lost_row.step, lost_row.bpp, lost_row.psnr, lost_row.restarts) == (6, 0.5, 30.0, 1)
 
 
+def test_what_sweep_run_left_is_told_without_a_queue(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task that saved itself has not failed; a Slurm that does not answer has no part in it."""
+    made = plan(recipe.parent, {"a": {"config": "recipe.yaml"}})
+    tools = recipe.parent / "bin"
+    tools.mkdir()
+    (tools / "squeue").write_text("#!/bin/bash\necho no configuration source >&2\nexit 1\n")
+    (tools / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    assert main(["sweep", "status", str(made.folder)]) == 0
+    assert "the queue is not known" in capsys.readouterr().err  # a job may wait there
+    finish(made, "a-0", status=75)
+    rows = made.file("attempts", made.task("a-0"), ".jsonl")
+    rows.write_text(rows.read_text().replace("1_0", "here"))
+    folder = made.run_folder(made.task("a-0"))
+    assert folder is not None
+    folder.mkdir(parents=True)
+    attempt = {"start": "2026-01-01T00:00:00+00:00", "host": "h", "pid": 1, "code": 0}
+    attempts = [{**attempt, "exit": "preempted", "step": 7}]
+    (folder / "manifest.json").write_text(json.dumps({"code": [{}], "attempts": attempts}))
+    assert main(["sweep", "status", str(made.folder), "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    (row,) = json.loads(said.out)
+    assert (row["state"], row["step"]) == ("stopped", 7)
+    assert row["note"] == "saved; `tucodec sweep run` goes on"
+
+
 def test_the_cause_of_a_failure_is_shown_not_its_echo(recipe: Path) -> None:
     """The manifest's last error may be an older one's, or only say that another process has ended."""
     made = plan(recipe.parent, {"a": {"config": "recipe.yaml"}})

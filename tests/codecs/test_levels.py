@@ -209,9 +209,15 @@ def test_compress_takes_a_quality_or_a_target(
     assert len(list(out.iterdir())) == 3
     capsys.readouterr()
     assert main(["info", str(tmp_path / "effort.tuc")]) == 0
-    assert "quality       0.5\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "quality       0.5\n" in shown
+    assert "model         not known here" in shown
     assert main(["compress", *given, "-o", str(tmp_path / "no.tuc"), "--quality", "2.5"]) == 1
     assert "quality 2.5 is not within 0 … 2" in capsys.readouterr().err
+    for options in (["--quality", "1"], ["--effort", "1", "--qp", "40"]):
+        words = ["compress", str(image), "--model", "vvc", "-o", str(tmp_path / "vvc.tuc")]
+        assert main([*words, *options]) == 1
+        assert f"{options[0]} is for" in capsys.readouterr().err
 
 
 def test_options_are_no_part_of_a_name() -> None:

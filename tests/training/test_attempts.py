@@ -16,8 +16,8 @@ from lightning_tucodec.training.fit import slurm_environment
 from lightning_tucodec.training.runs import launcher, preemption
 from lightning_tucodec.training.runs.folder import RunFolder
 from lightning_tucodec.training.runs.launcher import attempt_key
-from lightning_tucodec.training.runs.manifest import Manifest
-from lightning_tucodec.training.runs.preemption import PREEMPTED, Preemption, in_step
+from lightning_tucodec.training.runs.manifest import PREEMPTED, Manifest
+from lightning_tucodec.training.runs.preemption import Preemption, in_step
 from lightning_tucodec.training.runs.writer import BackgroundWriter, SaveError
 
 OURS, FOREIGN = ConfigError("no such file"), RuntimeError("Connection closed by peer")

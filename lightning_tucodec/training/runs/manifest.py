@@ -36,6 +36,9 @@ _DIFF_LIMIT = 1 << 20  # characters of a diff that are kept
 _MAX_WITHOUT_PROGRESS = 2  # starts that were killed or failed
 _MAX_STOPPED = 10  # starts that were told to stop
 _STOPPED = ("preempted", "killed", "failed")
+PREEMPTED = 75
+"""Exit status of a run that saved itself and wants to be started again (sysexits' EX_TEMPFAIL)."""
+
 ECHO = "another process ended first"
 """How an attempt's error begins that is not the cause."""
 
@@ -187,8 +190,6 @@ class Manifest:
                     "that all nodes share"
                 )
             if told():
-                from lightning_tucodec.training.runs.preemption import PREEMPTED
-
                 raise SystemExit(PREEMPTED)
             time.sleep(0.2)
 

@@ -19,9 +19,7 @@ import torch
 
 from lightning_tucodec.errors import TucodecError
 from lightning_tucodec.training.beside.companions import SIGNALS
-
-PREEMPTED = 75
-"""Exit status of a run that saved itself and wants to be started again (sysexits' EX_TEMPFAIL)."""
+from lightning_tucodec.training.runs.manifest import PREEMPTED
 
 FAILED = 200
 """Added to the status of a process that failed by itself beside others in a step of Slurm."""
