@@ -6,6 +6,10 @@
 # PSNR_CODECS, SSIM_MODELS, TRANSPARENT_MODELS, TRANSPARENT_CODECS: candidates of the entries, as CODECS and
 # MODELS there; EFFORT for the learned ones. After a stop the same command resumes.
 set -euo pipefail
+[[ $# -ge 2 ]] || {
+    echo "usage: experiments/clic2019/all.sh OUT IMAGES..." >&2
+    exit 2
+}
 here=$(dirname "$0")
 out=$1
 shift

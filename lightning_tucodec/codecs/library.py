@@ -103,10 +103,14 @@ def find(name: str | Path) -> Path:
 
     Raises:
         UnknownModelError: no model has this name.
+        ModelFileError: it is a folder, such as a run's.
     """
     text = str(name)
     if text.endswith(MODEL_SUFFIX) or os.sep in text:
-        return Path(expanded(text))
+        path = Path(expanded(text))
+        if path.is_dir():
+            raise ModelFileError(f"{path}: a folder; `tucodec export` makes a model file of a run")
+        return path
     for path in model_files():
         if path.name == text + MODEL_SUFFIX:
             return path

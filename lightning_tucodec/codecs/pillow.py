@@ -2,6 +2,9 @@
 
 >>> Image.open("photo.tuc").show()                        # doctest: +SKIP
 >>> image.save("photo.tuc", model="tiny-ssim-3", effort=2)  # doctest: +SKIP
+>>> image.save("photo.tuc", model="tiny-vbr", quality=3.5)  # doctest: +SKIP
+
+Pillow empties a file before it asks any format to save: a save that is refused leaves it empty.
 """
 
 import io

@@ -119,8 +119,15 @@ def codec(specification: str) -> ImageCodec:
     from lightning_tucodec.codecs.learned.codec import RefinedModel
     from lightning_tucodec.codecs.learned.refine import Refinement
 
+    if other := sorted(set(options) - {"quality", "effort", "lmbda", "seconds"}):
+        raise ConfigError(
+            f"{specification}: no option {other[0]}; there are quality, of a model of several rates, "
+            "effort, lmbda and seconds"
+        )
     if "quality" in options:
         model = _at(specification, model, options.pop("quality"))
+    if options and "effort" not in options:
+        raise ConfigError(f"{specification}: {min(options)} needs effort, as in {name}:effort=…")
     return RefinedModel(model, Refinement.parse(options)) if options else model
 
 

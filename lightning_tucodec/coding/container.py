@@ -28,8 +28,14 @@ version, the header's CRC, the size of the image, then the lengths.
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
+from numbers import Real
 
-from lightning_tucodec.errors import CorruptStreamError, ImageInputError, UnsupportedVersionError
+from lightning_tucodec.errors import (
+    ConfigError,
+    CorruptStreamError,
+    ImageInputError,
+    UnsupportedVersionError,
+)
 
 MAGIC = b"TUC"
 VERSION = 1
@@ -90,6 +96,18 @@ def quality_of(container: Container) -> float | None:
         if strip is not None and len(strip) >= QUALITY_BYTES:
             return int.from_bytes(strip[:QUALITY_BYTES], "little") / QUALITY_STEPS
     return None
+
+
+def quality_step(quality: float, levels: int) -> int:
+    """A quality as files hold it, in 1/QUALITY_STEPS.
+
+    Raises:
+        ConfigError: it is no number within 0 … levels − 1.
+    """
+    if not isinstance(quality, Real) or not 0 <= quality <= levels - 1:
+        shown = f"{quality:g}" if isinstance(quality, Real) else repr(quality)
+        raise ConfigError(f"quality {shown} is not within 0 … {levels - 1}")
+    return round(quality * QUALITY_STEPS)
 
 
 def quality_bytes(quality: float) -> bytes:

@@ -1,6 +1,7 @@
 """A variable-rate network of our own: one model file, and the level in each coded file."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from lightning_tucodec.coding.container import pack, quality_of, unpack
 from lightning_tucodec.errors import (
     ConfigError,
     CorruptStreamError,
+    ModelFileError,
     UnknownModelError,
     UnsupportedVersionError,
 )
@@ -218,6 +220,18 @@ def test_compress_takes_a_quality_or_a_target(
         words = ["compress", str(image), "--model", "vvc", "-o", str(tmp_path / "vvc.tuc")]
         assert main([*words, *options]) == 1
         assert f"{options[0]} is for" in capsys.readouterr().err
+
+
+def test_a_quality_is_a_number(file: ModelFile) -> None:
+    for wrong, shown in (("2", "'2'"), (None, "None"), (math.nan, "nan"), (2.01, "2.01")):
+        with pytest.raises(ConfigError, match=f"quality {shown} is not within 0 … 2"):
+            TucModel(file).at(wrong)  # type: ignore[arg-type]
+    assert TucModel(file).at(np.float32(1.5)).level == 1.5  # type: ignore[arg-type]
+
+
+def test_a_run_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="a folder; `tucodec export` makes"):
+        library.load(str(tmp_path / ""))
 
 
 def test_options_are_no_part_of_a_name() -> None:

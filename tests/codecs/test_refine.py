@@ -166,7 +166,8 @@ def test_specifications(tmp_path: Path) -> None:
     for text, message in (
         (f"{path}:effort=10", "effort=10 is not within 0 … 9"),
         (f"{path}:quality=3", "has one rate, and takes no quality"),
-        (f"{path}:lmbda=3", "needs effort"),
+        (f"{path}:lmbda=3", f"lmbda needs effort, as in {path}:effort=…"),
+        (f"{path}:q=3", "no option q; there are quality, of a model of several rates, effort"),
         (f"{path}:effort=1,lmbda=-3", "lmbda=-3"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -17,7 +17,7 @@ from lightning_tucodec.codecs.learned.latents import (
 )
 from lightning_tucodec.codecs.learned.model_file import ModelFile
 from lightning_tucodec.coding import wavefront
-from lightning_tucodec.coding.container import QUALITY_STEPS
+from lightning_tucodec.coding.container import QUALITY_STEPS, quality_step
 from lightning_tucodec.errors import ConfigError, ModelFileError
 from lightning_tucodec.io.once import once_property
 from lightning_tucodec.nn import tiles
@@ -80,9 +80,7 @@ class Transforms:
         """
         if self.levels == 1:
             raise ConfigError(f"{self.file.name} has one rate, and takes no quality")
-        if not 0 <= level <= self.levels - 1:
-            raise ConfigError(f"quality {level:g} is not within 0 … {self.levels - 1}")
-        return round(level * QUALITY_STEPS)
+        return quality_step(level, self.levels)
 
     @property
     def level(self) -> float | None:

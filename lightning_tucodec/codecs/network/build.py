@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_tucodec.coding.container import QUALITY_STEPS
+from lightning_tucodec.coding.container import QUALITY_STEPS, quality_step
 from lightning_tucodec.errors import ConfigError, one_line
 from lightning_tucodec.io.quiet import without_warnings
 
@@ -283,9 +283,7 @@ class Rates:
         Raises:
             ConfigError: out of range.
         """
-        if not 0 <= quality <= self.levels - 1:
-            raise ConfigError(f"quality {quality:g} is not within 0 … {self.levels - 1}")
-        return round(quality * QUALITY_STEPS) / QUALITY_STEPS
+        return quality_step(quality, self.levels) / QUALITY_STEPS
 
     def arguments(self, quality: float) -> dict[str, Any]:
         """The arguments of a call of the network at a quality."""
