@@ -824,7 +824,13 @@ def test_several_budgets_are_one_submission_with_one_decoder(
     capsys.readouterr()
     check = ["clic", "verify", str(out), "--originals", photos, "--max-bpp"]
     assert cli.main([*check, BUDGETS]) == 0
-    assert "bytes for 3 budgets" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bytes for 3 budgets" in said
+    assert "not asked for" not in said
+    assert cli.main([*check, "0.7,0.9"]) == 0
+    assert (
+        "not asked for by --max-bpp, checked by their names alone: 1.5" in capsys.readouterr().out
+    )
     assert cli.main([*check, "0.8"]) == 1
     assert "has no part for 0.8 bpp" in capsys.readouterr().err
     environment = {**os.environ, "PYTHON": sys.executable}

@@ -365,6 +365,9 @@ def run_verify(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         size = decoder_bytes_of_all([folder / part for part in parts])
         print(f"one decoder of {size} bytes for {len(parts)} budgets")
+        asked = [budget_name(budget) for budget in required.budgets]
+        if asked and (others := [part for part in parts if part not in asked]):
+            print(f"not asked for by --max-bpp, checked by their names alone: {', '.join(others)}")
     return status | complain(str(folder), _wrong_in_common(folder, parts, required))
 
 
