@@ -83,7 +83,7 @@ def _row(plan: Plan, task: Task, job: Job | None, known: bool) -> Row:
     steps = entry(read_yaml(config), "trainer.max_steps") if config else None
     step = max((row["opt_step"] for row in metrics), default=0)
     if state == "stopped" and folder is not None:  # the save need not be at a step that is logged
-        saved = (Manifest(RunFolder(folder)).read().get("attempts") or [{}])[-1].get("step")
+        saved = _last_attempt(folder).get("step")
         step = max(step, saved) if isinstance(saved, int) else step
     if state == "complete" and steps is not None:
         step = steps  # the last step need not be one that is logged
@@ -108,6 +108,12 @@ def _newest(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
     return None
 
 
+def _last_attempt(folder: Path) -> dict[str, Any]:
+    """What a run's manifest says of its last attempt; empty without one."""
+    attempts: list[dict[str, Any]] = Manifest(RunFolder(folder)).read().get("attempts") or [{}]
+    return attempts[-1]
+
+
 def _last_error(plan: Plan, task: Task, attempts: Sequence[dict[str, Any]]) -> str:
     """Why the last attempt ended: as its launcher says, or its manifest, or the log's last error.
 
@@ -121,7 +127,7 @@ def _last_error(plan: Plan, task: Task, attempts: Sequence[dict[str, Any]]) -> s
         started = max(
             (row.get("time", 0) for row in attempts if row["event"] == "start"), default=0
         )
-        entry = (Manifest(RunFolder(folder)).read().get("attempts") or [{}])[-1]
+        entry = _last_attempt(folder)
         if entry.get("error") and _seconds(entry["start"]) >= started:
             said = str(entry["error"])
     ours, others = _lines_of_errors(plan.file("logs", task, ".log"))
